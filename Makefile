@@ -1,0 +1,47 @@
+# Everything a user or CI calls. `make setup` is run by the others where it is needed.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: help setup demo test lint bench gpu-check lock clean
+
+help:  ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
+
+setup: $(STAMP)  ## .venv from the hashed requirements.lock
+
+# uv is bootstrapped with pip into the environment itself, so that nothing else on the machine changes.
+$(STAMP): requirements.lock setup.py
+	$(PYTHON) -m venv --clear $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --require-hashes --compile-bytecode -r requirements.lock
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --editable .
+	touch $@
+
+demo: setup  ## the whole story on embedded data, in minutes, on a CPU
+	$(BIN)/fd-scale demo
+
+test: setup  ## all tests; no GPU, no network
+	$(BIN)/python -m pytest
+
+lint: setup  ## ruff, mypy, codespell, shellcheck
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/codespell
+	$(BIN)/shellcheck .ci/run
+
+bench: setup  ## our step against a bare loop, and the loader
+	$(BIN)/fd-scale bench step
+
+gpu-check: setup  ## the tests that need a CUDA device
+	$(BIN)/python -m pytest -m gpu --require-gpu
+
+lock:  ## writes requirements.lock anew (needs uv)
+	uv pip compile --quiet --universal --generate-hashes --no-emit-index-url --all-extras \
+	  --python-version 3.11 -c constraints.txt setup.py -o requirements.lock
+
+clean:  ## removes the environment and caches, not runs/
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache *.egg-info build

@@ -1,0 +1,1 @@
+"""DeepSpeed JSON files; a package only so that they are installed with fd-scale."""

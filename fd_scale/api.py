@@ -1,0 +1,185 @@
+"""The verbs as functions: what the command line does, from Python.
+
+from fd_scale import api
+api.train(api.load_recipe("digits/distill", ["train.steps=100"]))
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fd_scale import distributed, ds_config, log, run_folder
+from fd_scale.checkpoint import Checkpoints, TrainState
+from fd_scale.config import Recipe, load_recipe, to_dict
+from fd_scale.data import (
+    Source,
+    TrainLoader,
+    Transform,
+    contrastive_transform,
+    distillation_transform,
+    evaluation_transform,
+    open_source,
+)
+from fd_scale.distill import DistillationTask
+from fd_scale.distributed import Preemption, World
+from fd_scale.engine import Engine
+from fd_scale.errors import UserError
+from fd_scale.evaluation import EvaluationSet
+from fd_scale.export import export
+from fd_scale.finetune import ClassificationTask
+from fd_scale.metrics import Recorder
+from fd_scale.optim import apex_is_importable, learning_rates
+from fd_scale.pretrain import ContrastiveTask
+from fd_scale.randomness import hash64
+from fd_scale.trainer import Task, Trainer
+
+__all__ = ["build_task", "build_trainer", "export", "load_recipe", "train"]
+
+logger = logging.getLogger(__name__)
+
+# Settings that may change between a run and its resumption: they do not touch the losses.
+_FREE_SETTINGS = (
+    "run_dir", "checkpoint", "log", "data.train", "data.evaluation", "data.num_workers", "data.max_bad_fraction",
+    "train.micro_batch", "train.device", "train.ds_config", "train.max_skipped_steps", "train.timeout_s",
+    "model.license",
+)  # fmt: skip
+
+
+def train(recipe: Recipe) -> TrainState:
+    """Runs a recipe from its newest whole checkpoint, or from step 0, to its end.
+
+    On many ranks, every rank calls it (torchrun starts them).
+
+    Args:
+        recipe: a recipe of any task.
+
+    Returns:
+        The state after the last step, or after the step at which the run was preempted.
+
+    Raises:
+        UserError: the recipe, its data or its checkpoints do not allow it.
+    """
+    log.set_up()
+    with distributed.start(recipe.train.device, recipe.train.timeout_s) as world:
+        trainer = build_trainer(recipe, world)
+        return trainer.train()
+
+
+def build_trainer(recipe: Recipe, world: World) -> Trainer:
+    """Builds all that a run needs, cheapest checks first."""
+    resolved = ds_config.resolve(
+        ds_config.read(recipe.train.ds_config), recipe, world.size, world.device.type
+    )
+    source = open_source(recipe.data.train)
+    loader = TrainLoader(
+        source,
+        training_transform(recipe),
+        seed=recipe.seed,
+        global_batch=recipe.train.global_batch,
+        micro_batch=resolved["train_micro_batch_size_per_gpu"],
+        rank=world.rank,
+        world_size=world.size,
+        num_workers=recipe.data.num_workers,
+        max_bad_fraction=recipe.data.max_bad_fraction,
+    )
+    if recipe.contrastive is not None and loader.accumulation > 1:
+        raise UserError(
+            f"train.micro_batch: contrastive pre-training compares all images of a step at once, and "
+            f"{recipe.train.micro_batch} x {world.size} ranks are fewer than train.global_batch="
+            f"{recipe.train.global_batch}; raise train.micro_batch or lower train.global_batch"
+        )
+    num_steps = recipe.train.steps or round((recipe.train.epochs or 0) * loader.steps_per_epoch)
+    task = build_task(recipe, source)
+    task.to(world.device)
+    num_parameters = sum(parameter.numel() for parameter in task.module.parameters())
+    if world.is_main:
+        run_folder.create(recipe)
+    world.barrier()
+    run_dir = Path(recipe.run_dir)
+    log.set_up(world.rank, run_dir)
+    engine = Engine(task.module, task.undecayed, resolved, recipe.optim, world)
+    checkpoints = Checkpoints(
+        run_dir,
+        identity(recipe, source, ds_config.zero_stage(resolved), world.size),
+        recipe.checkpoint.keep_last,
+        world,
+    )
+    logger.info(
+        "%s: %d steps of %d images (%d ranks x %d micro-batches x %d) on %s, ZeRO-%d, %s, %s; %.1f M parameters",
+        recipe.task, num_steps, recipe.train.global_batch, world.size, loader.accumulation,
+        resolved["train_micro_batch_size_per_gpu"], world.device.type, ds_config.zero_stage(resolved),
+        recipe.train.precision, _optimizer_name(world), num_parameters / 1e6,
+    )  # fmt: skip
+    return Trainer(
+        recipe=recipe,
+        task=task,
+        engine=engine,
+        loader=loader,
+        learning_rates=learning_rates(recipe.optim, num_steps, loader.steps_per_epoch),
+        checkpoints=checkpoints,
+        recorder=Recorder(run_dir, world, recipe.task),
+        preemption=Preemption(run_dir, world),
+        world=world,
+    )
+
+
+def build_task(recipe: Recipe, source: Source) -> Task:
+    """Builds the recipe's task; its initial weights are a function of the recipe's seed."""
+    torch.manual_seed(int(hash64(recipe.seed, "initialisation")) % 2**63)
+    evaluation = None
+    if recipe.data.evaluation is not None:
+        evaluation = EvaluationSet(
+            source=open_source(recipe.data.evaluation),
+            transform=evaluation_transform(recipe.model.img_size),
+            batch_size=recipe.train.micro_batch,
+            num_workers=recipe.data.num_workers,
+        )
+    if recipe.task == "distill":
+        return DistillationTask(recipe, evaluation)
+    if recipe.task == "contrastive":
+        return ContrastiveTask(recipe, evaluation)
+    return ClassificationTask(recipe, evaluation, source.num_classes)
+
+
+def training_transform(recipe: Recipe) -> Transform:
+    """Returns how a training view is cut for the recipe's task."""
+    data = recipe.data
+    if recipe.contrastive is not None:
+        return contrastive_transform(
+            recipe.model.img_size,
+            crop_scale=data.crop_scale,
+            crop_ratio=data.crop_ratio,
+            flip=data.flip,
+            colour_jitter=recipe.contrastive.jitter,
+        )
+    return distillation_transform(
+        recipe.model.img_size, crop_scale=data.crop_scale, crop_ratio=data.crop_ratio, flip=data.flip
+    )
+
+
+def identity(recipe: Recipe, source: Source, stage: int, world_size: int) -> dict[str, Any]:
+    """Returns what a checkpoint and the run that resumes it must have in common."""
+    settings = _flat(to_dict(recipe))
+    kept = {
+        key: value
+        for key, value in settings.items()
+        if not any(key == free or key.startswith(free + ".") for free in _FREE_SETTINGS)
+        and not key.endswith(".license")
+    }
+    return kept | {"data_fingerprint": source.fingerprint, "zero_stage": stage, "world_size": world_size}
+
+
+def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
+    if isinstance(values, dict) and values:
+        return {k: v for key, value in values.items() for k, v in _flat(value, f"{prefix}{key}.").items()}
+    if isinstance(values, list) and values and isinstance(values[0], dict):
+        return {k: v for i, value in enumerate(values) for k, v in _flat(value, f"{prefix}{i}.").items()}
+    return {prefix.rstrip("."): values}
+
+
+def _optimizer_name(world: World) -> str:
+    return "Apex FusedAdam" if world.device.type == "cuda" and apex_is_importable() else "torch fused AdamW"

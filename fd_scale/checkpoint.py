@@ -1,0 +1,236 @@
+"""Checkpoints: whole or not used.
+
+    RUN/checkpoints/step_00001000/   what DeepSpeed wrote, and manifest.json, written last
+    RUN/checkpoints/latest           name of the newest whole checkpoint (for people and scripts)
+
+A folder without a manifest is a save that never ended and is ignored; one whose files do not match
+its manifest is refused by name, and the next older one is used.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from fd_scale.distributed import World
+from fd_scale.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+FORMAT = 1
+"""Version of the layout, of the sample order and of the random streams behind it."""
+
+MANIFEST = "manifest.json"
+
+
+@dataclass(slots=True)
+class TrainState:
+    """All that must survive a restart, beside tensors: every other thing is computed from it."""
+
+    step: int = 0
+    """Optimizer steps taken."""
+    best_value: float | None = None
+    """Best value of the task's evaluation metric so far."""
+    best_step: int | None = None
+    """Step at which it was measured."""
+    skipped_in_a_row: int = 0
+    """Steps skipped for a non-finite gradient since the last one that was not."""
+
+
+class Saveable(Protocol):
+    """What holds tensors: the engine."""
+
+    def save(self, folder: Path) -> None: ...
+    def load(self, folder: Path) -> None: ...
+
+
+class Checkpoints:
+    """The checkpoints of one run.
+
+    Args:
+        run_dir: the run folder, on a file system that all ranks share.
+        identity: what a checkpoint must have been written with to be resumed here, flat, JSON values.
+        keep_last: newest checkpoints kept; the best is kept besides.
+        world: ranks; all of them call `save` and `resume`.
+    """
+
+    def __init__(self, run_dir: Path, identity: dict[str, Any], keep_last: int, world: World) -> None:
+        self.root = run_dir / "checkpoints"
+        self.identity = identity
+        self.keep_last = keep_last
+        self.world = world
+        if world.is_main:
+            self.root.mkdir(exist_ok=True)
+        world.barrier()
+
+    def save(self, engine: Saveable, state: TrainState) -> None:
+        """Writes a checkpoint; when this returns, it is whole and `latest` names it.
+
+        Raises:
+            UserError: the disk is full or the folder cannot be written; older checkpoints are untouched.
+        """
+        folder = self.root / f"step_{state.step:08d}"
+        if self.world.is_main:
+            if folder.exists():
+                shutil.rmtree(folder)  # a save that never ended, or one that was refused
+            folder.mkdir()
+        self.world.barrier()
+        try:
+            engine.save(folder)
+            self.world.barrier()
+            sums = self._checksums(folder, _data_files(folder))
+            if self.world.is_main:
+                manifest = {
+                    "format": FORMAT,
+                    "state": asdict(state),
+                    "identity": self.identity,
+                    "files": sums,
+                }
+                write_atomically(folder / MANIFEST, json.dumps(manifest, indent=1))
+                write_atomically(self.root / "latest", folder.name + "\n")
+                self._retain(state)
+        except (OSError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error):
+                raise  # torch's only word for a file that cannot be written
+            raise UserError(
+                f"{folder}: the checkpoint could not be written ({' '.join(str(error).split())[:200]}); "
+                f"the last whole one is {self._newest_name()}; free space there and start the same command again"
+            ) from error
+        self.world.barrier()
+        logger.info("step %d: saved %s", state.step, folder)
+
+    def resume(self, engine: Saveable) -> TrainState:
+        """Loads the newest whole checkpoint into `engine`; a fresh state where none was ever written.
+
+        Raises:
+            UserError: a checkpoint is there and none is whole, or it was written with another identity.
+        """
+        refused = []
+        for folder in self.world.from_main(_newest_first(self.root)):
+            problems = verify(folder, self.world)
+            if problems:
+                logger.warning("%s is refused: %s", folder, "; ".join(problems))
+                refused.append(folder)
+                continue
+            manifest = read_manifest(folder)
+            self._check_identity(folder, manifest)
+            engine.load(folder)
+            if refused and self.world.is_main:
+                write_atomically(self.root / "latest", folder.name + "\n")
+            logger.info("resumed %s", folder)
+            return TrainState(**manifest["state"])
+        if refused:
+            raise UserError(
+                f"{self.root}: no checkpoint there is whole ({', '.join(folder.name for folder in refused)} refused); "
+                "restore one, or remove the folder to start from step 0"
+            )
+        return TrainState()
+
+    def _check_identity(self, folder: Path, manifest: dict[str, Any]) -> None:
+        theirs = manifest["identity"]
+        for key in sorted(self.identity.keys() | theirs.keys()):
+            if self.identity.get(key) != theirs.get(key):
+                raise UserError(
+                    f"{folder}: written with {key}={json.dumps(theirs.get(key))}, this run has "
+                    f"{json.dumps(self.identity.get(key))}; restore it, or give the new run a run_dir of its own"
+                )
+
+    def _checksums(self, folder: Path, names: list[str]) -> dict[str, dict[str, Any]]:
+        mine = {}
+        for name in names[self.world.rank :: self.world.size]:
+            path = folder / name
+            mine[name] = {"bytes": path.stat().st_size, "sha256": _sha256(path, flush=True)}
+        return {name: entry for of_rank in self.world.gather(mine) for name, entry in of_rank.items()}
+
+    def _retain(self, state: TrainState) -> None:
+        best = f"step_{state.best_step:08d}" if state.best_step is not None else None
+        for folder in _newest_first(self.root)[self.keep_last :]:
+            if folder.name != best:
+                (folder / MANIFEST).unlink()  # from here on it is no checkpoint, wherever the deletion stops
+                shutil.rmtree(folder)
+
+    def _newest_name(self) -> str:
+        newest = _newest_first(self.root)
+        return newest[0].name if newest else "none"
+
+
+def verify(folder: Path, world: World) -> list[str]:
+    """Returns what is wrong with a checkpoint; ranks share the reading, and all get the verdict."""
+    manifest = read_manifest(folder)
+    if manifest.get("format") != FORMAT:
+        return [f"its format is {manifest.get('format')}, this version reads {FORMAT}"]
+    files: dict[str, dict[str, Any]] = manifest["files"]
+    problems = []
+    for name in sorted(files)[world.rank :: world.size]:
+        path, wanted = folder / name, files[name]
+        if not path.is_file():
+            problems.append(f"{name} is missing")
+        elif path.stat().st_size != wanted["bytes"]:
+            problems.append(f"{name} has {path.stat().st_size} bytes, expected {wanted['bytes']}")
+        elif _sha256(path) != wanted["sha256"]:
+            problems.append(f"{name} does not match its checksum")
+    return [problem for of_rank in world.gather(problems) for problem in of_rank]
+
+
+def newest_checkpoint(run_dir: Path) -> Path:
+    """Returns the newest whole checkpoint of a run; all its files are verified.
+
+    Raises:
+        UserError: the run has none.
+    """
+    alone = World(rank=0, local_rank=0, size=1, device=torch.device("cpu"))
+    for folder in _newest_first(run_dir / "checkpoints"):
+        problems = verify(folder, alone)
+        if not problems:
+            return folder
+        logger.warning("%s is refused: %s", folder, "; ".join(problems))
+    raise UserError(
+        f"{run_dir}: no whole checkpoint in {run_dir / 'checkpoints'}; expected the folder of a run"
+    )
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Returns a checkpoint's manifest; an empty one where it is not readable JSON."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError):
+        return {}
+    return manifest if isinstance(manifest, dict) else {}
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Writes a file that is seen whole or not at all, and stays after a power cut."""
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+    descriptor = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _newest_first(root: Path) -> list[Path]:
+    return sorted((path.parent for path in root.glob(f"step_*/{MANIFEST}")), reverse=True)
+
+
+def _data_files(folder: Path) -> list[str]:
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+
+
+def _sha256(path: Path, flush: bool = False) -> str:
+    with path.open("rb") as file:
+        if flush:
+            os.fsync(file.fileno())
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,178 @@
+"""The command line: verbs to functions, nothing else. Heavy imports wait for their verb."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.table import Table
+
+from fd_scale import __version__
+from fd_scale.config import describe_keys, load_recipe, packaged_recipes
+from fd_scale.errors import UserError
+
+_EXAMPLES = """\
+examples:
+  fd-scale demo                                              the whole story on this machine, in minutes
+  fd-scale recipes                                           packaged recipes and all settings
+  fd-scale check digits/distill                              what would fail, before it is queued
+  fd-scale distill digits/distill train.steps=100            on one device
+  torchrun --nproc-per-node 8 -m fd_scale distill my.yaml    on eight
+  fd-scale export runs/digits/distill out                    weights as safetensors, with a model card
+"""
+
+_TRAINING_VERBS = {
+    "distill": ("distill", "feature distillation of a teacher into a student"),
+    "pretrain": ("contrastive", "contrastive pre-training of a teacher, without labels"),
+    "finetune": ("classification", "fine-tuning on labels"),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs a verb; exits with 2 and one sentence where the user's input is wrong."""
+    options = _parser().parse_args(arguments)
+    try:
+        options.run(options)
+    except UserError as error:
+        print(f"fd-scale: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="fd-scale",
+        description="Feature distillation of vision backbones, up to 3 billion parameters.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"fd-scale {__version__}")
+    verbs = parser.add_subparsers(metavar="VERB", required=True)
+
+    for verb, (task, summary) in _TRAINING_VERBS.items():
+        training = _add_verb(
+            verbs, verb, summary,
+            f"{summary[0].upper()}{summary[1:]}. A run folder that holds a checkpoint is resumed.\n"
+            f"The recipe's task must be `{task}`; `fd-scale recipes` lists every setting.",
+            f"  fd-scale {verb} RECIPE optim.lr=1e-3 run_dir=runs/mine\n"
+            f"  torchrun --nproc-per-node 8 -m fd_scale {verb} RECIPE",
+        )  # fmt: skip
+        _add_recipe(training)
+        training.set_defaults(run=_train, task=task, verb=verb)
+
+    check = _add_verb(
+        verbs, "check", "what would fail, before a job is queued",
+        "Checks recipe, DeepSpeed JSON, data, weights, run folder, devices and driver; a table and a verdict.",
+        "  fd-scale check digits/distill --ranks 2",
+    )  # fmt: skip
+    _add_recipe(check)
+    check.add_argument("--ranks", type=int, default=1, help="ranks that the job will have (default: 1)")
+    check.set_defaults(run=_check)
+
+    export = _add_verb(
+        verbs, "export", "the trained backbone alone, as safetensors with a model card",
+        "Writes model.safetensors (fp32), config.json and README.md; recipes take the folder as model.weights.",
+        "  fd-scale export runs/digits/distill out",
+    )  # fmt: skip
+    export.add_argument("run_dir", metavar="RUN", help="folder of a run")
+    export.add_argument("out", metavar="OUT", help="folder to write")
+    export.set_defaults(run=_export)
+
+    bench = _add_verb(
+        verbs, "bench", "measurements",
+        "Measures, in one run, our training step against a bare PyTorch loop of the same models, and the loader.",
+        "  fd-scale bench step --json step.json",
+    )  # fmt: skip
+    bench.add_argument(
+        "what", choices=["step"], help="step: one optimizer step, ZeRO 0 on one process, ZeRO 3 on two"
+    )
+    bench.add_argument("--steps", type=int, default=30, help="measured steps of each variant (default: 30)")
+    bench.add_argument("--json", metavar="FILE", help="write the measurements there too")
+    bench.set_defaults(run=_bench)
+
+    demo = _add_verb(
+        verbs, "demo", "the whole story on embedded data, in minutes, on a CPU",
+        "Pre-trains a teacher on scikit-learn's digits, distils it with ZeRO-3 on two processes, fine-tunes\n"
+        "teacher, student and a student from scratch, and prints what came of it.",
+        "  fd-scale demo --run-dir runs/demo",
+    )  # fmt: skip
+    demo.add_argument("--run-dir", default="runs/demo", help="folder of the runs (default: runs/demo)")
+    demo.add_argument("--seeds", type=int, default=3, help="fine-tunings of each starting point (default: 3)")
+    demo.set_defaults(run=_demo)
+
+    recipes = _add_verb(
+        verbs, "recipes", "packaged recipes and every setting, with its meaning",
+        "Lists the packaged recipes and every setting of a recipe.", "  fd-scale recipes",
+    )  # fmt: skip
+    recipes.set_defaults(run=_recipes)
+    return parser
+
+
+def _add_verb(
+    verbs: argparse._SubParsersAction[argparse.ArgumentParser],
+    name: str,
+    summary: str,
+    text: str,
+    examples: str,
+) -> argparse.ArgumentParser:
+    return verbs.add_parser(
+        name,
+        help=summary,
+        description=text,
+        epilog=f"examples:\n{examples}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+
+def _add_recipe(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("recipe", metavar="RECIPE", help="YAML file, or name of a packaged recipe")
+    parser.add_argument(
+        "overrides", metavar="key=value", nargs="*", help="settings that replace the recipe's"
+    )
+
+
+def _train(options: argparse.Namespace) -> None:
+    recipe = load_recipe(options.recipe, options.overrides)
+    if recipe.task != options.task:
+        verb = next(verb for verb, (task, _) in _TRAINING_VERBS.items() if task == recipe.task)
+        raise UserError(f"{options.recipe}: its task is {recipe.task}; run it with `fd-scale {verb}`")
+    from fd_scale import api
+
+    api.train(recipe)
+
+
+def _check(options: argparse.Namespace) -> None:
+    from fd_scale.check import check
+
+    check(options.recipe, options.overrides, options.ranks)
+
+
+def _export(options: argparse.Namespace) -> None:
+    from fd_scale import api
+
+    print(api.export(options.run_dir, options.out))
+
+
+def _bench(options: argparse.Namespace) -> None:
+    from fd_scale.bench import bench_step
+
+    bench_step(options.steps, options.json)
+
+
+def _demo(options: argparse.Namespace) -> None:
+    from fd_scale.demo import demo
+
+    demo(options.run_dir, options.seeds)
+
+
+def _recipes(options: argparse.Namespace) -> None:
+    console = Console()
+    table = Table("recipe", "first line", title="Packaged recipes")
+    for name, path in packaged_recipes().items():
+        table.add_row(name, path.read_text(encoding="utf-8").split("\n")[0].lstrip("# "))
+    console.print(table)
+    settings = Table("setting", "default", "meaning", title="Settings")
+    for row in describe_keys():
+        settings.add_row(*row)
+    console.print(settings)

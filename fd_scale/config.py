@@ -1,0 +1,405 @@
+"""The recipe: one strict, frozen configuration for every task, read from YAML and `key=value` arguments.
+
+Nothing here imports torch: reading a recipe costs milliseconds, on a login node too.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import MISSING, dataclass, field, fields
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from fd_scale.errors import UserError
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+TASKS = ("distill", "contrastive", "classification")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelConfig:
+    """A backbone: its shape, its input, and where its weights come from."""
+
+    name: str
+    """Name in the registry, e.g. `swin_v2_base`."""
+    img_size: int = 224
+    """Side of the square input, in pixels."""
+    mean: tuple[float, float, float] = IMAGENET_MEAN
+    """Mean of the RGB channels that the model expects, in 0..1."""
+    std: tuple[float, float, float] = IMAGENET_STD
+    """Standard deviation of the RGB channels that the model expects, in 0..1."""
+    weights: str | None = None
+    """A folder written by `fd-scale export` or a .safetensors file; none: random initialisation."""
+    license: str = "unknown"
+    """Licence of the weights, as the model card will name it."""
+    overrides: dict[str, Any] = field(default_factory=dict)
+    """Arguments of the model's constructor that differ from the registry's."""
+
+    def __post_init__(self) -> None:
+        _require(self.img_size > 0, "model.img_size", self.img_size, "a positive number of pixels")
+        _require(min(self.std) > 0, "model.std", self.std, "three positive numbers")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DataConfig:
+    """Where images come from and how a training view of one is cut."""
+
+    train: str
+    """Source of training images: `digits:train`, `imagefolder:PATH` or `parquet:PATH`."""
+    evaluation: str | None = None
+    """Source that metrics are measured on; none: no evaluation."""
+    num_workers: int = 4
+    """Loader processes on each rank; 0 decodes in the training process."""
+    max_bad_fraction: float = 0.01
+    """Share of samples that may fail to decode (each is named and replaced) before the run stops."""
+    crop_scale: tuple[float, float] = (0.08, 1.0)
+    """Area of a random crop, as a share of the image."""
+    crop_ratio: tuple[float, float] = (0.75, 4 / 3)
+    """Width / height of a random crop."""
+    flip: float = 0.5
+    """Probability of a horizontal flip."""
+
+    def __post_init__(self) -> None:
+        _require(self.num_workers >= 0, "data.num_workers", self.num_workers, "0 or more")
+        _require(
+            0 <= self.max_bad_fraction <= 1,
+            "data.max_bad_fraction",
+            self.max_bad_fraction,
+            "a number in 0..1",
+        )
+        _require(
+            0 < self.crop_scale[0] <= self.crop_scale[1] <= 1,
+            "data.crop_scale",
+            self.crop_scale,
+            "0 < smallest <= largest <= 1",
+        )
+        _require(0 <= self.flip <= 1, "data.flip", self.flip, "a probability")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OptimConfig:
+    """AdamW and its schedule: linear warm-up, then cosine, a value for every step."""
+
+    lr: float
+    """Peak learning rate at this recipe's global batch (nothing is rescaled)."""
+    warmup_lr: float = 0.0
+    """Learning rate of the first step."""
+    min_lr: float = 0.0
+    """Learning rate at the end of the cosine."""
+    warmup_epochs: float = 0.0
+    """Length of the warm-up where the run's length is given in epochs."""
+    warmup_steps: int = 0
+    """Length of the warm-up where the run's length is given in steps."""
+    weight_decay: float = 0.05
+    """Decoupled weight decay; 1-D parameters and those that the model names are spared."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Decay of the first and second moment."""
+    eps: float = 1e-8
+    """Term added to the denominator."""
+    grad_clip: float = 3.0
+    """Largest L2 norm of the whole gradient; 0: no clipping."""
+
+    def __post_init__(self) -> None:
+        for key in ("lr", "eps"):
+            _require(getattr(self, key) > 0, f"optim.{key}", getattr(self, key), "a positive number")
+        for key in ("warmup_lr", "min_lr", "warmup_epochs", "warmup_steps", "weight_decay", "grad_clip"):
+            _require(getattr(self, key) >= 0, f"optim.{key}", getattr(self, key), "0 or more")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainConfig:
+    """Length, batch and engine of the run."""
+
+    global_batch: int
+    """Images in one optimizer step over all devices: the same whatever the number of devices."""
+    micro_batch: int
+    """Most images a device holds in one forward pass; accumulation steps follow from it."""
+    epochs: float | None = None
+    """Length of the run in epochs (or `steps`)."""
+    steps: int | None = None
+    """Length of the run in optimizer steps (or `epochs`)."""
+    precision: Literal["fp32", "bf16", "fp16"] = "bf16"
+    """Arithmetic of the forward and backward pass; master weights are fp32."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to run; `auto`: CUDA where there is any, else the CPU."""
+    ds_config: str = "zero1"
+    """A DeepSpeed JSON file, or the name of one in ds_configs/."""
+    activation_checkpointing: Literal["none", "block"] = "none"
+    """`block`: only a block's input is kept for the backward pass, the rest is computed again."""
+    max_skipped_steps: int = 10
+    """Steps in a row that may be skipped for a non-finite gradient before the run stops."""
+    timeout_s: int = 1800
+    """Seconds that a rank waits for the others before the job ends."""
+
+    def __post_init__(self) -> None:
+        for key in ("global_batch", "micro_batch", "max_skipped_steps", "timeout_s"):
+            _require(getattr(self, key) > 0, f"train.{key}", getattr(self, key), "a positive whole number")
+        if (self.epochs is None) == (self.steps is None):
+            raise UserError(
+                "train: exactly one of train.epochs and train.steps gives the run's length; "
+                f"got epochs={self.epochs}, steps={self.steps}"
+            )
+        length = self.epochs if self.steps is None else self.steps
+        _require(length is not None and length > 0, "train.epochs or train.steps", length, "more than 0")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CheckpointConfig:
+    """When the run is saved and what is kept."""
+
+    save_every_steps: int = 1000
+    """Steps between checkpoints; the last step is always saved."""
+    keep_last: int = 2
+    """Newest checkpoints kept; the best by the evaluation metric is kept besides."""
+
+    def __post_init__(self) -> None:
+        for key in ("save_every_steps", "keep_last"):
+            _require(
+                getattr(self, key) > 0, f"checkpoint.{key}", getattr(self, key), "a positive whole number"
+            )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LogConfig:
+    """What the run shows of itself."""
+
+    every_steps: int = 50
+    """Steps between lines of metrics."""
+    images_every_steps: int = 1000
+    """Steps between pictures in TensorBoard; 0: none."""
+    evaluate_every_steps: int = 0
+    """Steps between evaluations; 0: at the end only."""
+
+    def __post_init__(self) -> None:
+        _require(self.every_steps > 0, "log.every_steps", self.every_steps, "a positive whole number")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TeacherConfig:
+    """A frozen model whose features are the target."""
+
+    model: ModelConfig
+    precision: Literal["fp32", "bf16", "fp16"] | None = None
+    """Arithmetic of its forward pass; none: that of the student."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DistillConfig:
+    """Feature distillation (arXiv 2205.14141)."""
+
+    teachers: list[TeacherConfig]
+    """The teachers; one, for now."""
+    beta: float = 2.0
+    """Where smooth L1 turns from squared to absolute error, in standard deviations of the target."""
+
+    def __post_init__(self) -> None:
+        _require(
+            len(self.teachers) == 1, "distill.teachers", f"{len(self.teachers)} entries", "a list of one"
+        )
+        _require(self.beta > 0, "distill.beta", self.beta, "a positive number")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ContrastiveConfig:
+    """Contrastive pre-training: NT-Xent between two views of each image (SimCLR, arXiv 2002.05709)."""
+
+    temperature: float = 0.2
+    """Divides the cosine similarities."""
+    projection_dim: int = 128
+    """Width of the space in which views are compared."""
+    jitter: float = 0.4
+    """Strength of the brightness, contrast and saturation jitter; 0: none."""
+
+    def __post_init__(self) -> None:
+        _require(self.temperature > 0, "contrastive.temperature", self.temperature, "a positive number")
+        _require(self.projection_dim > 0, "contrastive.projection_dim", self.projection_dim, "more than 0")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ClassificationConfig:
+    """Fine-tuning on labels: mean of the tokens, LayerNorm, linear head."""
+
+    label_smoothing: float = 0.1
+    """Share of the target spread over all classes."""
+    head_init_scale: float = 0.001
+    """Factor on the head's initial weights."""
+
+    def __post_init__(self) -> None:
+        _require(
+            0 <= self.label_smoothing < 1,
+            "classification.label_smoothing",
+            self.label_smoothing,
+            "a number in 0..1",
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Recipe:
+    """All that defines a run."""
+
+    task: Literal["distill", "contrastive", "classification"]
+    """What is trained; the section of the same name holds its settings."""
+    run_dir: str
+    """Folder of the run: made where absent, resumed where it holds a checkpoint."""
+    seed: int = 0
+    """Root of all randomness: initialisation, order, crops, drop path."""
+    model: ModelConfig
+    data: DataConfig
+    optim: OptimConfig
+    train: TrainConfig
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+    distill: DistillConfig | None = None
+    contrastive: ContrastiveConfig | None = None
+    classification: ClassificationConfig | None = None
+
+    def __post_init__(self) -> None:
+        for name in TASKS:
+            given = getattr(self, name) is not None
+            if given and name != self.task:
+                raise UserError(
+                    f"{name}: this section belongs to task {name}, the recipe's is {self.task}; remove it"
+                )
+            if not given and name == self.task:
+                raise UserError(
+                    f"{name}: task {name} needs a section of this name; `{name}: {{}}` takes the defaults"
+                )
+        if self.train.steps is None and self.optim.warmup_steps:
+            raise UserError(
+                "optim.warmup_steps: the run's length is in epochs; set optim.warmup_epochs instead"
+            )
+        if self.train.epochs is None and self.optim.warmup_epochs:
+            raise UserError(
+                "optim.warmup_epochs: the run's length is in steps; set optim.warmup_steps instead"
+            )
+
+
+def _require(holds: bool, key: str, got: object, expected: str) -> None:
+    if not holds:
+        raise UserError(f"{key}: got {got}, expected {expected}")
+
+
+def packaged_recipes() -> dict[str, Path]:
+    """Returns the name and file of every recipe that ships with the package."""
+    root = Path(str(resources.files("fd_scale") / "recipes"))
+    return {path.relative_to(root).with_suffix("").as_posix(): path for path in sorted(root.rglob("*.yaml"))}
+
+
+def load_recipe(recipe: str | Path, overrides: list[str] | None = None) -> Recipe:
+    """Reads a recipe.
+
+    Args:
+        recipe: a YAML file, or the name of a packaged recipe.
+        overrides: `key=value` strings, e.g. `optim.lr=1e-3` or `distill.teachers.0.model.weights=PATH`.
+
+    Returns:
+        The checked recipe.
+
+    Raises:
+        UserError: no such recipe, an unknown key, a wrong type or a value out of range.
+    """
+    path = _find_recipe(recipe)
+    try:
+        given = OmegaConf.load(path)
+    except (OmegaConfBaseException, YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not a YAML file: {_first_line(error)}") from None
+    if not isinstance(given, DictConfig):
+        raise UserError(f"{path}: a recipe is a mapping of sections, got {type(given).__name__}")
+    for item in overrides or []:
+        key, separator, value = item.partition("=")
+        if not separator or not key:
+            raise UserError(f"'{item}': an override is written key=value, e.g. optim.lr=1e-3")
+        try:
+            _put(given, key, OmegaConf.from_dotlist([f"value={value}"]).value)
+        except (OmegaConfBaseException, YAMLError, IndexError, TypeError, ValueError) as error:
+            raise UserError(f"'{item}': cannot be set: {_first_line(error)}") from None
+    return build_recipe(OmegaConf.to_container(given, resolve=True), where=str(path))
+
+
+def build_recipe(values: Any, where: str = "recipe") -> Recipe:
+    """Builds a checked recipe from plain nested dicts; errors name `where`."""
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(Recipe), values)
+        missing = OmegaConf.missing_keys(merged)
+        if missing:
+            raise UserError(f"{where}: required and not given: {', '.join(sorted(missing))}")
+        recipe = OmegaConf.to_object(merged)
+    except OmegaConfBaseException as error:
+        key = f"{error.full_key}: " if error.full_key else ""
+        raise UserError(f"{where}: {key}{_first_line(error)}") from None
+    except UserError as error:
+        raise UserError(str(error) if str(error).startswith(where) else f"{where}: {error}") from None
+    assert isinstance(recipe, Recipe)
+    return recipe
+
+
+def to_yaml(recipe: Recipe) -> str:
+    """Returns the resolved recipe as YAML: reading it back gives an equal recipe."""
+    return OmegaConf.to_yaml(OmegaConf.structured(recipe))
+
+
+def to_dict(recipe: Recipe) -> dict[str, Any]:
+    """Returns the resolved recipe as plain nested dicts and lists."""
+    values = OmegaConf.to_container(OmegaConf.structured(recipe))
+    assert isinstance(values, dict)
+    return values  # type: ignore[return-value]
+
+
+def describe_keys() -> list[tuple[str, str, str]]:
+    """Returns (key, default, meaning) of every setting, from the field docstrings above."""
+    source = Path(__file__).read_text(encoding="utf-8")
+    sections = {
+        "": Recipe, "model": ModelConfig, "data": DataConfig, "optim": OptimConfig, "train": TrainConfig,
+        "checkpoint": CheckpointConfig, "log": LogConfig, "distill": DistillConfig,
+        "distill.teachers.0": TeacherConfig, "contrastive": ContrastiveConfig,
+        "classification": ClassificationConfig,
+    }  # fmt: skip
+    rows = []
+    for section, cls in sections.items():
+        body = source.split(f"class {cls.__name__}:")[1].split("\n\n\n")[0]
+        for item in fields(cls):
+            match = re.search(rf'^    {item.name}: .*\n    """((?:.|\n)*?)"""', body, re.MULTILINE)
+            if match is None:
+                continue  # a section of its own
+            default = (
+                "required"
+                if item.default is MISSING and item.default_factory is MISSING
+                else str(item.default)
+            )
+            key = f"{section}.{item.name}".lstrip(".")
+            rows.append((key, default if "MISSING" not in default else "{}", " ".join(match[1].split())))
+    return rows
+
+
+def _find_recipe(recipe: str | Path) -> Path:
+    path = Path(recipe)
+    if path.is_file():
+        return path
+    packaged = packaged_recipes()
+    if str(recipe) in packaged:
+        return packaged[str(recipe)]
+    raise UserError(
+        f"{recipe}: neither a file nor a packaged recipe; give a path to a YAML file or one of: {', '.join(packaged)}"
+    )
+
+
+def _put(config: DictConfig, key: str, value: Any) -> None:
+    """Sets `a.b.0.c` in a config; numbers index lists."""
+    *parents, last = [int(part) if part.isdigit() else part for part in key.split(".")]
+    node: Any = config
+    for part in parents:
+        if isinstance(node, DictConfig) and node.get(part) is None:
+            node[part] = {}
+        node = node[part]
+    node[last] = value
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().split("\n")[0]

@@ -1,0 +1,22 @@
+"""Images from disk to batches: sources, decoding, transforms, and a loader that resumes exactly."""
+
+from fd_scale.data.loader import Batch, TrainLoader, evaluation_batches
+from fd_scale.data.sources import Source, open_source
+from fd_scale.data.transforms import (
+    Transform,
+    contrastive_transform,
+    distillation_transform,
+    evaluation_transform,
+)
+
+__all__ = [
+    "Batch",
+    "Source",
+    "TrainLoader",
+    "Transform",
+    "contrastive_transform",
+    "distillation_transform",
+    "evaluation_batches",
+    "evaluation_transform",
+    "open_source",
+]

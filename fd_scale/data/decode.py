@@ -1,0 +1,82 @@
+"""Bytes of an image file to an 8-bit RGB image."""
+
+import io
+import struct
+
+import numpy as np
+from PIL import Image
+
+# Formats outside this list are refused unseen: some of Pillow's plugins start other programs.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
+# Pillow warns at this size (0.25 GiB as RGB) and raises at twice as much; here it is an error at once.
+MAX_PIXELS = 1024**3 // 4 // 3
+
+# What Pillow's decoders raise on damaged files (OSError includes its UnidentifiedImageError).
+_DAMAGE = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    TypeError,
+    LookupError,
+    EOFError,
+    OverflowError,
+    RuntimeError,
+    struct.error,
+    Image.DecompressionBombError,
+)
+
+_EXIF_ORIENTATION = 0x0112
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+class DecodeError(Exception):
+    """The bytes are no image that can be decoded; the message says why."""
+
+
+def decode(data: bytes) -> Image.Image:
+    """Decodes an image file, upright and as 8-bit RGB.
+
+    The EXIF orientation is applied. 16-bit grey is scaled to 8 bits (65535 becomes 255). Alpha is
+    dropped, not composited: the stored colours stay as they are, also under transparent pixels. Of
+    an animation the first frame is taken.
+
+    Args:
+        data: the whole file, in one of `FORMATS`.
+
+    Returns:
+        Image of mode RGB, at least one pixel in size.
+
+    Raises:
+        DecodeError: truncated, damaged, no image, unsupported, or more than `MAX_PIXELS` pixels.
+    """
+    try:
+        image: Image.Image = Image.open(io.BytesIO(data), formats=FORMATS)
+        if image.width * image.height > MAX_PIXELS:
+            raise DecodeError(f"{image.width} x {image.height} pixels are more than {MAX_PIXELS}")
+        image.load()
+        orientation = image.getexif().get(_EXIF_ORIENTATION)
+        image = _to_rgb(image)
+    except _DAMAGE as error:
+        raise DecodeError(f"{type(error).__name__}: {error}") from error
+    return image.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else image
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "F":
+        raise DecodeError("floating-point pixels have no defined range")
+    if image.mode.startswith("I"):  # Pillow's own conversion clips at 255 instead of scaling
+        grey_HW = np.asarray(image).astype(np.int64)
+        if grey_HW.min() < 0 or grey_HW.max() > 65535:
+            raise DecodeError("32-bit grey pixels have no defined range")
+        image = Image.fromarray(((grey_HW + 128) // 257).astype(np.uint8))
+    if image.mode == "P":  # straight to RGB, Pillow warns about a palette with transparency
+        image = image.convert("RGBA")
+    return image.convert("RGB")

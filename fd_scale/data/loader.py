@@ -1,0 +1,315 @@
+"""Batches in an order that only the seed decides: the same on any number of ranks and workers.
+
+The stream of samples has no end. Position p of it belongs to step p // global_batch, a step to
+epoch step // steps_per_epoch, and `order` says which sample stands at a position of an epoch.
+
+Shape suffixes: B = samples of a micro-batch.
+"""
+
+import contextlib
+import itertools
+import logging
+import multiprocessing
+import os
+import threading
+from collections.abc import Generator, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from fd_scale.data.decode import DecodeError
+from fd_scale.data.order import order
+from fd_scale.data.sources import Source
+from fd_scale.data.transforms import Transform
+from fd_scale.errors import UserError
+from fd_scale.randomness import hash64
+
+logger = logging.getLogger(__name__)
+
+# So many others are tried for a sample that cannot be decoded; if all fail, the data set is to blame.
+_NUM_REPLACEMENTS = 16
+# The share of bad samples is judged over at least so many, or over the data set if it is smaller.
+_MIN_JUDGED_SAMPLES = 1000
+
+
+class Batch(NamedTuple):
+    """A micro-batch of one rank."""
+
+    images: torch.Tensor
+    """uint8 (B, 3, H, W), or (B, 2, 3, H, W) from a transform that makes two views."""
+    labels: torch.Tensor
+    """int64 (B,), -1 where a sample has none."""
+    positions: torch.Tensor
+    """int64 (B,): step * global_batch + row in a training stream, the sample id in an evaluation."""
+    num_bad: int
+    """How many samples could not be decoded and were replaced by others."""
+
+    def to(self, device: torch.device | str) -> "Batch":
+        """Returns the batch on a device; from pinned memory the copy does not wait."""
+        images, labels, positions = (tensor.to(device, non_blocking=True) for tensor in self[:3])
+        return Batch(images, labels, positions, self.num_bad)
+
+
+class _BadSample(NamedTuple):
+    sample_id: int
+    name: str
+    reason: str
+
+
+# No batch where a sample could not be decoded and none of its replacements either. Errors travel as
+# values, because a worker's exception would reach the user as a traceback inside a message.
+_Loaded = tuple[Batch | None, list[_BadSample]]
+
+
+@dataclass(frozen=True)
+class _Reader:
+    """Reads, decodes and augments samples; runs inside the workers."""
+
+    source: Source
+    transform: Transform
+    seed: int
+    num_replacements: int
+
+    def load(self, positions: range, epoch: int, sample_ids: npt.NDArray[np.int64]) -> _Loaded:
+        images, labels, bad = [], [], []
+        num_bad = 0
+        augment_seeds = hash64(self.seed, "augment", epoch, sample_ids)
+        with torch.random.fork_rng(devices=[]):
+            for sample_id, augment_seed in zip(sample_ids.tolist(), augment_seeds.tolist(), strict=True):
+                # Not torch.manual_seed, which would seed the GPUs of this process as well.
+                torch.default_generator.manual_seed(augment_seed)
+                for candidate in self._candidates(epoch, sample_id):
+                    try:
+                        image, label = self.source.read(candidate)
+                        break
+                    except DecodeError as error:
+                        bad.append(_BadSample(candidate, self.source.name(candidate), str(error)))
+                else:
+                    return None, bad
+                num_bad += candidate != sample_id
+                images.append(self.transform(image))
+                labels.append(label)
+        batch = Batch(torch.stack(images), torch.tensor(labels), torch.tensor(positions), num_bad)
+        return batch, bad
+
+    def _candidates(self, epoch: int, sample_id: int) -> Iterator[int]:
+        yield sample_id
+        for attempt in range(self.num_replacements):
+            yield int(hash64(self.seed, "replacement", epoch, sample_id, attempt)) % len(self.source)
+
+
+@dataclass(frozen=True)
+class _TrainingSamples(Dataset[_Loaded]):
+    reader: _Reader
+    samples_per_epoch: int
+
+    def __getitem__(self, positions: range) -> _Loaded:
+        epoch, first = divmod(positions.start, self.samples_per_epoch)
+        in_epoch = np.arange(first, first + len(positions))
+        sample_ids = order(self.reader.seed, epoch, in_epoch, len(self.reader.source))
+        return self.reader.load(positions, epoch, sample_ids)
+
+
+@dataclass(frozen=True)
+class _EvaluationSamples(Dataset[_Loaded]):
+    reader: _Reader
+
+    def __getitem__(self, positions: range) -> _Loaded:
+        return self.reader.load(positions, 0, np.array(positions))
+
+
+class TrainLoader:
+    """The batches of a training run, for one rank."""
+
+    def __init__(
+        self,
+        source: Source,
+        transform: Transform,
+        *,
+        seed: int,
+        global_batch: int,
+        micro_batch: int,
+        rank: int,
+        world_size: int,
+        num_workers: int,
+        max_bad_fraction: float = 0.01,
+    ) -> None:
+        """Checks the sizes; starts nothing.
+
+        Args:
+            source: the data set.
+            transform: PIL RGB image -> uint8 tensor; random by torch's default generator only.
+            seed: seed of the run.
+            global_batch: samples of an optimizer step, over all ranks.
+            micro_batch: samples of a forward pass on one rank.
+            rank: number of this process, 0 to world_size - 1.
+            world_size: number of processes.
+            num_workers: processes of this rank that read and augment; 0 for none.
+            max_bad_fraction: part of the samples that may be impossible to decode, 0 to 1.
+
+        Raises:
+            UserError: sizes that do not fit together.
+        """
+        assert 0 <= rank < world_size, (rank, world_size)
+        rows = micro_batch * world_size
+        if global_batch < 1 or micro_batch < 1 or global_batch % rows:
+            multiple = max(1, round(global_batch / max(1, rows))) * max(1, rows)
+            raise UserError(
+                f"global batch {global_batch} must be a multiple of micro-batch x ranks = "
+                f"{micro_batch} x {world_size}; take {multiple}, or another micro-batch"
+            )
+        if global_batch > len(source):
+            raise UserError(
+                f"global batch {global_batch} is larger than the data set of {len(source)} samples; "
+                f"take at most {len(source)}"
+            )
+        if not 0 <= max_bad_fraction <= 1:
+            raise UserError(
+                f"max_bad_fraction must be between 0 and 1, got {max_bad_fraction}; 0.01 is usual"
+            )
+        self.accumulation = global_batch // rows
+        self.steps_per_epoch = len(source) // global_batch
+        self._global_batch = global_batch
+        self._micro_batch = micro_batch
+        self._first_row = rank * global_batch // world_size
+        self._num_workers = num_workers
+        self._max_bad_fraction = max_bad_fraction
+        self._min_judged = min(_MIN_JUDGED_SAMPLES, len(source))
+        self._num_seen = 0
+        self._num_bad = 0
+        self._bad_names: dict[int, str] = {}
+        reader = _Reader(source, transform, seed, _NUM_REPLACEMENTS)
+        self._samples = _TrainingSamples(reader, self.steps_per_epoch * global_batch)
+
+    def iterate(self, start_step: int) -> Generator[list[Batch], None, None]:
+        """Yields the micro-batches of each step from `start_step` on, without end.
+
+        Rank r of R has the rows [r * G / R, (r + 1) * G / R) of a global batch of G, cut into
+        `accumulation` micro-batches in order. Closing the generator stops the workers.
+
+        Raises:
+            UserError: more than `max_bad_fraction` of the samples cannot be decoded.
+        """
+        requests = self._micro_batches(start_step)
+        with contextlib.closing(_run(self._samples, requests, self._num_workers)) as loaded:
+            while True:
+                yield [self._checked(*next(loaded)) for _ in range(self.accumulation)]
+
+    def _micro_batches(self, start_step: int) -> Iterator[range]:
+        for step in itertools.count(start_step):
+            first = step * self._global_batch + self._first_row
+            for i in range(self.accumulation):
+                yield range(first + i * self._micro_batch, first + (i + 1) * self._micro_batch)
+
+    def _checked(self, batch: Batch | None, bad: list[_BadSample]) -> Batch:
+        for sample in bad:
+            if sample.sample_id not in self._bad_names:
+                self._bad_names[sample.sample_id] = sample.name
+                logger.warning("%s cannot be decoded, another sample takes its place: %s", *sample[1:])
+        names = ", ".join(list(self._bad_names.values())[:3])
+        if batch is None:
+            raise UserError(
+                f"{_NUM_REPLACEMENTS + 1} samples in a row cannot be decoded: {names}; repair the data set"
+            )
+        self._num_seen += len(batch.labels)
+        self._num_bad += batch.num_bad
+        if self._num_bad > self._max_bad_fraction * max(self._num_seen, self._min_judged):
+            raise UserError(
+                f"{self._num_bad} of {self._num_seen} samples cannot be decoded, allowed are "
+                f"{self._max_bad_fraction:.2%} (max_bad_fraction): {names}; repair or remove them"
+            )
+        return batch
+
+
+def evaluation_batches(
+    source: Source, transform: Transform, *, batch_size: int, rank: int, world_size: int, num_workers: int
+) -> Generator[Batch, None, None]:
+    """Yields a rank's part of a data set: each sample once over all ranks, in order, nothing padded.
+
+    Batch sizes differ by at most one and every rank has as many batches as the others, since a
+    partitioned model needs all ranks in each forward pass.
+
+    Args:
+        source: the data set.
+        transform: PIL RGB image -> uint8 tensor.
+        batch_size: samples of a batch at most.
+        rank: number of this process, 0 to world_size - 1.
+        world_size: number of processes.
+        num_workers: processes of this rank that read and transform; 0 for none.
+
+    Raises:
+        UserError: a sample that cannot be decoded, or too few samples for the ranks.
+    """
+    assert 0 <= rank < world_size, (rank, world_size)
+    if batch_size < 1:
+        raise UserError(f"batch_size must be at least 1, got {batch_size}")
+    num_batches = -(-len(source) // (batch_size * world_size))
+    num_parts = num_batches * world_size
+    if num_parts > len(source):
+        raise UserError(
+            f"{len(source)} samples in batches of {batch_size} do not give {world_size} ranks as many "
+            f"batches each; take {len(source) // num_batches} ranks at most, or a larger batch_size"
+        )
+    first_ids = [part * len(source) // num_parts for part in range(num_parts + 1)]
+    own = first_ids[rank * num_batches : (rank + 1) * num_batches + 1]
+    samples = _EvaluationSamples(_Reader(source, transform, seed=0, num_replacements=0))
+    requests = itertools.starmap(range, itertools.pairwise(own))
+    with contextlib.closing(_run(samples, requests, num_workers)) as loaded:
+        for batch, bad in loaded:
+            if batch is None:
+                raise UserError(f"{bad[0].name} cannot be decoded: {bad[0].reason}; repair or remove it")
+            yield batch
+
+
+def _run(
+    samples: Dataset[_Loaded], requests: Iterable[range], num_workers: int
+) -> Generator[_Loaded, None, None]:
+    """Loads the requests in order, ahead of their use, in workers that end when the generator is closed.
+
+    Workers come from a fork server, a process that has imported this module and has nothing else:
+    no threads of torch or DeepSpeed, whose locks a plain fork would copy in whatever state they are.
+    """
+    context = None
+    if num_workers:
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload([__name__])
+    loader = DataLoader(
+        samples,
+        batch_size=None,  # a request is a whole micro-batch
+        sampler=requests,
+        num_workers=num_workers,
+        collate_fn=_as_it_is,
+        worker_init_fn=_end_with_main_process,
+        multiprocessing_context=context,
+        pin_memory=torch.cuda.is_available(),
+        generator=torch.Generator(),  # else each iterator draws from the default generator
+    )
+    iterator = iter(loader)
+    try:
+        yield from iterator
+    finally:
+        del iterator  # the last reference: torch ends the workers here, whoever still holds a traceback
+
+
+def _end_with_main_process(worker_id: int) -> None:
+    """Ends this worker when the main process is killed.
+
+    torch's own watch looks at the worker's parent, here the fork server. That one lives as long as
+    any of its workers: without this, both would outlive a killed run for ever.
+    """
+    main_process = multiprocessing.parent_process()
+    assert main_process is not None, worker_id
+
+    def watch() -> None:
+        main_process.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _as_it_is(loaded: Any) -> Any:  # torch declares that what is collated is a list
+    return loaded

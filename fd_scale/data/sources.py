@@ -1,0 +1,334 @@
+"""Sources of labelled images: anything that reads a sample by its number."""
+
+import bisect
+import collections
+import difflib
+import functools
+import glob
+import hashlib
+import json
+import logging
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image
+
+from fd_scale.data.decode import DecodeError, decode
+from fd_scale.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+UNLABELLED = -1
+IMAGE_SUFFIXES = frozenset(
+    {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".jp2", ".avif"}
+)
+LABEL_COLUMNS = ("label", "labels", "fine_label", "coarse_label")
+# A parquet set whose images take less than this is kept in memory, in each process that reads it.
+PARQUET_CACHE_BYTES = 256 * 2**20
+
+
+class Source(Protocol):
+    """A data set with random access. It must be picklable: loader workers get a copy."""
+
+    @property
+    def class_names(self) -> list[str] | None:
+        """Name of each label, or None where the data set does not tell."""
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes; 0 where nothing is labelled."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of what identifies the content cheaply: file names, sizes, counts; no absolute path."""
+
+    def __len__(self) -> int: ...
+
+    def name(self, sample_id: int) -> str:
+        """What a person needs to find the sample: a path, or a file and its row."""
+
+    def read(self, sample_id: int) -> tuple[Image.Image, int]:
+        """Returns the image, 8-bit RGB, and its label, `UNLABELLED` (-1) where it has none.
+
+        Raises:
+            DecodeError: the image cannot be decoded.
+        """
+
+
+def open_source(spec: str) -> Source:
+    """Opens a data set.
+
+    Args:
+        spec: "KIND:REST":
+            "digits:train" or "digits:test", the 8 x 8 digits that come with scikit-learn;
+            "imagefolder:PATH", a folder for each class, or a flat folder without labels;
+            "parquet:PATH", a file, folder or glob in the layout of the Hugging Face hub.
+
+    Returns:
+        The source; never empty.
+
+    Raises:
+        UserError: unknown kind, missing path, no images in it.
+    """
+    kind, colon, rest = spec.partition(":")
+    if kind not in _KINDS or not colon:
+        nearest = difflib.get_close_matches(kind, _KINDS, n=1, cutoff=0)[0]
+        raise UserError(
+            f"data set {spec!r} must be KIND:REST, KIND one of {', '.join(_KINDS)}; nearest: '{nearest}:...'"
+        )
+    return _KINDS[kind](rest)
+
+
+class DigitsSource:
+    """scikit-learn's digits, 1797 images of 8 x 8 pixels; every 6th image is in the test part."""
+
+    def __init__(self, split: str) -> None:
+        if split not in ("train", "test"):
+            raise UserError(
+                f"digits has the parts train and test, got {split!r}; write digits:train or digits:test"
+            )
+        try:
+            from sklearn.datasets import load_digits
+        except ImportError as error:
+            raise UserError(
+                f"digits:{split} needs scikit-learn, which is not installed; run: pip install scikit-learn"
+            ) from error
+        digits = load_digits()
+        is_test = np.arange(len(digits.target)) % 6 == 0
+        chosen = is_test if split == "test" else ~is_test
+        self.split = split
+        self.images_NHW = np.round(digits.images[chosen] * (255 / 16)).astype(np.uint8)
+        self.labels_N = digits.target[chosen].astype(np.int64)
+        self.class_names: list[str] | None = [str(digit) for digit in range(10)]
+        self.num_classes = 10
+
+    @property
+    def fingerprint(self) -> str:
+        return _hash([f"digits:{self.split}", self.images_NHW.tobytes().hex()])
+
+    def __len__(self) -> int:
+        return len(self.labels_N)
+
+    def name(self, sample_id: int) -> str:
+        return f"digits:{self.split}:{sample_id}"
+
+    def read(self, sample_id: int) -> tuple[Image.Image, int]:
+        return Image.fromarray(self.images_NHW[sample_id]).convert("RGB"), int(self.labels_N[sample_id])
+
+
+class ImageFolderSource:
+    """A folder with a sub-folder for each class (sorted by name), or a flat folder of unlabelled images."""
+
+    def __init__(self, path: str) -> None:
+        self.root = Path(path)
+        if not self.root.is_dir():
+            raise UserError(
+                f"imagefolder:{path} is not a folder; give the folder that holds the class folders"
+            )
+        classes = sorted(e.name for e in os.scandir(self.root) if e.is_dir() and not e.name.startswith("."))
+        names, labels = [], []
+        for label, class_name in enumerate(classes):
+            found = sorted(_walk_images(self.root / class_name))
+            if not found:
+                logger.warning("class folder %s holds no images", self.root / class_name)
+            names += [f"{class_name}/{name}" for name in found]
+            labels += [label] * len(found)
+        if not classes:
+            names = sorted(_walk_images(self.root))
+            labels = [UNLABELLED] * len(names)
+        if not names:
+            raise UserError(
+                f"imagefolder:{path} holds no images ({' '.join(sorted(IMAGE_SUFFIXES))}); check the path"
+            )
+        # Arrays of bytes: a million file names as str would cost 100 MB in every worker.
+        self.names_N = np.array([os.fsencode(name) for name in names])
+        self.labels_N = np.array(labels, dtype=np.int64)
+        self.class_names = classes or None
+        self.num_classes = len(classes)
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """See `Source`. Asks the file system for the size of every file, so it is computed when asked for."""
+        return _hash(
+            f"{os.fsdecode(name)} {os.stat(self.root / os.fsdecode(name)).st_size}" for name in self.names_N
+        )
+
+    def __len__(self) -> int:
+        return len(self.names_N)
+
+    def name(self, sample_id: int) -> str:
+        return str(self.root / os.fsdecode(self.names_N[sample_id]))
+
+    def read(self, sample_id: int) -> tuple[Image.Image, int]:
+        return decode(Path(self.name(sample_id)).read_bytes()), int(self.labels_N[sample_id])
+
+
+class ParquetSource:
+    """Parquet files with a struct column {bytes, path} of encoded images and an integer label column.
+
+    A set larger than `PARQUET_CACHE_BYTES` is read one row group at a time: random access then
+    reads a whole row group for a sample.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.paths = _parquet_paths(path)
+        self._files: dict[int, pq.ParquetFile] = {}
+        self._cache: collections.OrderedDict[int, pa.ChunkedArray] = collections.OrderedDict()
+        schema = self._file(0).schema_arrow
+        self._image_column = _image_column(schema, self.paths[0])
+        label_column = next((name for name in LABEL_COLUMNS if _is_integer_column(schema, name)), None)
+        self._row_groups: list[tuple[int, int]] = []  # (file, row group within the file)
+        self._first_ids = [0]  # of each row group, and one past the last sample
+        self._num_file_rows = []
+        image_bytes = 0
+        labels = []
+        for file_id in range(len(self.paths)):
+            metadata = self._check_schema(file_id, label_column)
+            self._num_file_rows.append(metadata.num_rows)
+            for group_id in range(metadata.num_row_groups):
+                group = metadata.row_group(group_id)
+                self._row_groups.append((file_id, group_id))
+                self._first_ids.append(self._first_ids[-1] + group.num_rows)
+                image_bytes += group.total_byte_size
+            if label_column:
+                column = self._file(file_id).read([label_column], use_threads=False).column(0)
+                labels.append(column.fill_null(UNLABELLED).to_numpy().astype(np.int64))
+        if len(self) == 0:
+            raise UserError(f"parquet:{path} holds no rows; check the path")
+        self.labels_N = np.concatenate(labels) if labels else np.full(len(self), UNLABELLED)
+        self.class_names = _hub_class_names(schema, label_column)
+        self.num_classes = len(self.class_names) if self.class_names else int(self.labels_N.max()) + 1
+        self._max_cached = len(self._row_groups) if image_bytes <= PARQUET_CACHE_BYTES else 1
+        if self._max_cached < len(self._row_groups):
+            rows = len(self) / len(self._row_groups)
+            mib = image_bytes / len(self._row_groups) / 2**20
+            logger.info("parquet:%s: a random read takes a row group, %.0f images, %.1f MiB", path, rows, mib)
+
+    def _check_schema(self, file_id: int, label_column: str | None) -> pq.FileMetaData:
+        names = self._file(file_id).schema_arrow.names
+        for column in filter(None, (self._image_column, label_column)):
+            if column not in names:
+                raise UserError(
+                    f"{self.paths[file_id]} has no column {column!r}, which {self.paths[0]} has; "
+                    "give files of one data set"
+                )
+        return self._file(file_id).metadata
+
+    def _file(self, file_id: int) -> pq.ParquetFile:
+        # Memory-mapped: reads carry their own offset, so that a forked process can share the handle.
+        if file_id not in self._files:
+            try:
+                self._files[file_id] = pq.ParquetFile(self.paths[file_id], memory_map=True)
+            except pa.ArrowInvalid as error:
+                raise UserError(
+                    f"{self.paths[file_id]} is no parquet file ({error}); download it again"
+                ) from error
+        return self._files[file_id]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leaves out what each process opens for itself."""
+        return self.__dict__ | {"_files": {}, "_cache": collections.OrderedDict()}
+
+    @property
+    def fingerprint(self) -> str:
+        return _hash(
+            f"{os.path.basename(path)} {os.path.getsize(path)} {num_rows}"
+            for path, num_rows in zip(self.paths, self._num_file_rows, strict=True)
+        )
+
+    def __len__(self) -> int:
+        return self._first_ids[-1]
+
+    def name(self, sample_id: int) -> str:
+        file_id, _ = self._row_groups[bisect.bisect_right(self._first_ids, sample_id) - 1]
+        return f"{self.paths[file_id]}:{sample_id - sum(self._num_file_rows[:file_id])}"
+
+    def read(self, sample_id: int) -> tuple[Image.Image, int]:
+        group = bisect.bisect_right(self._first_ids, sample_id) - 1
+        struct = self._images(group)[sample_id - self._first_ids[group]].as_py()
+        if struct is None or struct["bytes"] is None:
+            raise DecodeError("the row holds no image bytes")
+        return decode(struct["bytes"]), int(self.labels_N[sample_id])
+
+    def _images(self, group: int) -> pa.ChunkedArray:
+        if group not in self._cache:
+            while len(self._cache) >= self._max_cached:
+                self._cache.popitem(last=False)
+            file_id, group_id = self._row_groups[group]
+            columns = [f"{self._image_column}.bytes"]
+            table = self._file(file_id).read_row_group(group_id, columns, use_threads=False)
+            self._cache[group] = table.column(0)
+        return self._cache[group]
+
+
+def _walk_images(folder: Path) -> Iterator[str]:
+    """Paths of the images below a folder, relative to it, unsorted."""
+    for parent, _, names in os.walk(folder, followlinks=True):
+        for name in names:
+            if os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES and not name.startswith("."):
+                yield os.path.relpath(os.path.join(parent, name), folder)
+
+
+def _parquet_paths(path: str) -> list[str]:
+    if not os.path.isdir(path):
+        found = sorted(glob.glob(path, recursive=True))
+        if not found:
+            raise UserError(f"parquet:{path} matches no file; give a file, a folder or a quoted glob")
+        return found
+    found = sorted(str(file) for file in Path(path).rglob("*.parquet"))
+    if not found:
+        raise UserError(f"parquet:{path} is a folder without *.parquet files; check the path")
+    splits = sorted({re.sub(r"-\d+-of-\d+.*", "", os.path.basename(file)) for file in found})
+    if len(splits) > 1 and {"train", "test", "val", "validation"} & set(splits):
+        raise UserError(
+            f"parquet:{path} holds several parts ({', '.join(splits)}), which must not be mixed; "
+            f"choose one, like parquet:{path.rstrip('/')}/**/{splits[-1]}-*.parquet"
+        )
+    return found
+
+
+def _image_column(schema: pa.Schema, path: str) -> str:
+    structs: list[str] = [
+        field.name
+        for field in schema
+        if pa.types.is_struct(field.type) and field.type.get_field_index("bytes") >= 0
+    ]
+    for name in ("image", "img", *structs):
+        if name in structs:
+            return name
+    raise UserError(
+        f"{path} has no image column (a struct with the field `bytes`, as on the Hugging Face hub); "
+        f"its columns are: {', '.join(f'{field.name}: {field.type}' for field in schema)}"
+    )
+
+
+def _is_integer_column(schema: pa.Schema, name: str) -> bool:
+    return name in schema.names and pa.types.is_integer(schema.field(name).type)
+
+
+def _hub_class_names(schema: pa.Schema, label_column: str | None) -> list[str] | None:
+    """Class names from the data set description that the Hugging Face hub puts into its files."""
+    description = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
+    features = description.get("info", {}).get("features", {})
+    names: list[str] | None = features.get(label_column, {}).get("names")
+    return names
+
+
+def _hash(items: Iterable[str]) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for item in items:
+        digest.update(os.fsencode(item) + b"\0")
+    return digest.hexdigest()
+
+
+_KINDS: dict[str, Callable[[str], Source]] = {
+    "digits": DigitsSource,
+    "imagefolder": ImageFolderSource,
+    "parquet": ParquetSource,
+}

@@ -1,0 +1,158 @@
+"""Ranks: how a process learns which one it is, and the few things that ranks agree on."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from types import FrameType
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+
+from fd_scale.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class World:
+    """The ranks of this run, as seen from one of them."""
+
+    rank: int
+    local_rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """True on rank 0, which alone writes what the run shows."""
+        return self.rank == 0
+
+    def sum(self, values: list[float]) -> list[float]:
+        """Returns `values` summed over ranks, on the host, in fp64."""
+        if self.size == 1:
+            return values
+        total = torch.tensor(values, dtype=torch.float64)
+        dist.all_reduce(total)
+        return total.tolist()
+
+    def any(self, flag: bool) -> bool:
+        """Returns whether `flag` is true on any rank: the same verdict everywhere."""
+        return self.sum([float(flag)])[0] > 0
+
+    def gather(self, value: Any) -> list[Any]:
+        """Returns the picklable `value` of every rank, in rank order, on every rank."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
+    def from_main(self, value: Any) -> Any:
+        """Returns rank 0's `value` on every rank."""
+        if self.size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def barrier(self) -> None:
+        """Waits until every rank is here."""
+        self.sum([0.0])
+
+
+def choose_device(wanted: Literal["auto", "cpu", "cuda"], local_rank: int = 0) -> torch.device:
+    """Returns the device of this rank.
+
+    Raises:
+        UserError: CUDA is asked for and absent, or there are more ranks on this host than GPUs.
+    """
+    if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise UserError(
+            "train.device: got cuda, but torch sees no GPU here "
+            f"(torch {torch.__version__}, CUDA {torch.version.cuda}); run on a GPU host or set train.device=cpu"
+        )
+    if local_rank >= torch.cuda.device_count():
+        raise UserError(
+            f"rank {local_rank} of this host has no GPU: {torch.cuda.device_count()} visible; start fewer ranks"
+        )
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)
+
+
+@contextmanager
+def start(device: Literal["auto", "cpu", "cuda"], timeout_s: int) -> Iterator[World]:
+    """Joins the ranks that torchrun started; a process started alone is a world of one.
+
+    CPU tensors travel over gloo and CUDA tensors over NCCL, so that ranks can agree on host
+    values without waiting for the GPU. A process group that stands already is used and left.
+    """
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed wants it, also in a world of one
+    chosen = choose_device(device, local_rank)
+    owned = not dist.is_initialized()
+    if owned:
+        backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
+        timeout = timedelta(seconds=timeout_s)
+        if "WORLD_SIZE" in os.environ:
+            dist.init_process_group(backend, timeout=timeout)
+        else:
+            alone = dist.HashStore()  # type: ignore[attr-defined]  # opens no port
+            dist.init_process_group(backend, timeout=timeout, store=alone, rank=0, world_size=1)
+    try:
+        yield World(rank=dist.get_rank(), local_rank=local_rank, size=dist.get_world_size(), device=chosen)
+    finally:
+        if owned:
+            dist.destroy_process_group()
+
+
+class Preemption:
+    """A flag that says: save and stop at the next step boundary.
+
+    It is raised by a file `preempt` in the run folder (what a batch script writes), or by SIGTERM
+    or SIGUSR1 sent to a process that runs alone (under torchrun a signal would end the workers).
+    """
+
+    def __init__(self, run_dir: Path, world: World) -> None:
+        self.file = run_dir / "preempt"
+        self.world = world
+        self.signalled = False
+        if world.is_main:
+            self.file.unlink(missing_ok=True)
+        if world.size == 1:
+            for number in (signal.SIGTERM, signal.SIGUSR1):
+                signal.signal(number, self._raise_flag)
+
+    def _raise_flag(self, number: int, frame: FrameType | None) -> None:
+        self.signalled = True
+
+    def requested(self) -> bool:
+        """Returns the same verdict on all ranks."""
+        return self.world.any(self.signalled or (self.world.is_main and self.file.exists()))
+
+
+def micro_batch_of_a_rank(global_batch: int, largest_micro_batch: int, world_size: int) -> int:
+    """Returns the images in one forward pass: the largest that fits and divides a rank's share.
+
+    Args:
+        global_batch: images in one optimizer step over all ranks.
+        largest_micro_batch: most images that a device may hold.
+        world_size: number of ranks.
+
+    Raises:
+        UserError: the global batch is no multiple of the world size.
+    """
+    if global_batch % world_size:
+        nearest = max(1, round(global_batch / world_size)) * world_size
+        raise UserError(
+            f"train.global_batch: {global_batch} images do not divide over {world_size} ranks; "
+            f"set train.global_batch={nearest} or start another number of ranks"
+        )
+    share = global_batch // world_size
+    return next(size for size in range(min(largest_micro_batch, share), 0, -1) if share % size == 0)

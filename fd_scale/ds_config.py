@@ -1,0 +1,114 @@
+"""DeepSpeed JSON: read as it is, `"auto"` filled from the recipe, refused where it disagrees with it."""
+
+from __future__ import annotations
+
+import json
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from fd_scale.config import Recipe
+from fd_scale.distributed import micro_batch_of_a_rank
+from fd_scale.errors import UserError
+
+# Keys of the JSON's optimizer section, and the recipe's name for each.
+_OPTIMIZER_KEYS = {"lr": "lr", "betas": "betas", "eps": "eps", "weight_decay": "weight_decay"}
+
+
+def read(name: str) -> dict[str, Any]:
+    """Reads a DeepSpeed JSON.
+
+    Args:
+        name: a path, or the name of a shipped file without its ending, e.g. `zero3`.
+
+    Raises:
+        UserError: there is no such file, or it is not a JSON object.
+    """
+    path = Path(name)
+    if not path.is_file():
+        shipped = Path(str(resources.files("fd_ds_configs")))
+        path = shipped / f"{name}.json"
+        if not path.is_file():
+            names = ", ".join(sorted(file.stem for file in shipped.glob("*.json")))
+            raise UserError(
+                f"train.ds_config: {name} is neither a file nor one of the shipped configs: {names}"
+            )
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"train.ds_config: {path} is not JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"train.ds_config: {path} holds a {type(values).__name__}, expected an object")
+    return values
+
+
+def zero_stage(ds_config: dict[str, Any]) -> int:
+    """Returns the ZeRO stage of a DeepSpeed configuration, 0..3."""
+    return int(ds_config.get("zero_optimization", {}).get("stage", 0))
+
+
+def resolve(ds_config: dict[str, Any], recipe: Recipe, world_size: int, device_type: str) -> dict[str, Any]:
+    """Fills a DeepSpeed configuration from the recipe.
+
+    Absent and `"auto"` values are filled; every other value must be the recipe's.
+
+    Args:
+        ds_config: what `read` returned.
+        recipe: decides batch, clipping, precision and optimizer.
+        world_size: number of ranks; accumulation follows from it.
+        device_type: `cpu` or `cuda`.
+
+    Returns:
+        A new configuration without `"auto"`.
+
+    Raises:
+        UserError: a value disagrees with the recipe, or cannot be served.
+    """
+    train, optim = recipe.train, recipe.optim
+    micro_batch = micro_batch_of_a_rank(train.global_batch, train.micro_batch, world_size)
+    if train.precision == "fp16" and device_type == "cpu":
+        raise UserError("train.precision: DeepSpeed has no fp16 on a CPU; set train.precision=bf16 or fp32")
+    resolved = json.loads(json.dumps(ds_config))
+    wanted = {
+        "train_batch_size": train.global_batch,
+        "train_micro_batch_size_per_gpu": micro_batch,
+        "gradient_accumulation_steps": train.global_batch // (micro_batch * world_size),
+        "gradient_clipping": optim.grad_clip,
+        "bf16.enabled": train.precision == "bf16",
+        "fp16.enabled": train.precision == "fp16",
+    }
+    for key, value in wanted.items():
+        *section, last = key.split(".")
+        node = resolved.setdefault(section[0], {}) if section else resolved
+        if node.get(last, "auto") not in ("auto", value):
+            raise UserError(
+                f"train.ds_config: {key} is {json.dumps(node[last])} in {train.ds_config}, but the recipe gives "
+                f'{json.dumps(value)} on {world_size} ranks; write "auto" there or change the recipe'
+            )
+        node[last] = value
+    optimizer = resolved.pop("optimizer", None)
+    if optimizer is not None:
+        _check_optimizer(optimizer, recipe)
+    if resolved.pop("scheduler", None) is not None:
+        raise UserError(
+            f"train.ds_config: {train.ds_config} has a scheduler, but the recipe's optim section holds the "
+            "schedule; remove the scheduler from the JSON"
+        )
+    resolved.setdefault("steps_per_print", 10**9)  # the trainer reports; DeepSpeed's line would say it twice
+    return resolved
+
+
+def _check_optimizer(optimizer: dict[str, Any], recipe: Recipe) -> None:
+    if optimizer.get("type") != "AdamW":
+        raise UserError(
+            f"train.ds_config: optimizer.type is {optimizer.get('type')}, expected AdamW, the one that recipes use; "
+            "change it or remove the optimizer section"
+        )
+    for key, ours in _OPTIMIZER_KEYS.items():
+        value, expected = optimizer.get("params", {}).get(key, "auto"), getattr(recipe.optim, ours)
+        expected = list(expected) if isinstance(expected, tuple) else expected
+        if value not in ("auto", expected):
+            raise UserError(
+                f"train.ds_config: optimizer.params.{key} is {json.dumps(value)} in {recipe.train.ds_config}, but "
+                f'optim.{ours} is {json.dumps(expected)}; write "auto" there or change the recipe'
+            )

@@ -1,0 +1,52 @@
+"""One pass over an evaluation source, shared by ranks: each image exactly once, none padded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from fd_scale.data import Batch, Source, Transform, evaluation_batches
+from fd_scale.distributed import World
+
+Forward = Callable[..., dict[str, Tensor]]
+"""The module's forward, by way of the engine."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EvaluationSet:
+    """A source and how its images are cut."""
+
+    source: Source
+    transform: Transform
+    batch_size: int
+    num_workers: int
+
+
+def mean_over_images(
+    evaluation: EvaluationSet, world: World, sums: Callable[[Batch], dict[str, float]]
+) -> dict[str, float]:
+    """Averages per-image values over the whole source.
+
+    Args:
+        evaluation: source, transform and batch size.
+        world: ranks; each takes its share of the images, in equally many batches.
+        sums: called with a batch on the device; returns sums of the values over the batch's images.
+
+    Returns:
+        The means, the same on all ranks.
+    """
+    totals: dict[str, float] = {}
+    for batch in evaluation_batches(
+        evaluation.source,
+        evaluation.transform,
+        batch_size=evaluation.batch_size,
+        rank=world.rank,
+        world_size=world.size,
+        num_workers=evaluation.num_workers,
+    ):
+        for name, value in sums(batch.to(world.device)).items():
+            totals[name] = totals.get(name, 0.0) + value
+    all_totals = world.sum(list(totals.values()))
+    return {name: total / len(evaluation.source) for name, total in zip(totals, all_totals, strict=True)}

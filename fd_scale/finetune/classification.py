@@ -1,0 +1,120 @@
+"""Image classification: mean over tokens, a fresh LayerNorm, a linear head.
+
+Shape legend: B = images, L = tokens, D = channels, K = classes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fd_scale.config import ClassificationConfig, ModelConfig, Recipe
+from fd_scale.data import Batch
+from fd_scale.distributed import World
+from fd_scale.errors import UserError
+from fd_scale.evaluation import EvaluationSet, Forward, mean_over_images
+from fd_scale.models import build_model, drop_path_scale, dtype_of, normalize, undecayed_parameters
+
+UNLABELLED = -1
+
+
+class ClassificationModule(nn.Module):
+    """Backbone, head and loss.
+
+    Source: head and its initialisation as in the fine-tuning code of arXiv 2205.14141.
+    """
+
+    def __init__(
+        self, model: ModelConfig, config: ClassificationConfig, num_classes: int, dtype: torch.dtype
+    ) -> None:
+        super().__init__()
+        self.mean, self.std = model.mean, model.std
+        self.label_smoothing = config.label_smoothing
+        self.dtype = dtype
+        self.backbone = build_model(model)
+        self.norm = nn.LayerNorm(self.backbone.num_features)
+        self.head = nn.Linear(self.backbone.num_features, num_classes)
+        nn.init.trunc_normal_(self.head.weight, std=0.02)
+        nn.init.zeros_(self.head.bias)
+        with torch.no_grad():
+            self.head.weight.mul_(config.head_init_scale)
+
+    def forward(
+        self, images_BCHW: Tensor, labels_B: Tensor, drop_path_scale_RB: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """Classifies images.
+
+        Args:
+            images_BCHW: uint8.
+            labels_B: int64; -1: not labelled, not in the loss.
+            drop_path_scale_RB: 0 or 1 / keep probability for each residual branch.
+
+        Returns:
+            `loss`: smoothed cross entropy summed over labelled images, fp32 scalar; `logits`: (B, K), fp32,
+            without gradient.
+        """
+        pixels_BCHW = normalize(images_BCHW, self.mean, self.std).to(self.dtype)
+        tokens_BLD = self.backbone(pixels_BCHW, drop_path_scale_RB)
+        logits_BK = self.head(self.norm(tokens_BLD.mean(1))).float()
+        loss = F.cross_entropy(
+            logits_BK,
+            labels_B,
+            ignore_index=UNLABELLED,
+            label_smoothing=self.label_smoothing,
+            reduction="sum",
+        )
+        return {"loss": loss, "logits": logits_BK.detach()}
+
+
+class ClassificationTask:
+    """What the trainer needs to know of classification."""
+
+    best_metric = ("top1", +1)
+
+    def __init__(self, recipe: Recipe, evaluation: EvaluationSet | None, num_classes: int) -> None:
+        assert recipe.classification is not None, "a recipe of task classification has its section"
+        if num_classes < 2:
+            raise UserError(
+                f"data.train: {recipe.data.train} has {num_classes} classes; classification needs labels"
+            )
+        self.seed = recipe.seed
+        self.evaluation = evaluation
+        dtype = dtype_of(recipe.train.precision)
+        self.module = ClassificationModule(recipe.model, recipe.classification, num_classes, dtype)
+        self.module.backbone.activation_checkpointing = recipe.train.activation_checkpointing
+        self.undecayed = undecayed_parameters(self.module)
+        self.rates = self.module.backbone.drop_path_rates
+
+    def to(self, device: torch.device) -> None:
+        """There is nothing beside the module."""
+
+    def counts(self, batch: Batch) -> dict[str, float]:
+        """The loss goes over labelled images."""
+        return {"loss": float((batch.labels != UNLABELLED).sum())}
+
+    def inputs(self, batch: Batch) -> dict[str, Any]:
+        """Draws drop path."""
+        scale = drop_path_scale(self.rates, self.seed, batch.positions, batch.images.device)
+        return {"images_BCHW": batch.images, "labels_B": batch.labels, "drop_path_scale_RB": scale}
+
+    def evaluate(self, forward: Forward, world: World) -> dict[str, float]:
+        """Measures top-1 accuracy and cross entropy (nats) over the evaluation source."""
+        if self.evaluation is None:
+            return {}
+
+        def sums(batch: Batch) -> dict[str, float]:
+            logits_BK = forward(images_BCHW=batch.images, labels_B=batch.labels)["logits"]
+            return {
+                "top1": float((logits_BK.argmax(-1) == batch.labels).sum()),
+                "loss": float(F.cross_entropy(logits_BK, batch.labels, reduction="sum")),
+            }
+
+        return mean_over_images(self.evaluation, world, sums)
+
+    def pictures(self, batch: Batch, outputs: dict[str, Tensor]) -> dict[str, np.ndarray]:
+        """The images as the model gets them."""
+        return {"images": batch.images[:8].permute(0, 2, 3, 1).cpu().numpy()}

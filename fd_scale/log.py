@@ -1,0 +1,48 @@
+"""Logging set-up: rank 0 speaks on the console, every rank writes a file of its own in the run folder."""
+
+import logging
+import os
+import sys
+import warnings
+from pathlib import Path
+
+from rich.console import Console
+from rich.logging import RichHandler
+
+console = Console(stderr=True)
+"""The one console: progress bars and log lines share it, so that neither tears the other."""
+
+
+def quiet_libraries() -> None:
+    """Keeps libraries' start-up chatter off the console; must run before deepspeed is imported."""
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed.*")
+
+
+def set_up(rank: int = 0, run_dir: Path | None = None) -> None:
+    """Configures the root logger of this process.
+
+    Args:
+        rank: global rank; only rank 0 writes to the console, the others only errors.
+        run_dir: the run folder; its `logs/rank_N.log` gets every line of rank N.
+    """
+    root = logging.getLogger()
+    root.setLevel(logging.INFO)
+    for handler in list(root.handlers):
+        root.removeHandler(handler)
+    to_console: logging.Handler
+    if console.is_terminal:
+        to_console = RichHandler(console=console, show_path=False)
+    else:
+        to_console = logging.StreamHandler(sys.stderr)
+        to_console.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%H:%M:%S"))
+    to_console.setLevel(logging.INFO if rank == 0 else logging.ERROR)
+    root.addHandler(to_console)
+    if run_dir is not None:
+        folder = run_dir / "logs"
+        folder.mkdir(exist_ok=True)
+        to_file = logging.FileHandler(folder / f"rank_{rank}.log")
+        to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+        root.addHandler(to_file)
+    quiet_libraries()

@@ -1,0 +1,83 @@
+"""Log-spaced continuous relative position bias (log-CPB) of Swin V2."""
+
+# Shape suffix legend: h = heads, N = tokens of a window, T = relative positions of a window
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from fd_scale.models.layers import Linear, at_least_fp32
+
+HIDDEN_DIM = 512
+MAX_COORDINATE = 8.0
+MAX_BIAS = 16.0
+
+
+def log_spaced_coordinates(
+    window_size: tuple[int, int], pretrained_window_size: int, device: torch.device
+) -> Tensor:
+    """Coordinates of all relative positions in a window, linear in [-8, 8], then log-spaced.
+
+    Args:
+        window_size: rows and columns of the window.
+        pretrained_window_size: side of the window that the bias was trained with; positions beyond it get
+            coordinates beyond 8, along the same scale. 0 means this window.
+        device: where to build them.
+
+    Returns:
+        coordinates_T2, ((2 * rows - 1) * (2 * columns - 1), 2), row and column, fp32.
+
+    Source: Liu et al. 2022 (arXiv:2111.09883), section 3.3; normalised to 8 as in the released code.
+    """
+    axes = []
+    for size in window_size:
+        steps = torch.arange(1 - size, size, device=device, dtype=torch.float32)
+        linear = steps / max((pretrained_window_size or size) - 1, 1) * MAX_COORDINATE
+        axes.append(linear.sign() * torch.log2(linear.abs() + 1.0) / math.log2(MAX_COORDINATE))
+    return torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).flatten(0, 1)
+
+
+def relative_position_index(window_size: tuple[int, int], device: torch.device) -> Tensor:
+    """Row of `log_spaced_coordinates` for each pair of a query and a key.
+
+    Returns:
+        index_NN, (N, N), int64.
+    """
+    rows, columns = window_size
+    # In a table that is 2 * columns - 1 wide, the index of a difference is the difference of the indices.
+    place_N = (
+        torch.arange(rows, device=device)[:, None] * (2 * columns - 1) + torch.arange(columns, device=device)
+    ).flatten()
+    return place_N[:, None] - place_N + place_N[-1]
+
+
+class ContinuousPositionBias(nn.Module):
+    """A small MLP from log-spaced relative coordinates to one bias for each head.
+
+    Coordinates and indices are computed in each forward: it is cheap, and no buffer can lose its values on
+    the meta device or its precision in bf16.
+
+    Args:
+        num_heads: heads of the attention.
+        window_size: rows and columns of the window.
+        pretrained_window_size: side of the window in pre-training; 0 means this window.
+
+    Source: Liu et al. 2022 (arXiv:2111.09883), equations 3 and 4; 16 * sigmoid as in the released code.
+    """
+
+    def __init__(self, num_heads: int, window_size: tuple[int, int], pretrained_window_size: int) -> None:
+        super().__init__()
+        self.window_size = window_size
+        self.pretrained_window_size = pretrained_window_size
+        self.cpb_mlp = nn.Sequential(
+            Linear(2, HIDDEN_DIM), nn.ReLU(), Linear(HIDDEN_DIM, num_heads, bias=False)
+        )
+
+    def forward(self) -> Tensor:
+        """Returns bias_hNN, (heads, N, N), values in (0, 16), fp32 (fp64 where the weights are fp64)."""
+        weight = next(self.parameters())
+        coordinates_T2 = log_spaced_coordinates(self.window_size, self.pretrained_window_size, weight.device)
+        table_Th = self.cpb_mlp(coordinates_T2.to(weight.dtype))
+        bias_hT = MAX_BIAS * torch.sigmoid(at_least_fp32(table_Th)).T
+        return bias_hT[:, relative_position_index(self.window_size, weight.device)]

@@ -1,0 +1,388 @@
+"""Swin Transformer V2 as a student: bias shared by a stage's blocks, drop path without a generator.
+
+Nothing here draws random numbers in a forward, and every parameter is read in the forward of the module
+that owns it: recomputation and any number of ranks see the same model, whole or partitioned.
+"""
+
+# Shape suffix legend
+#   B = images, H, W = token grid (of images: pixels), C = channels, L, D = tokens and channels of the output,
+#   E = 3 * C (q, k, v), h = heads, N = tokens of a window, R = residual branches, two for each block
+
+import math
+from collections.abc import Sequence
+from typing import Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from fd_kernels import window_attention
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from fd_scale.errors import UserError
+from fd_scale.models.layers import INIT_STD, Linear, Mlp, PostNorm, at_least_fp32
+from fd_scale.models.position_bias import ContinuousPositionBias
+
+LOGIT_SCALE_INIT = math.log(10.0)
+LOGIT_SCALE_MAX = math.log(100.0)
+
+CheckpointingMode = Literal["none", "block"]
+
+
+class QKV(nn.Module):
+    """Projection to queries, keys and values, with biases for queries and values only."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(3 * dim, dim))
+        self.q_bias = nn.Parameter(torch.zeros(dim))
+        self.v_bias = nn.Parameter(torch.zeros(dim))
+        nn.init.trunc_normal_(self.weight, std=INIT_STD)
+
+    def forward(self, x_BHWC: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns qkv_BHWE and pad_qkv_E, the projection of a zero token, both in one dtype."""
+        bias_E = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
+        qkv_BHWE = F.linear(x_BHWC, self.weight, bias_E)
+        return qkv_BHWE, bias_E.to(qkv_BHWE.dtype)
+
+
+class WindowAttention(nn.Module):
+    """Scaled cosine attention in shifted windows; owns its position bias unless the stage shares one."""
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        window_size: tuple[int, int],
+        shift_size: tuple[int, int],
+        position_bias: ContinuousPositionBias | None,
+    ) -> None:
+        super().__init__()
+        self.window_size = window_size
+        self.shift_size = shift_size
+        self.logit_scale = nn.Parameter(torch.full((num_heads, 1, 1), LOGIT_SCALE_INIT))
+        self.position_bias = position_bias
+        self.qkv = QKV(dim)
+        self.proj = Linear(dim, dim)
+
+    def forward(self, x_BHWC: Tensor, shared_bias_hNN: Tensor | None) -> Tensor:
+        bias_hNN = shared_bias_hNN if self.position_bias is None else self.position_bias()
+        assert bias_hNN is not None
+        qkv_BHWE, pad_qkv_E = self.qkv(x_BHWC)
+        out_BHWC = window_attention(
+            qkv_BHWE,
+            bias_hNN,
+            at_least_fp32(self.logit_scale).clamp(max=LOGIT_SCALE_MAX).exp().flatten(),
+            window_size=self.window_size,
+            shift_size=self.shift_size,
+            pad_qkv_E=pad_qkv_E,
+        )
+        return self.proj(out_BHWC)
+
+
+class Block(nn.Module):
+    """Attention and MLP, each normalised at the end of its residual branch, then perhaps an extra norm."""
+
+    def __init__(
+        self, dim: int, attn: WindowAttention, mlp_ratio: float, post_norm_gain_init: float, extra_norm: bool
+    ) -> None:
+        super().__init__()
+        self.attn = attn
+        self.norm1 = PostNorm(dim, post_norm_gain_init)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio))
+        self.norm2 = PostNorm(dim, post_norm_gain_init)
+        self.norm3 = nn.LayerNorm(dim) if extra_norm else nn.Identity()
+
+    def forward(
+        self, x_BHWC: Tensor, shared_bias_hNN: Tensor | None, drop_path_scale_2B: Tensor | None
+    ) -> Tensor:
+        attn_scale_B, mlp_scale_B = (
+            (None, None) if drop_path_scale_2B is None else drop_path_scale_2B.unbind()
+        )
+        x_BHWC = x_BHWC + _drop_path(self.norm1(self.attn(x_BHWC, shared_bias_hNN)), attn_scale_B)
+        x_BHWC = x_BHWC + _drop_path(self.norm2(self.mlp(x_BHWC)), mlp_scale_B)
+        return self.norm3(x_BHWC)
+
+
+def _drop_path(residual_BHWC: Tensor, scale_B: Tensor | None) -> Tensor:
+    return (
+        residual_BHWC
+        if scale_B is None
+        else residual_BHWC * scale_B.to(residual_BHWC.dtype)[:, None, None, None]
+    )
+
+
+class PatchEmbed(nn.Module):
+    """Patches of an image to tokens: a strided convolution and a LayerNorm."""
+
+    def __init__(self, patch_size: int, in_chans: int, embed_dim: int) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(in_chans, embed_dim, kernel_size=patch_size, stride=patch_size)
+        self.norm = nn.LayerNorm(embed_dim)
+
+    def forward(self, images_BCHW: Tensor) -> Tensor:
+        x_BCHW = self.proj(images_BCHW.to(self.proj.weight.dtype))
+        return self.norm(x_BCHW.permute(0, 2, 3, 1))
+
+
+class PatchMerging(nn.Module):
+    """Two by two tokens to one of twice the channels; an odd grid is padded with zeros, as timm does."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.reduction = Linear(4 * dim, 2 * dim, bias=False)
+        self.norm = nn.LayerNorm(2 * dim)
+
+    def forward(self, x_BHWC: Tensor) -> Tensor:
+        _, H, W, _ = x_BHWC.shape
+        x_BHWC = F.pad(x_BHWC, (0, 0, 0, W % 2, 0, H % 2))
+        B, H, W, C = x_BHWC.shape
+        # Column before row, the order in which published weights expect the four tokens.
+        x_BHWC = x_BHWC.view(B, H // 2, 2, W // 2, 2, C).permute(0, 1, 3, 4, 2, 5).flatten(3)
+        return self.norm(self.reduction(x_BHWC))
+
+
+class Stage(nn.Module):
+    """Patch merging (in all stages but the first), then blocks; odd blocks shift their windows.
+
+    Args:
+        dim: channels of the stage.
+        grid: rows and columns of its token grid at the model's `img_size`.
+        window_size: rows and columns wanted; where a side covers the grid it is clamped and not shifted.
+        downsample: whether the stage starts with patch merging, from half the channels.
+
+    The other arguments are those of `SwinTransformerV2`, for this stage.
+    """
+
+    def __init__(
+        self,
+        *,
+        dim: int,
+        depth: int,
+        num_heads: int,
+        grid: Sequence[int],
+        window_size: Sequence[int],
+        downsample: bool,
+        mlp_ratio: float,
+        shared_bias: bool,
+        extra_norm_period: int | None,
+        pretrained_window_size: int,
+        post_norm_gain_init: float,
+    ) -> None:
+        super().__init__()
+        window = (min(window_size[0], grid[0]), min(window_size[1], grid[1]))
+        shift = (window[0] // 2 if grid[0] > window[0] else 0, window[1] // 2 if grid[1] > window[1] else 0)
+
+        def position_bias() -> ContinuousPositionBias:
+            return ContinuousPositionBias(num_heads, window, pretrained_window_size)
+
+        self.downsample = PatchMerging(dim // 2) if downsample else nn.Identity()
+        self.position_bias = position_bias() if shared_bias else None
+        self.blocks = nn.ModuleList()
+        for index in range(depth):
+            own_bias = None if shared_bias else position_bias()
+            attn = WindowAttention(dim, num_heads, window, shift if index % 2 else (0, 0), own_bias)
+            extra_norm = extra_norm_period is not None and (index + 1) % extra_norm_period == 0
+            self.blocks.append(Block(dim, attn, mlp_ratio, post_norm_gain_init, extra_norm))
+
+    def forward(
+        self, x_BHWC: Tensor, drop_path_scale_RB: Tensor | None, activation_checkpointing: CheckpointingMode
+    ) -> Tensor:
+        x_BHWC = self.downsample(x_BHWC)
+        # Handed to the blocks as a tensor: computed once, and not again when a block is recomputed.
+        shared_bias_hNN = None if self.position_bias is None else self.position_bias()
+        for index, block in enumerate(self.blocks):
+            scale_2B = None if drop_path_scale_RB is None else drop_path_scale_RB[2 * index : 2 * index + 2]
+            if activation_checkpointing == "block":
+                x_BHWC = checkpoint(
+                    block, x_BHWC, shared_bias_hNN, scale_2B, use_reentrant=False, preserve_rng_state=False
+                )
+            else:
+                x_BHWC = block(x_BHWC, shared_bias_hNN, scale_2B)
+        return x_BHWC
+
+
+class SwinTransformerV2(nn.Module):
+    """Swin Transformer V2 without a head.
+
+    Args:
+        img_size: height and width in pixels (one number for both), a multiple of `patch_size`. It fixes each
+            stage's window and shift; images of other sizes can be given later, padded to the window.
+        patch_size: side of a patch in pixels.
+        in_chans: channels of an image.
+        embed_dim: channels of the first stage; each later stage has twice as many.
+        depths: blocks of each stage.
+        num_heads: heads of each stage, a divisor of its channels.
+        window_size: rows and columns of a window in tokens (one number for both), at most the stage's grid.
+        mlp_ratio: hidden channels of an MLP over its channels.
+        shared_bias: one position bias MLP a stage (feature distillation), else one a block (Swin V2).
+        extra_norm_period: a LayerNorm on the main branch after each block of this count in a stage, or None.
+        pretrained_window_size: side of the windows in pre-training, where the weights come from another
+            size; one number for all stages or one for each; 0 means `window_size`.
+        post_norm_gain_init: gain at the end of a residual branch: 1e-5 in feature distillation, 0 in Swin V2.
+        drop_path_rate: drop rate of the last block; earlier ones have less, linearly.
+
+    Attributes:
+        num_features: D, channels of the output tokens.
+        drop_path_rates: rate of each residual branch, R = 2 * blocks entries. The caller draws the masks.
+        activation_checkpointing: "block" recomputes each block in the backward pass, "none" stores all.
+
+    Raises:
+        UserError: an argument does not fit another.
+
+    Source: Liu et al. 2022 (arXiv:2111.09883); shared bias and gain: Wei et al. 2022 (arXiv:2205.14141).
+    """
+
+    def __init__(
+        self,
+        *,
+        img_size: int | Sequence[int] = 224,
+        patch_size: int = 4,
+        in_chans: int = 3,
+        embed_dim: int,
+        depths: Sequence[int],
+        num_heads: Sequence[int],
+        window_size: int | Sequence[int],
+        mlp_ratio: float = 4.0,
+        shared_bias: bool = True,
+        extra_norm_period: int | None = None,
+        pretrained_window_size: int | Sequence[int] = 0,
+        post_norm_gain_init: float = 1e-5,
+        drop_path_rate: float = 0.0,
+    ) -> None:
+        super().__init__()
+        _check_arguments(embed_dim, depths, num_heads, extra_norm_period, drop_path_rate)
+        num_stages, num_blocks = len(depths), sum(depths)
+        self.depths = tuple(depths)
+        self.patch_size = patch_size
+        self.in_chans = in_chans
+        self.num_features = embed_dim * 2 ** (num_stages - 1)
+        self.activation_checkpointing: CheckpointingMode = "none"
+        rates = [drop_path_rate * index / max(num_blocks - 1, 1) for index in range(num_blocks)]
+        self.drop_path_rates = tuple(rate for rate in rates for _ in range(2))
+
+        grid = self._patch_grid(*_repeat("img_size", img_size, 2))
+        window = _repeat("window_size", window_size, 2)
+        if min(window) < 1:
+            raise UserError(f"window_size is {window}; expected at least 1 token on each side")
+        pretrained_windows = _repeat("pretrained_window_size", pretrained_window_size, num_stages)
+        self.patch_embed = PatchEmbed(patch_size, in_chans, embed_dim)
+        self.layers = nn.ModuleList(
+            Stage(
+                dim=embed_dim * 2**index,
+                depth=depths[index],
+                num_heads=num_heads[index],
+                grid=_halved(grid, index),
+                window_size=window,
+                downsample=index > 0,
+                mlp_ratio=mlp_ratio,
+                shared_bias=shared_bias,
+                extra_norm_period=extra_norm_period,
+                pretrained_window_size=pretrained_windows[index],
+                post_norm_gain_init=post_norm_gain_init,
+            )
+            for index in range(num_stages)
+        )
+        self.norm = nn.LayerNorm(self.num_features)
+
+    def grid_size(self, height: int, width: int) -> tuple[int, int]:
+        """Rows and columns of the output tokens for images of `height` x `width` pixels.
+
+        Raises:
+            UserError: a side is not a multiple of the patch size.
+        """
+        return _halved(self._patch_grid(height, width), len(self.layers) - 1)
+
+    def no_weight_decay_names(self) -> set[str]:
+        """Names of parameters without weight decay, besides those with one dimension."""
+        return {name for name, _ in self.named_parameters() if "cpb_mlp" in name or "logit_scale" in name}
+
+    def forward_features(self, images_BCHW: Tensor, drop_path_scale_RB: Tensor | None = None) -> Tensor:
+        """Tokens of the last stage after the final LayerNorm.
+
+        Args:
+            images_BCHW: normalised images, (B, in_chans, H, W), floating point; H and W multiples of the
+                patch size. They are cast to the dtype of the weights.
+            drop_path_scale_RB: factor of each residual branch and image, (len(drop_path_rates), B): 0 to
+                drop it, 1 / (1 - rate) to keep it. None keeps all as they are.
+
+        Returns:
+            tokens_BLD, (B, rows * columns of `grid_size`, num_features), row by row.
+
+        Raises:
+            UserError: a shape does not fit, or `activation_checkpointing` is not one of its values.
+        """
+        if images_BCHW.dim() != 4 or images_BCHW.shape[1] != self.in_chans:
+            raise UserError(
+                f"images have shape {tuple(images_BCHW.shape)}; expected (B, {self.in_chans}, height, width)"
+            )
+        self._patch_grid(*images_BCHW.shape[2:])
+        if drop_path_scale_RB is not None:
+            expected = (len(self.drop_path_rates), len(images_BCHW))
+            if tuple(drop_path_scale_RB.shape) != expected:
+                raise UserError(
+                    f"drop path scales have shape {tuple(drop_path_scale_RB.shape)}; expected {expected}, "
+                    "(residual branches, images)"
+                )
+        if self.activation_checkpointing not in get_args(CheckpointingMode):
+            raise UserError(
+                f"activation_checkpointing is {self.activation_checkpointing!r}; "
+                f"expected one of {', '.join(get_args(CheckpointingMode))}"
+            )
+
+        x_BHWC = self.patch_embed(images_BCHW)
+        scales: Sequence[Tensor | None] = [None] * len(self.layers)
+        if drop_path_scale_RB is not None:
+            scales = torch.split(drop_path_scale_RB, [2 * depth for depth in self.depths])
+        for stage, scale_RB in zip(self.layers, scales, strict=True):
+            x_BHWC = stage(x_BHWC, scale_RB, self.activation_checkpointing)
+        return self.norm(x_BHWC).flatten(1, 2)
+
+    def forward(self, images_BCHW: Tensor, drop_path_scale_RB: Tensor | None = None) -> Tensor:
+        """Same as `forward_features`."""
+        return self.forward_features(images_BCHW, drop_path_scale_RB)
+
+    def _patch_grid(self, height: int, width: int) -> tuple[int, int]:
+        if height < 1 or width < 1 or height % self.patch_size or width % self.patch_size:
+            raise UserError(
+                f"images are {height} x {width} px; expected multiples of the patch size {self.patch_size}, "
+                "resize or crop them"
+            )
+        return height // self.patch_size, width // self.patch_size
+
+
+def _check_arguments(
+    embed_dim: int,
+    depths: Sequence[int],
+    num_heads: Sequence[int],
+    extra_norm_period: int | None,
+    drop_path_rate: float,
+) -> None:
+    if len(depths) != len(num_heads) or not depths:
+        raise UserError(
+            f"depths is {tuple(depths)}, num_heads {tuple(num_heads)}; expected one entry a stage"
+        )
+    for index, heads in enumerate(num_heads):
+        dim = embed_dim * 2**index
+        if dim % heads:
+            raise UserError(
+                f"stage {index} has {dim} channels and {heads} heads; expected heads that divide them"
+            )
+    if extra_norm_period is not None and extra_norm_period < 1:
+        raise UserError(
+            f"extra_norm_period is {extra_norm_period}; expected at least 1, or null for no extra norm"
+        )
+    if not 0.0 <= drop_path_rate < 1.0:
+        raise UserError(f"drop_path_rate is {drop_path_rate}; expected 0 <= rate < 1")
+
+
+def _repeat(name: str, value: int | Sequence[int], count: int) -> tuple[int, ...]:
+    """One number for all, or one for each."""
+    values = (value,) * count if isinstance(value, int) else tuple(value)
+    if len(values) != count:
+        raise UserError(f"{name} has {len(values)} entries; expected one number or {count}")
+    return values
+
+
+def _halved(grid: tuple[int, int], times: int) -> tuple[int, int]:
+    """The grid after that many patch mergings; an odd side is padded first."""
+    return -(-grid[0] // 2**times), -(-grid[1] // 2**times)

@@ -1,0 +1,92 @@
+"""AdamW, its parameter groups, and the learning rate of every step."""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from fd_scale.config import OptimConfig
+
+
+def learning_rates(config: OptimConfig, num_steps: int, steps_per_epoch: int) -> np.ndarray:
+    """Returns the learning rate of every step: linear warm-up, then half a cosine.
+
+    Args:
+        config: peak, first and last value; length of the warm-up.
+        num_steps: optimizer steps of the run.
+        steps_per_epoch: optimizer steps of an epoch.
+
+    Returns:
+        fp64 array of shape (num_steps,).
+    """
+    warmup = min(config.warmup_steps + round(config.warmup_epochs * steps_per_epoch), num_steps)
+    rising = np.linspace(config.warmup_lr, config.lr, warmup, endpoint=False)
+    progress = np.arange(num_steps - warmup) / max(num_steps - warmup, 1)
+    falling = config.min_lr + (config.lr - config.min_lr) * 0.5 * (1 + np.cos(np.pi * progress))
+    return np.concatenate([rising, falling])
+
+
+def parameter_groups(module: nn.Module, weight_decay: float, undecayed: set[str]) -> list[dict[str, Any]]:
+    """Splits parameters into those that decay and those that do not.
+
+    Args:
+        module: trained module; a parameter's shape is its shape before ZeRO-3 partitions it.
+        weight_decay: decay of the first group.
+        undecayed: names (as in `named_parameters`) spared besides biases and other 1-D parameters.
+
+    Returns:
+        Parameter groups for a torch optimizer.
+    """
+    groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad:
+            spared = parameter.ndim <= 1 or name.endswith(".bias") or name in undecayed
+            groups[not spared].append(parameter)
+    return [
+        {"params": parameters, "weight_decay": weight_decay if decays else 0.0}
+        for decays, parameters in groups.items()
+        if parameters
+    ]
+
+
+def apex_is_importable() -> bool:
+    """True where NVIDIA's Apex with its fused kernels is installed (PyPI's `apex` is another thing)."""
+    return importlib.util.find_spec("amp_C") is not None
+
+
+def build_adamw(groups: list[dict[str, Any]], config: OptimConfig, device_type: str) -> torch.optim.Optimizer:
+    """Returns AdamW: Apex's fused one where it is importable on CUDA, else torch's fused one."""
+    settings: dict[str, Any] = {"lr": config.lr, "betas": config.betas, "eps": config.eps}
+    if device_type == "cuda" and apex_is_importable():
+        from apex.optimizers import FusedAdam
+
+        return FusedAdam(groups, adam_w_mode=True, **settings)
+    return torch.optim.AdamW(groups, fused=True, **settings)
+
+
+class ClippedAdamW(torch.optim.AdamW):
+    """AdamW that clips and refuses a non-finite gradient, as DeepSpeed's own wrappers do.
+
+    DeepSpeed wraps no optimizer at stage 0 in fp32: there it reads `overflow` and
+    `_global_grad_norm` of the optimizer it was given, which are the same as its wrappers'.
+    """
+
+    def __init__(self, groups: list[dict[str, Any]], config: OptimConfig) -> None:
+        super().__init__(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
+        self.max_norm = config.grad_clip or float("inf")
+        self.overflow = False
+        self._global_grad_norm: float | None = None
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Clips, then steps; a gradient that is not finite leaves weights and moments as they are."""
+        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
+        norm = torch.nn.utils.clip_grad_norm_(parameters, self.max_norm)
+        self._global_grad_norm = float(norm)
+        self.overflow = not np.isfinite(self._global_grad_norm)
+        if not self.overflow:
+            super().step(closure)

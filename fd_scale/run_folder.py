@@ -1,0 +1,98 @@
+"""The run folder: what a run was, written before its first step."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+
+from fd_scale.checkpoint import write_atomically
+from fd_scale.config import Recipe, build_recipe, to_yaml
+from fd_scale.errors import UserError
+
+_PACKAGES = ("fd-scale", "torch", "torchvision", "triton", "deepspeed", "timm", "numpy")
+
+
+def create(recipe: Recipe) -> Path:
+    """Makes the run folder and writes `recipe.yaml` and `environment.json` into it.
+
+    Each start appends to the environment's list: a resumed run may have moved to other hardware.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
+    folder = Path(recipe.run_dir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(folder / "recipe.yaml", to_yaml(recipe))
+        file = folder / "environment.json"
+        starts = json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
+        write_atomically(file, json.dumps([*starts, environment()], indent=1))
+    except OSError as error:
+        raise UserError(
+            f"run_dir: {folder} cannot be written ({error.strerror}); choose another with run_dir=PATH"
+        ) from None
+    return folder
+
+
+def read_recipe(run_dir: Path) -> Recipe:
+    """Returns the resolved recipe of a run.
+
+    Raises:
+        UserError: the folder is not one of a run.
+    """
+    file = run_dir / "recipe.yaml"
+    if not file.is_file():
+        raise UserError(f"{run_dir}: no recipe.yaml there; expected the folder of a run (its run_dir)")
+    return build_recipe(OmegaConf.to_container(OmegaConf.load(file)), where=str(file))
+
+
+def environment() -> dict[str, Any]:
+    """Returns command, commit, versions and devices of this process."""
+    return {
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": shlex.join(sys.argv),
+        "commit": _commit(),
+        "python": platform.python_version(),
+        "host": platform.node(),
+        "cpus": os.cpu_count(),
+        "gpus": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
+        "cuda": torch.version.cuda,
+        "versions": {name: _version(name) for name in _PACKAGES},
+    }
+
+
+def _commit() -> str | None:
+    """The commit of the source tree, with `+changes` where it has any; none outside a checkout."""
+    root = Path(__file__).parent
+    try:
+        head = subprocess.run(
+            ["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=True
+        )
+        status = subprocess.run(
+            ["git", "status", "--porcelain", "--untracked-files=no"],
+            cwd=root,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return head.stdout.strip() + ("+changes" if status.stdout.strip() else "")
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

@@ -1,0 +1,5 @@
+"""Frozen models whose features are targets."""
+
+from fd_scale.teachers.teacher import Teacher
+
+__all__ = ["Teacher"]

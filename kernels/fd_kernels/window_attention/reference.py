@@ -1,0 +1,100 @@
+"""Shifted-window cosine attention in plain PyTorch: the ground truth of the op."""
+
+# Shape suffix legend
+#   B = images, H, W = token grid, C = channels, E = 3 * C (q, k, v), h = heads, D = head dim,
+#   M = windows of an image, N = tokens of a window
+
+from contextlib import nullcontext
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# Additive, as Swin was trained: with logit scales near 100 it leaks, and -inf would change results.
+MASK_LOGIT = -100.0
+
+
+def shift_mask(
+    height: int, width: int, window_size: tuple[int, int], shift_size: tuple[int, int], device: torch.device
+) -> Tensor:
+    """Logits to add so that tokens brought together by the cyclic shift hardly see each other.
+
+    Args:
+        height: rows of the rolled and padded token grid, a multiple of the window's.
+        width: columns of that grid, a multiple of the window's.
+        window_size: rows and columns of a window.
+        shift_size: rows and columns of the cyclic shift, each less than the window's.
+        device: where to build the mask.
+
+    Returns:
+        mask_MNN, (windows, N, N), fp32: 0 within a region, -100 across regions.
+
+    Source: Liu et al. 2021 (arXiv:2103.14030), section 3.2, "Efficient batch computation".
+    """
+    # Only the last window of a row or column can hold two regions: they part where the shift wrapped.
+    wrapped_H = torch.arange(height, device=device) >= height - shift_size[0]
+    wrapped_W = torch.arange(width, device=device) >= width - shift_size[1]
+    region_HW = 2 * wrapped_H[:, None].int() + wrapped_W.int()
+    rows, columns = height // window_size[0], width // window_size[1]
+    region_MN = (
+        region_HW.view(rows, window_size[0], columns, window_size[1])
+        .transpose(1, 2)
+        .reshape(rows * columns, -1)
+    )
+    return (region_MN[:, :, None] != region_MN[:, None, :]) * MASK_LOGIT
+
+
+def _pad_grid(qkv_BHWE: Tensor, height: int, width: int, pad_qkv_E: Tensor) -> Tensor:
+    """Extend the grid at the bottom and right with the qkv of a zero token."""
+    B, H, W, _ = qkv_BHWE.shape
+    if width > W:
+        qkv_BHWE = torch.cat([qkv_BHWE, pad_qkv_E.expand(B, H, width - W, -1)], dim=2)
+    if height > H:
+        qkv_BHWE = torch.cat([qkv_BHWE, pad_qkv_E.expand(B, height - H, width, -1)], dim=1)
+    return qkv_BHWE
+
+
+def window_attention_reference(
+    qkv_BHWE: Tensor,
+    bias_hNN: Tensor,
+    scale_h: Tensor,
+    *,
+    window_size: tuple[int, int],
+    shift_size: tuple[int, int],
+    pad_qkv_E: Tensor | None = None,
+) -> Tensor:
+    """Plain PyTorch form of `fd_kernels.window_attention`, which documents and checks the arguments."""
+    B, H, W, E = qkv_BHWE.shape
+    heads, N, _ = bias_hNN.shape
+    D = E // (3 * heads)
+    (window_H, window_W), shifted = window_size, any(shift_size)
+    rows, columns = -(-H // window_H), -(-W // window_W)
+    compute_dtype = torch.promote_types(qkv_BHWE.dtype, torch.float32)
+
+    grid_BHWE = qkv_BHWE
+    if shifted:
+        grid_BHWE = torch.roll(grid_BHWE, (-shift_size[0], -shift_size[1]), dims=(1, 2))
+    if pad_qkv_E is not None:
+        grid_BHWE = _pad_grid(grid_BHWE, rows * window_H, columns * window_W, pad_qkv_E)
+    windows = grid_BHWE.reshape(B, rows, window_H, columns, window_W, 3, heads, D).permute(
+        5, 0, 1, 3, 6, 2, 4, 7
+    )
+    q_BMhND, k_BMhND, v_BMhND = windows.to(compute_dtype).reshape(3, B, rows * columns, heads, N, D).unbind(0)
+
+    bias_MhNN = bias_hNN.to(compute_dtype)[None]
+    if shifted:
+        mask_MNN = shift_mask(rows * window_H, columns * window_W, window_size, shift_size, qkv_BHWE.device)
+        bias_MhNN = bias_MhNN + mask_MNN[:, None]
+    # Autocast would lower the two products; the meta device has no autocast to switch off.
+    device_type = qkv_BHWE.device.type
+    autocast = torch.amp.is_autocast_available(device_type)
+    with torch.autocast(device_type, enabled=False) if autocast else nullcontext():
+        # The scale goes on the queries: N * D multiplications a window and head, not N * N.
+        query_BMhND = F.normalize(q_BMhND, dim=-1) * scale_h.to(compute_dtype)[:, None, None]
+        logits_BMhNN = query_BMhND @ F.normalize(k_BMhND, dim=-1).mT + bias_MhNN
+        out_BMhND = logits_BMhNN.softmax(dim=-1) @ v_BMhND
+
+    out = out_BMhND.to(qkv_BHWE.dtype).view(B, rows, columns, heads, window_H, window_W, D)
+    out_BHWC = out.permute(0, 1, 4, 2, 5, 3, 6).reshape(B, rows * window_H, columns * window_W, heads * D)
+    out_BHWC = out_BHWC[:, :H, :W]
+    return torch.roll(out_BHWC, shift_size, dims=(1, 2)) if shifted else out_BHWC

