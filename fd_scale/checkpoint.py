@@ -64,7 +64,7 @@ class Checkpoints:
 
     def __init__(self, run_dir: Path, identity: dict[str, Any], keep_last: int, world: World) -> None:
         self.root = run_dir / "checkpoints"
-        self.identity = identity
+        self.identity = json.loads(json.dumps(identity))  # as a manifest gives it back: no tuples
         self.keep_last = keep_last
         self.world = world
         if world.is_main:
@@ -98,8 +98,8 @@ class Checkpoints:
                 write_atomically(self.root / "latest", folder.name + "\n")
                 self._retain(state)
         except (OSError, RuntimeError) as error:
-            if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error):
-                raise  # torch's only word for a file that cannot be written
+            if isinstance(error, RuntimeError) and "inline_container" not in str(error):
+                raise  # torch names its archive writer, and no errno, where a file cannot be written
             raise UserError(
                 f"{folder}: the checkpoint could not be written ({' '.join(str(error).split())[:200]}); "
                 f"the last whole one is {self._newest_name()}; free space there and start the same command again"

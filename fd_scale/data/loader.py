@@ -49,9 +49,9 @@ class Batch(NamedTuple):
     """How many samples could not be decoded and were replaced by others."""
 
     def to(self, device: torch.device | str) -> "Batch":
-        """Returns the batch on a device; from pinned memory the copy does not wait."""
-        images, labels, positions = (tensor.to(device, non_blocking=True) for tensor in self[:3])
-        return Batch(images, labels, positions, self.num_bad)
+        """Returns images and labels on a device (from pinned memory without waiting), positions on the host."""
+        images, labels = (tensor.to(device, non_blocking=True) for tensor in self[:2])
+        return self._replace(images=images, labels=labels)
 
 
 class _BadSample(NamedTuple):

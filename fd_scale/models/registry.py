@@ -9,8 +9,7 @@ from fd_scale.errors import UserError
 from fd_scale.models.swin_v2 import SwinTransformerV2
 
 # T to L as published at 256 px with window 8. H and G, of which no weights are public, take the 192 px and
-# window 12 of G's pre-training. For H and G the paper adds "a layer normalization unit on the main branch
-# every 6 layers" (Liu et al. 2022, arXiv:2111.09883, section on model configurations).
+# window 12 of G's pre-training, and the extra norm that Liu et al. 2022 (arXiv:2111.09883) add to both.
 _MODELS: dict[str, dict[str, Any]] = {
     "swin_v2_tiny": {
         "img_size": 256,

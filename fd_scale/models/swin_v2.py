@@ -104,11 +104,9 @@ class Block(nn.Module):
 
 
 def _drop_path(residual_BHWC: Tensor, scale_B: Tensor | None) -> Tensor:
-    return (
-        residual_BHWC
-        if scale_B is None
-        else residual_BHWC * scale_B.to(residual_BHWC.dtype)[:, None, None, None]
-    )
+    if scale_B is None:
+        return residual_BHWC
+    return residual_BHWC * scale_B.to(residual_BHWC.dtype)[:, None, None, None]
 
 
 class PatchEmbed(nn.Module):

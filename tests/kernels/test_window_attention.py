@@ -197,6 +197,8 @@ def test_padding_is_unused_where_the_window_divides() -> None:
         ({"shift_size": (2, 1)}, "shift_size is .*; expected 0 <= shift < window"),
         ({"shift_size": (0, -1)}, "shift_size is .*; expected 0 <= shift < window"),
         ({"pad_qkv_E": None}, r"window \(2, 3\) does not divide the grid \(3, 5\); pass pad_qkv_E"),
+        ({"pad_qkv_E": None, "qkv_BHWE": torch.zeros(2, 3, 6, 12)}, r"the grid \(3, 6\); pass pad_qkv_E"),
+        ({"pad_qkv_E": None, "qkv_BHWE": torch.zeros(2, 4, 5, 12)}, r"the grid \(4, 5\); pass pad_qkv_E"),
         ({"pad_qkv_E": torch.zeros(4, dtype=torch.float64)}, r"pad_qkv_E has shape \(4,\); expected \(12,\)"),
         ({"pad_qkv_E": torch.zeros(12)}, "pad_qkv_E has dtype torch.float32; expected torch.float64"),
     ],

@@ -39,6 +39,9 @@ def test_parameter_count_equals_timm(
     has_extra_norms = embed_dim >= 352
     extra_norms = sum(2 * embed_dim * 2**i * (depth // 6) for i, depth in enumerate(depths)) * has_extra_norms
     assert count(per_block) == count(timm_model) + extra_norms
+    third_stage: Any = per_block.layers[2]
+    normed = [i for i, block in enumerate(third_stage.blocks) if isinstance(block.norm3, nn.LayerNorm)]
+    assert normed == (list(range(5, depths[2], 6)) if has_extra_norms else [])
     # One bias MLP (2 -> 512 with bias, 512 -> heads without) a stage instead of one a block.
     removed = sum((depth - 1) * (512 * 3 + 512 * h) for depth, h in zip(depths, heads, strict=True))
     assert count(shared) == count(per_block) - removed

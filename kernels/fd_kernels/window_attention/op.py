@@ -63,14 +63,11 @@ def window_attention(
     if E % (3 * heads):
         raise ValueError(f"qkv_BHWE has {E} channels; expected a multiple of 3 * heads = {3 * heads}")
 
-    divides = H % window_size[0] == 0 and W % window_size[1] == 0
-    if divides:
-        pad_qkv_E = None
-    elif pad_qkv_E is None:
-        raise ValueError(
-            f"window {window_size} does not divide the grid {(H, W)}; pass pad_qkv_E, the qkv of a zero token"
-        )
-    else:
+    if H % window_size[0] or W % window_size[1]:
+        if pad_qkv_E is None:
+            raise ValueError(
+                f"window {window_size} does not divide the grid {(H, W)}; pass pad_qkv_E, a zero token's qkv"
+            )
         check_shape("pad_qkv_E", pad_qkv_E, (E,), "the last dimension of qkv_BHWE")
         if pad_qkv_E.dtype != qkv_BHWE.dtype:
             raise ValueError(

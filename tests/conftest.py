@@ -1,0 +1,72 @@
+"""Fixtures and options shared by all tests."""
+
+import copy
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # the ranks of a test share two cores
+
+import torch
+
+from fd_scale.config import Recipe, build_recipe
+
+TINY = {"patch_size": 4, "embed_dim": 16, "depths": [1, 2], "num_heads": [1, 2], "window_size": 4}
+MODEL = {"name": "swin_v2_tiny", "img_size": 24, "overrides": TINY | {"drop_path_rate": 0.2}}
+SECTIONS: dict[str, dict[str, Any]] = {
+    "distill": {"teachers": [{"model": MODEL | {"overrides": TINY | {"embed_dim": 24, "num_heads": [2, 4]}}}]},
+    "contrastive": {"projection_dim": 8},
+    "classification": {"head_init_scale": 1.0},
+}
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--require-gpu", action="store_true", help="fail, not skip, tests marked gpu without a GPU")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available() or config.getoption("--require-gpu"):
+        return
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device, and torch sees none"))
+
+
+@pytest.fixture
+def recipe_values(tmp_path: Path) -> Callable[..., dict[str, Any]]:
+    """Returns a function that makes a tiny recipe on digits, with `section.key=value` changes as keywords."""
+
+    def make(task: str = "distill", **changes: Any) -> dict[str, Any]:
+        values: dict[str, Any] = {
+            "task": task,
+            "run_dir": str(tmp_path / "run"),
+            "model": MODEL,
+            "data": {"train": "digits:train", "num_workers": 0, "flip": 0.0},
+            "optim": {"lr": 1e-3, "grad_clip": 0.05},
+            "train": {
+                "global_batch": 16, "micro_batch": 8, "steps": 6, "precision": "fp32",
+                "device": "cpu", "ds_config": "zero0", "timeout_s": 60,
+            },
+            "checkpoint": {"save_every_steps": 2},
+            "log": {"every_steps": 1, "images_every_steps": 0},
+            task: SECTIONS[task],
+        }  # fmt: skip
+        values = copy.deepcopy(values)
+        for key, value in changes.items():
+            section, _, name = key.partition("__")
+            if name:
+                values[section][name] = value
+            else:
+                values[section] = value
+        return values
+
+    return make
+
+
+@pytest.fixture
+def make_recipe(recipe_values: Callable[..., dict[str, Any]]) -> Callable[..., Recipe]:
+    """As `recipe_values`, checked and built."""
+    return lambda *args, **changes: build_recipe(recipe_values(*args, **changes))

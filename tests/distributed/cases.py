@@ -1,0 +1,180 @@
+"""What ranks do in the tests: top-level functions, so that a fork server can find them."""
+
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fd_scale import api, distributed, log
+from fd_scale.checkpoint import TrainState
+from fd_scale.config import Recipe, build_recipe
+from fd_scale.data import Batch
+from fd_scale.engine import Engine
+from fd_scale.errors import UserError
+from fd_scale.metrics import read_metrics
+from fd_scale.trainer import Trainer
+
+
+def losses(run_dir: str | Path, kind: str = "train") -> list[float]:
+    """Returns the loss of every line of a run's metrics."""
+    return [line["loss"] for line in read_metrics(Path(run_dir), kind)]
+
+
+def train(values: dict[str, Any]) -> TrainState:
+    """Trains a recipe to its end."""
+    return api.train(build_recipe(values))
+
+
+def train_or_error(values: dict[str, Any]) -> str:
+    """Trains; returns the sentence of a UserError, empty where there was none."""
+    try:
+        train(values)
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+def train_then_die(values: dict[str, Any], step: int, where: str, victim: int) -> None:
+    """Trains; SIGKILL ends rank `victim` after `step` steps, between steps or inside a save."""
+
+    def die() -> None:
+        if int(os.environ["RANK"]) == victim:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    if where == "between steps":
+        original = Trainer.train_step
+
+        def train_step(self: Trainer, micro_batches: list[Batch]) -> None:
+            if self.state.step == step:
+                die()
+            original(self, micro_batches)
+
+        Trainer.train_step = train_step  # type: ignore[method-assign]
+    else:
+        save = Engine.save
+
+        def save_then_die(self: Engine, folder: Path) -> None:
+            if where == "before the files" and folder.name == f"step_{step:08d}":
+                die()
+            save(self, folder)
+            if where == "before the manifest" and folder.name == f"step_{step:08d}":
+                die()
+
+        Engine.save = save_then_die  # type: ignore[method-assign]
+    train(values)
+
+
+def train_with_nan(values: dict[str, Any], poisoned: list[int]) -> tuple[list[bool], str]:
+    """Trains with a NaN in the loss of the last rank at some steps; returns which were skipped, and the error."""
+    skipped = []
+    original = Engine.backward_and_step
+
+    def backward_and_step(self: Engine, loss: Tensor) -> None:
+        bad = len(skipped) in poisoned and self.world.rank == self.world.size - 1
+        original(self, loss * float("nan") if bad else loss)
+        skipped.append(self.skipped)
+
+    Engine.backward_and_step = backward_and_step  # type: ignore[method-assign]
+    return skipped, train_or_error(values)
+
+
+def train_until_preempted(values: dict[str, Any], step: int) -> TrainState:
+    """Trains; writes the run folder's `preempt` file after `step` steps."""
+    original = Trainer.train_step
+
+    def train_step(self: Trainer, micro_batches: list[Batch]) -> None:
+        original(self, micro_batches)
+        if self.state.step == step and self.world.is_main:
+            (Path(values["run_dir"]) / "preempt").touch()
+
+    Trainer.train_step = train_step  # type: ignore[method-assign]
+    return train(values)
+
+
+def plain_losses(recipe: Recipe) -> list[float]:
+    """The same training in a bare PyTorch loop: one process, whole batches, torch's AdamW, no engine.
+
+    Only data, module and drop path masks are the project's: what is compared is everything between them.
+    """
+    log.set_up()
+    with distributed.start("cpu", 60) as world:
+        trainer = api.build_trainer(recipe, world)  # for its task and loader; its engine is not used
+        task, module = trainer.task, trainer.task.module
+        decayed = [p for n, p in module.named_parameters() if p.ndim > 1 and "cpb" not in n and "logit_scale" not in n]
+        others = [p for p in module.parameters() if all(p is not d for d in decayed)]
+        optimizer = torch.optim.AdamW(
+            [{"params": decayed}, {"params": others, "weight_decay": 0.0}],
+            lr=recipe.optim.lr, betas=recipe.optim.betas, eps=recipe.optim.eps, weight_decay=recipe.optim.weight_decay,
+        )  # fmt: skip
+        rates = cosine(recipe)
+        found = []
+        for step, micro_batches in zip(range(trainer.num_steps), trainer.loader.iterate(0), strict=False):
+            for group in optimizer.param_groups:
+                group["lr"] = rates[step]
+            optimizer.zero_grad()
+            counts = [task.counts(batch)["loss"] for batch in micro_batches]
+            terms = [module(**task.inputs(batch))["loss"] for batch in micro_batches]
+            loss = torch.stack(terms).sum() / sum(counts)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(module.parameters(), recipe.optim.grad_clip)
+            optimizer.step()
+            found.append(float(loss))
+        return found
+
+
+def cosine(recipe: Recipe) -> list[float]:
+    """Half a cosine from lr to 0, written out."""
+    steps = recipe.train.steps
+    assert steps is not None
+    return [float(recipe.optim.lr * (1 + np.cos(np.pi * step / steps)) / 2) for step in range(steps)]
+
+
+def probe_images() -> Tensor:
+    """Two images of 24 px, the same everywhere."""
+    return torch.linspace(-1, 1, 2 * 3 * 24 * 24).view(2, 3, 24, 24)
+
+
+def train_and_look(values: dict[str, Any]) -> np.ndarray:
+    """Trains; returns the backbone's tokens for `probe_images`, under ZeRO-3 too."""
+    found = []
+    original = Trainer.train
+
+    def train_then_look(self: Trainer) -> TrainState:
+        state = original(self)
+        found.append(_backbone_tokens(self, probe_images()).numpy())
+        return state
+
+    Trainer.train = train_then_look  # type: ignore[method-assign]
+    train(values)
+    return found[0]
+
+
+def _backbone_tokens(trainer: Trainer, images_BCHW: Tensor) -> Tensor:
+    from deepspeed.runtime.zero.partition_parameters import GatheredParameters
+
+    module = trainer.task.module
+    with torch.no_grad(), GatheredParameters(list(module.parameters())):
+        weights = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    fresh = api.build_task(trainer.recipe, api.open_source(trainer.recipe.data.train)).module
+    fresh.load_state_dict(weights)
+    with torch.no_grad():
+        return fresh.get_submodule("backbone")(images_BCHW)
+
+
+def train_with_small_files(values: dict[str, Any], largest_file: int, from_step: int) -> str:
+    """Trains; from `from_step` on no file can grow beyond `largest_file` bytes, as on a full disk."""
+    import resource
+
+    original = Engine.save
+
+    def save(self: Engine, folder: Path) -> None:
+        if folder.name >= f"step_{from_step:08d}":
+            resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
+        original(self, folder)
+
+    Engine.save = save  # type: ignore[method-assign]
+    return train_or_error(values)

@@ -1,0 +1,84 @@
+"""Runs a function on forked ranks: libraries are imported once, in a fork server, not once a rank."""
+
+import multiprocessing
+import os
+import signal
+import socket
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+TIMEOUT_S = 120
+
+
+def run_ranks(function: Callable[..., Any], world_size: int, *args: Any) -> list[Any]:
+    """Calls `function(*args)` on every rank of a new world.
+
+    Args:
+        function: a function at the top of a module.
+        world_size: number of ranks.
+        args: picklable arguments, the same for all ranks.
+
+    Returns:
+        What each rank returned; the negative signal number of a rank that was killed. When one is
+        killed, so are the others, as a launcher would do.
+
+    Raises:
+        AssertionError: a rank raised; its traceback is in the message.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["ranks_preload"])
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    receivers, processes = [], []
+    for rank in range(world_size):
+        receiver, sender = context.Pipe(duplex=False)
+        process = context.Process(target=_child, args=(sender, rank, world_size, port, function, args))
+        process.start()
+        sender.close()
+        receivers.append(receiver)
+        processes.append(process)
+    results: list[Any] = [None] * world_size
+    waiting = dict(zip(receivers, range(world_size), strict=True))
+    failures = []
+    while waiting:
+        ready = wait(list(waiting), timeout=TIMEOUT_S)
+        if not ready:
+            failures.append(f"ranks {sorted(waiting.values())} did not end in {TIMEOUT_S} s")
+        for receiver in ready:
+            rank = waiting.pop(receiver)
+            try:
+                succeeded, results[rank] = receiver.recv()
+                if not succeeded:
+                    failures.append(f"rank {rank}:\n{results[rank]}")
+            except EOFError:  # killed before it could say anything
+                processes[rank].join()
+                results[rank] = processes[rank].exitcode
+                ready = []
+        if failures or not ready:
+            for process in processes:
+                if process.is_alive():
+                    os.kill(process.pid, signal.SIGKILL)
+            if failures:
+                break
+    for process in processes:
+        process.join()
+    assert not failures, "\n".join(failures)
+    return results
+
+
+def _child(
+    sender: Connection, rank: int, world_size: int, port: int, function: Callable[..., Any], args: tuple[Any, ...]
+) -> None:
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size),
+        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
+    )  # fmt: skip
+    try:
+        sender.send((True, function(*args)))
+    except BaseException:
+        sender.send((False, traceback.format_exc()))
+    finally:
+        sender.close()

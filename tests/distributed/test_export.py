@@ -1,0 +1,55 @@
+"""`export` writes the trained backbone alone: the weights that the run ended with, whatever the ZeRO stage."""
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import cases
+import pytest
+import torch
+from ranks import run_ranks
+from safetensors.torch import load_file
+
+from fd_scale.api import export
+from fd_scale.models import build_model, create_model, load_weights
+
+Values = Callable[..., dict[str, Any]]
+
+
+@pytest.mark.parametrize(("stage", "ranks"), [(0, 1), (2, 2), (3, 2)])
+def test_exported_weights_are_the_trained_ones(
+    recipe_values: Values, tmp_path: Path, stage: int, ranks: int
+) -> None:
+    values = recipe_values(train__ds_config=f"zero{stage}", train__steps=3)
+    images = cases.probe_images()
+    trained = run_ranks(cases.train_and_look, ranks, values)
+    out = export(values["run_dir"], tmp_path / "out")
+    config = json.loads((out / "config.json").read_text())["model"]
+    model = create_model(config["name"], img_size=config["img_size"], **config["overrides"])
+    before = model(images)
+    load_weights(model, str(out))
+    after = model(images).detach()
+    # The same weights; the order of sums may differ between a fork with one thread and this process.
+    torch.testing.assert_close(after, torch.from_numpy(trained[0]), rtol=1e-5, atol=1e-6)
+    assert not torch.allclose(after, before)
+    assert all("projector" not in name for name in load_file(out / "model.safetensors"))
+
+
+def test_an_exported_folder_is_a_starting_point_and_has_a_card(recipe_values: Values, tmp_path: Path) -> None:
+    first = recipe_values("contrastive", train__micro_batch=16, train__steps=2)
+    run_ranks(cases.train, 1, first)
+    teacher = str(export(first["run_dir"], tmp_path / "teacher"))
+    model = first["model"] | {"license": "CC0-1.0", "weights": teacher}
+    second = recipe_values(run_dir=str(tmp_path / "second"), train__steps=2, distill={"teachers": [{"model": model}]})
+    run_ranks(cases.train, 1, second)
+    card = (export(second["run_dir"], tmp_path / "student") / "README.md").read_text()
+    digest = hashlib.sha256((tmp_path / "teacher" / "model.safetensors").read_bytes()).hexdigest()
+    for fact in ("license: CC0-1.0", digest, f"weights: {teacher}", "| 2 | train loss |", "task: distill"):
+        assert fact in card
+    recipe = cases.build_recipe(second)
+    assert recipe.distill is not None
+    loaded = build_model(recipe.distill.teachers[0].model).state_dict()
+    saved = load_file(tmp_path / "teacher" / "model.safetensors")
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in saved.items())

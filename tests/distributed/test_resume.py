@@ -1,0 +1,183 @@
+"""Killed anywhere, a run resumes from its newest whole checkpoint and has the losses of one that was not."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import cases
+import pytest
+from ranks import run_ranks
+
+Values = Callable[..., dict[str, Any]]
+RANKS = 2
+
+
+@pytest.fixture
+def values(recipe_values: Values) -> dict[str, Any]:
+    """ZeRO-3 on two ranks, six steps, a checkpoint every second one."""
+    return recipe_values(train__ds_config="zero3", data__evaluation="digits:test", log__evaluate_every_steps=4)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The run that was not killed, made once: its folder and its lines of metrics."""
+    return {"folder": tmp_path_factory.mktemp("undisturbed") / "run"}
+
+
+@pytest.fixture
+def whole_run(undisturbed: dict[str, Any], values: dict[str, Any]) -> Path:
+    folder: Path = undisturbed["folder"]
+    if not folder.exists():
+        run_ranks(cases.train, RANKS, values | {"run_dir": str(folder)})
+    return folder
+
+
+def lines(run_dir: str | Path) -> list[tuple[int, str, float, float | None]]:
+    """Step, kind, loss and gradient norm of every line of metrics; times are left out."""
+    rows = [json.loads(line) for line in (Path(run_dir) / "metrics.jsonl").read_text().splitlines()]
+    return [(row["step"], row["kind"], row["loss"], row.get("grad_norm")) for row in rows]
+
+
+def checkpoints(run_dir: str | Path) -> list[str]:
+    return sorted(path.parent.name for path in Path(run_dir).glob("checkpoints/*/manifest.json"))
+
+
+@pytest.mark.parametrize(
+    ("step", "where", "victim"),
+    [
+        (1, "between steps", 0),
+        (5, "between steps", 1),
+        (2, "before the files", 1),
+        (4, "before the manifest", 0),
+        (4, "before the manifest", 1),
+    ],
+)
+def test_sigkill_then_resume_is_exact(
+    values: dict[str, Any], whole_run: Path, step: int, where: str, victim: int
+) -> None:
+    results = run_ranks(cases.train_then_die, RANKS, values, step, where, victim)
+    assert results[victim] == -9, "the victim was killed in the middle of the run"
+    before = checkpoints(values["run_dir"])
+    assert before == {1: [], 5: ["step_00000002", "step_00000004"], 2: [], 4: ["step_00000002"]}[step]
+    run_ranks(cases.train, RANKS, values)
+    assert lines(values["run_dir"]) == lines(whole_run)
+
+
+def test_the_teacher_is_in_no_checkpoint(whole_run: Path) -> None:
+    import torch
+
+    def tensors(value: Any) -> list[torch.Tensor]:
+        if isinstance(value, torch.Tensor):
+            return [value]
+        parts = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else []
+        return [tensor for part in parts for tensor in tensors(part)]
+
+    folder = whole_run / "checkpoints" / "step_00000006"
+    saved = [torch.load(path, weights_only=False) for path in sorted(folder.glob("*.pt"))]
+    names = [name for state in saved for name in state.get("param_shapes", [{}])[0]]
+    assert names, "the checkpoint names its parameters"
+    assert all(name.startswith(("backbone.", "projector.")) for name in names)
+    # Student and projector once in fp32, two moments of AdamW; ZeRO-3 pads to a multiple of the ranks.
+    held = sum(t.numel() for path in folder.glob("*optim_states.pt") for t in tensors(torch.load(path, weights_only=False)))
+    trained = 48_000  # at most: the tiny student has 31 k parameters, its teacher 67 k
+    assert held < 3 * trained
+
+
+def damage(folder: Path, kind: str) -> str:
+    """Damages a checkpoint; returns what its refusal must say."""
+    file = max(folder.glob("*optim_states.pt"), key=lambda path: path.name)
+    content = bytearray(file.read_bytes())
+    if kind == "flipped bit":
+        content[len(content) // 2] ^= 1
+        file.write_bytes(content)
+        return f"{file.name} does not match its checksum"
+    if kind == "truncated":
+        file.write_bytes(content[:-7])
+        return f"{file.name} has {len(content) - 7} bytes, expected {len(content)}"
+    if kind == "missing":
+        file.unlink()
+        return f"{file.name} is missing"
+    (folder / "manifest.json").write_text("{")
+    return "its format is None"
+
+
+@pytest.mark.parametrize("kind", ["flipped bit", "truncated", "missing", "torn manifest"])
+def test_a_damaged_checkpoint_is_refused_by_name(values: dict[str, Any], whole_run: Path, kind: str) -> None:
+    run_dir = Path(values["run_dir"])
+    shutil.copytree(whole_run, run_dir)
+    expected = damage(run_dir / "checkpoints" / "step_00000006", kind)
+    run_ranks(cases.train, RANKS, values)
+    log = (run_dir / "logs" / "rank_0.log").read_text()
+    assert f"step_00000006 is refused: {expected}" in log
+    assert "resumed" in log
+    assert "step_00000004" in log.split("resumed")[-1].splitlines()[0], "the newest whole one was used"
+    assert lines(run_dir) == lines(whole_run)
+
+
+def test_nothing_whole_is_an_error_and_not_a_fresh_start(values: dict[str, Any], whole_run: Path) -> None:
+    run_dir = Path(values["run_dir"])
+    shutil.copytree(whole_run, run_dir)
+    for folder in (run_dir / "checkpoints").glob("step_*"):
+        damage(folder, "flipped bit")
+    before = lines(run_dir)
+    errors = run_ranks(cases.train_or_error, RANKS, values)
+    assert all("no checkpoint there is whole" in error for error in errors), errors
+    assert lines(run_dir) == before, "the metrics are untouched"
+
+
+def test_preemption_saves_and_the_same_command_resumes(values: dict[str, Any], whole_run: Path) -> None:
+    states = run_ranks(cases.train_until_preempted, RANKS, values, 3)
+    assert [state.step for state in states] == [3, 3]
+    assert "step_00000003" in checkpoints(values["run_dir"])
+    run_ranks(cases.train, RANKS, values)
+    assert lines(values["run_dir"]) == lines(whole_run)
+
+
+def test_retention_keeps_the_last_and_the_best(recipe_values: Values) -> None:
+    values = recipe_values(
+        "classification", data__evaluation="digits:test", checkpoint__keep_last=1,
+        log__evaluate_every_steps=1, train__steps=8, optim__lr=3e-3,
+    )  # fmt: skip
+    state = run_ranks(cases.train, 1, values)[0]
+    kept = checkpoints(values["run_dir"])
+    assert kept == sorted({f"step_{state.best_step:08d}", "step_00000008"})
+    assert (Path(values["run_dir"]) / "checkpoints" / "latest").read_text() == "step_00000008\n"
+    top1 = {line["step"]: line["top1"] for line in cases.read_metrics(Path(values["run_dir"]), "evaluation")}
+    assert state.best_value == max(top1.values()) == top1[state.best_step]
+
+
+def test_another_number_of_ranks_is_refused_by_name(values: dict[str, Any], whole_run: Path) -> None:
+    shutil.copytree(whole_run, values["run_dir"])
+    error = run_ranks(cases.train_or_error, 1, values)[0]
+    assert "written with world_size=2, this run has 1" in error
+
+
+@pytest.mark.parametrize("precision_stage", [("fp32", 0), ("fp32", 3), ("bf16", 2)])
+def test_a_nan_on_one_rank_skips_the_step_everywhere(
+    recipe_values: Values, precision_stage: tuple[str, int]
+) -> None:
+    precision, stage = precision_stage
+    values = recipe_values(train__precision=precision, train__ds_config=f"zero{stage}")
+    for skipped, error in run_ranks(cases.train_with_nan, RANKS, values, [1, 2, 4]):
+        assert (skipped, error) == ([False, True, True, False, True, False], "")
+    assert all(loss < 10 for loss in cases.losses(values["run_dir"])[5:])
+
+
+def test_too_many_skipped_steps_stop_the_run(recipe_values: Values) -> None:
+    values = recipe_values(train__max_skipped_steps=2)
+    for skipped, error in run_ranks(cases.train_with_nan, RANKS, values, [2, 3, 4, 5]):
+        assert skipped == [False, False, True, True]
+        assert "2 steps in a row" in error
+    assert checkpoints(values["run_dir"]) == ["step_00000002"]
+
+
+def test_a_full_disk_is_one_sentence_and_loses_nothing(recipe_values: Values, whole_run: Path) -> None:
+    values = recipe_values(train__ds_config="zero0")
+    error = run_ranks(cases.train_with_small_files, 1, values, 10_000, 4)[0]
+    assert "step_00000004: the checkpoint could not be written" in error
+    assert "the last whole one is step_00000002" in error
+    assert checkpoints(values["run_dir"]) == ["step_00000002"]
+    run_ranks(cases.train, 1, values)
+    assert checkpoints(values["run_dir"]) == ["step_00000004", "step_00000006"]
