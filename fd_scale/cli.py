@@ -87,7 +87,11 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument(
         "what", choices=["step"], help="step: one optimizer step, ZeRO 0 on one process, ZeRO 3 on two"
     )
-    bench.add_argument("--steps", type=int, default=30, help="measured steps of each variant (default: 30)")
+    bench.add_argument(
+        "recipe", metavar="RECIPE", nargs="?", default="digits/distill", help="default: digits/distill"
+    )
+    bench.add_argument("overrides", metavar="key=value", nargs="*", help="settings that replace the recipe's")
+    bench.add_argument("--steps", type=int, default=30, help="measured steps of each loop (default: 30)")
     bench.add_argument("--json", metavar="FILE", help="write the measurements there too")
     bench.set_defaults(run=_bench)
 
@@ -157,7 +161,7 @@ def _export(options: argparse.Namespace) -> None:
 def _bench(options: argparse.Namespace) -> None:
     from fd_scale.bench import bench_step
 
-    bench_step(options.steps, options.json)
+    bench_step(options.recipe, options.overrides, options.steps, options.json)
 
 
 def _demo(options: argparse.Namespace) -> None:

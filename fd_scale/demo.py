@@ -7,19 +7,20 @@ import statistics
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 
 matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
-from rich.table import Table  # noqa: E402
+import matplotlib.pyplot as plt
+from rich.table import Table
 
-from fd_scale import api  # noqa: E402
-from fd_scale.errors import UserError  # noqa: E402
-from fd_scale.log import console  # noqa: E402
-from fd_scale.metrics import read_metrics  # noqa: E402
+from fd_scale import api
+from fd_scale.errors import UserError
+from fd_scale.log import console
+from fd_scale.metrics import read_metrics
 
 NUM_RANKS = 2
 
@@ -39,7 +40,7 @@ def demo(run_dir: str, num_seeds: int) -> dict[str, list[float]]:
     began = time.perf_counter()
     root = Path(run_dir)
     console.rule("1  Pre-training a teacher: contrastive, labels unused")
-    teacher_run = _launch("pretrain", "digits/teacher", root / "teacher", 1, [])
+    teacher_run = _launch("pretrain", "digits/teacher", root / "teacher", NUM_RANKS, [])
     teacher = str(api.export(teacher_run, root / "teacher-export"))
     console.rule(f"2  Distilling it into a student: ZeRO-3 on {NUM_RANKS} processes")
     weights = f"distill.teachers.0.model.weights={teacher}"
@@ -47,32 +48,57 @@ def demo(run_dir: str, num_seeds: int) -> dict[str, list[float]]:
     student = str(api.export(student_run, root / "student-export"))
     console.rule(f"3  Fine-tuning on labels: three starting points, {num_seeds} seeds each")
     starts = {"teacher, directly": teacher, "distilled student": student, "from scratch": "null"}
-    runs: dict[str, list[Path]] = {name: [] for name in starts}
-    for name, start in starts.items():
-        for seed in range(num_seeds):
-            folder = root / f"finetune-{name.replace(', ', '-').replace(' ', '-')}-{seed}"
-            settings = [f"model.weights={start}", f"seed={seed}"]
-            runs[name].append(_launch("finetune", "digits/finetune", folder, 1, settings))
+    runs = {
+        name: [
+            root / f"finetune-{name.replace(', ', '-').replace(' ', '-')}-{seed}" for seed in range(num_seeds)
+        ]
+        for name in starts
+    }
+    jobs = [
+        (run, [f"model.weights={starts[name]}", f"seed={seed}"])
+        for name, of_start in runs.items()
+        for seed, run in enumerate(of_start)
+    ]
+    _finetune(jobs)
     top1 = {name: [_last(run)["top1"] for run in of_start] for name, of_start in runs.items()}
     picture = _plot(root / "curves.png", teacher_run, student_run, runs)
     _report(top1, root, picture, time.perf_counter() - began)
     return top1
 
 
-def _launch(verb: str, recipe: str, run_dir: Path, num_ranks: int, settings: list[str]) -> Path:
-    """Runs a verb as a user would: alone, or under torchrun."""
+def _launch(
+    verb: str, recipe: str, run_dir: Path, num_ranks: int, settings: list[str], show: bool = True
+) -> Path:
+    """Runs a verb as a user would: alone, or under torchrun; each process has a core of its own."""
     arguments = ["-m", "fd_scale", verb, recipe, f"run_dir={run_dir}", *settings]
     launcher = [sys.executable]
     if num_ranks > 1:
         launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_ranks}"]
-    threads = max(1, (os.cpu_count() or 1) // num_ranks)
-    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
-    done = subprocess.run([*launcher, *arguments], env=environment, check=False)
+    done = subprocess.run(
+        [*launcher, *arguments],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        check=False,
+        stderr=None if show else subprocess.PIPE,
+        text=True,
+    )
     if done.returncode:
         raise UserError(
-            f"demo: `fd-scale {verb} {recipe}` ended with code {done.returncode}; its words are above"
+            f"demo: `fd-scale {verb} {recipe}` ended with code {done.returncode}: "
+            f"{'see above' if show else done.stderr.strip()}"
         )
     return run_dir
+
+
+def _finetune(jobs: list[tuple[Path, list[str]]]) -> None:
+    """Runs fine-tunings side by side, as many as there were ranks before."""
+    with ThreadPoolExecutor(NUM_RANKS) as pool:
+        started = [
+            pool.submit(_launch, "finetune", "digits/finetune", run, 1, settings, show=False)
+            for run, settings in jobs
+        ]
+        for done in as_completed(started):
+            run = done.result()
+            console.print(f"{run}: top-1 {_last(run)['top1']:.1%}", soft_wrap=True, highlight=False)
 
 
 def _last(run: Path) -> dict[str, Any]:

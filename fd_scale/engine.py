@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from contextlib import redirect_stderr, redirect_stdout
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +124,7 @@ class Engine:
 def saved_weights(folder: Path) -> dict[str, Tensor]:
     """Returns the module's whole weights, fp32 on the CPU, from a folder that `Engine.save` wrote."""
     if any(folder.glob("*optim_states.pt")):
-        return get_fp32_state_dict_from_zero_checkpoint(str(folder.parent), tag=folder.name)
+        with redirect_stdout(StringIO()), redirect_stderr(StringIO()):  # it prints its progress
+            return get_fp32_state_dict_from_zero_checkpoint(str(folder.parent), tag=folder.name)
     states = torch.load(folder / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=False)
     return {name: tensor.float() for name, tensor in states["module"].items()}

@@ -1,7 +1,6 @@
 """Logging set-up: rank 0 speaks on the console, every rank writes a file of its own in the run folder."""
 
 import logging
-import os
 import sys
 import warnings
 from pathlib import Path
@@ -15,7 +14,6 @@ console = Console(stderr=True)
 
 def quiet_libraries() -> None:
     """Keeps libraries' start-up chatter off the console; must run before deepspeed is imported."""
-    os.environ.setdefault("TQDM_DISABLE", "1")
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed.*")
 

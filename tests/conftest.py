@@ -17,14 +17,18 @@ from fd_scale.config import Recipe, build_recipe
 TINY = {"patch_size": 4, "embed_dim": 16, "depths": [1, 2], "num_heads": [1, 2], "window_size": 4}
 MODEL = {"name": "swin_v2_tiny", "img_size": 24, "overrides": TINY | {"drop_path_rate": 0.2}}
 SECTIONS: dict[str, dict[str, Any]] = {
-    "distill": {"teachers": [{"model": MODEL | {"overrides": TINY | {"embed_dim": 24, "num_heads": [2, 4]}}}]},
+    "distill": {
+        "teachers": [{"model": MODEL | {"overrides": TINY | {"embed_dim": 24, "num_heads": [2, 4]}}}]
+    },
     "contrastive": {"projection_dim": 8},
     "classification": {"head_init_scale": 1.0},
 }
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--require-gpu", action="store_true", help="fail, not skip, tests marked gpu without a GPU")
+    parser.addoption(
+        "--require-gpu", action="store_true", help="fail, not skip, tests marked gpu without a GPU"
+    )
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

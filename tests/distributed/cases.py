@@ -12,7 +12,7 @@ from torch import Tensor
 from fd_scale import api, distributed, log
 from fd_scale.checkpoint import TrainState
 from fd_scale.config import Recipe, build_recipe
-from fd_scale.data import Batch
+from fd_scale.data import Batch, open_source
 from fd_scale.engine import Engine
 from fd_scale.errors import UserError
 from fd_scale.metrics import read_metrics
@@ -104,7 +104,11 @@ def plain_losses(recipe: Recipe) -> list[float]:
     with distributed.start("cpu", 60) as world:
         trainer = api.build_trainer(recipe, world)  # for its task and loader; its engine is not used
         task, module = trainer.task, trainer.task.module
-        decayed = [p for n, p in module.named_parameters() if p.ndim > 1 and "cpb" not in n and "logit_scale" not in n]
+        decayed = [
+            p
+            for n, p in module.named_parameters()
+            if p.ndim > 1 and "cpb" not in n and "logit_scale" not in n
+        ]
         others = [p for p in module.parameters() if all(p is not d for d in decayed)]
         optimizer = torch.optim.AdamW(
             [{"params": decayed}, {"params": others, "weight_decay": 0.0}],
@@ -159,7 +163,7 @@ def _backbone_tokens(trainer: Trainer, images_BCHW: Tensor) -> Tensor:
     module = trainer.task.module
     with torch.no_grad(), GatheredParameters(list(module.parameters())):
         weights = {name: tensor.clone() for name, tensor in module.state_dict().items()}
-    fresh = api.build_task(trainer.recipe, api.open_source(trainer.recipe.data.train)).module
+    fresh = api.build_task(trainer.recipe, open_source(trainer.recipe.data.train)).module
     fresh.load_state_dict(weights)
     with torch.no_grad():
         return fresh.get_submodule("backbone")(images_BCHW)

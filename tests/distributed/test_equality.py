@@ -15,7 +15,9 @@ TOLERANCE = 1e-5
 
 
 @pytest.mark.parametrize("task", ["distill", "contrastive", "classification"])
-def test_ranks_do_not_change_losses(recipe_values: Callable[..., dict[str, Any]], tmp_path: Any, task: str) -> None:
+def test_ranks_do_not_change_losses(
+    recipe_values: Callable[..., dict[str, Any]], tmp_path: Any, task: str
+) -> None:
     found = {}
     for ranks in (1, 2):
         values = recipe_values(

@@ -42,7 +42,9 @@ def test_an_exported_folder_is_a_starting_point_and_has_a_card(recipe_values: Va
     run_ranks(cases.train, 1, first)
     teacher = str(export(first["run_dir"], tmp_path / "teacher"))
     model = first["model"] | {"license": "CC0-1.0", "weights": teacher}
-    second = recipe_values(run_dir=str(tmp_path / "second"), train__steps=2, distill={"teachers": [{"model": model}]})
+    second = recipe_values(
+        run_dir=str(tmp_path / "second"), train__steps=2, distill={"teachers": [{"model": model}]}
+    )
     run_ranks(cases.train, 1, second)
     card = (export(second["run_dir"], tmp_path / "student") / "README.md").read_text()
     digest = hashlib.sha256((tmp_path / "teacher" / "model.safetensors").read_bytes()).hexdigest()

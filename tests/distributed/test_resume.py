@@ -17,7 +17,9 @@ RANKS = 2
 @pytest.fixture
 def values(recipe_values: Values) -> dict[str, Any]:
     """ZeRO-3 on two ranks, six steps, a checkpoint every second one."""
-    return recipe_values(train__ds_config="zero3", data__evaluation="digits:test", log__evaluate_every_steps=4)
+    return recipe_values(
+        train__ds_config="zero3", data__evaluation="digits:test", log__evaluate_every_steps=4
+    )
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +73,9 @@ def test_the_teacher_is_in_no_checkpoint(whole_run: Path) -> None:
     def tensors(value: Any) -> list[torch.Tensor]:
         if isinstance(value, torch.Tensor):
             return [value]
-        parts = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else []
+        parts = (
+            value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else []
+        )
         return [tensor for part in parts for tensor in tensors(part)]
 
     folder = whole_run / "checkpoints" / "step_00000006"
@@ -80,7 +84,11 @@ def test_the_teacher_is_in_no_checkpoint(whole_run: Path) -> None:
     assert names, "the checkpoint names its parameters"
     assert all(name.startswith(("backbone.", "projector.")) for name in names)
     # Student and projector once in fp32, two moments of AdamW; ZeRO-3 pads to a multiple of the ranks.
-    held = sum(t.numel() for path in folder.glob("*optim_states.pt") for t in tensors(torch.load(path, weights_only=False)))
+    held = sum(
+        t.numel()
+        for path in folder.glob("*optim_states.pt")
+        for t in tensors(torch.load(path, weights_only=False))
+    )
     trained = 48_000  # at most: the tiny student has 31 k parameters, its teacher 67 k
     assert held < 3 * trained
 

@@ -62,7 +62,11 @@ def test_import_arrows(path: Path) -> None:
         assert module == "fd_scale.engine"
     if "fd_kernels" in packages and not module.startswith("fd_kernels"):
         assert room(module) in {"models", "distill"}
-    wrong = {name for name in found if name.startswith("fd_scale.") and room(name) in FORBIDDEN.get(room(module), set())}
+    wrong = {
+        name
+        for name in found
+        if name.startswith("fd_scale.") and room(name) in FORBIDDEN.get(room(module), set())
+    }
     assert not wrong, f"{module} may not import {sorted(wrong)}"
 
 
@@ -87,5 +91,9 @@ def test_no_module_hides_another() -> None:
     installed = {"kernels", "datasets", "evaluate", "timm", "torch", "deepspeed"}
     assert not (ROOT / "kernels" / "__init__.py").exists(), "it would hide Hugging Face's kernels package"
     for path in FILES:
-        top = path.relative_to(PACKAGES["fd_scale"].parent).parts[0] if "fd_scale" in path.parts else "fd_kernels"
+        top = (
+            path.relative_to(PACKAGES["fd_scale"].parent).parts[0]
+            if "fd_scale" in path.parts
+            else "fd_kernels"
+        )
         assert top not in sys.stdlib_module_names | installed

@@ -1,0 +1,112 @@
+"""What the trained modules compute, against other people's code or a plain loop."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torchvision.transforms.v2 import functional as transforms
+
+from fd_scale import distributed
+from fd_scale.config import ClassificationConfig, ModelConfig
+from fd_scale.distill import DistillationModule
+from fd_scale.distributed import micro_batch_of_a_rank
+from fd_scale.errors import UserError
+from fd_scale.finetune.classification import ClassificationModule
+from fd_scale.models import drop_path_scale, normalize
+from fd_scale.pretrain.contrastive import nt_xent_sum
+
+OVERRIDES = {"patch_size": 4, "embed_dim": 16, "depths": [1, 1], "num_heads": [1, 2], "window_size": 4}
+MODEL = ModelConfig(name="swin_v2_tiny", img_size=16, overrides=OVERRIDES)
+
+
+def test_normalize_equals_torchvision() -> None:
+    images = torch.randint(0, 256, (2, 3, 5, 7), dtype=torch.uint8)
+    mean, std = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
+    expected = transforms.normalize(transforms.to_dtype(images, torch.float32, scale=True), mean, std)
+    # Ours scales mean and std and not the image: the same in exact arithmetic, a few fp32 roundings apart.
+    torch.testing.assert_close(normalize(images, mean, std), expected, rtol=1e-5, atol=2e-6)
+
+
+def test_drop_path_is_a_function_of_seed_position_and_branch() -> None:
+    rates = (0.0, 0.1, 0.3)
+    positions = torch.arange(20_000)
+    whole = drop_path_scale(rates, 7, positions, torch.device("cpu"))
+    assert whole is not None
+    parts = [drop_path_scale(rates, 7, part, torch.device("cpu")) for part in positions.split(999)]
+    assert torch.equal(torch.cat(parts, 1), whole), "how a batch is cut changes nothing"
+    assert not torch.equal(drop_path_scale(rates, 8, positions, torch.device("cpu")), whole)
+    for rate, scales in zip(rates, whole, strict=True):
+        values = set(scales.unique().tolist())
+        assert values == ({1.0} if rate == 0 else {0.0, float(np.float32(1 / (1 - rate)))})
+        # Mean 1 in expectation; 5 standard deviations of the mean of 20,000 draws.
+        deviation = math.sqrt(rate / (1 - rate) / 20_000)
+        assert abs(float(scales.double().mean()) - 1) <= 5 * deviation + 1e-7
+    kept = whole[1:] > 0
+    together = float((kept[0] & kept[1]).double().mean())
+    assert together == pytest.approx(0.9 * 0.7, abs=0.02), "branches are independent"
+    assert drop_path_scale((0.0, 0.0), 7, positions, torch.device("cpu")) is None
+
+
+def test_distillation_loss_is_the_papers() -> None:
+    torch.manual_seed(0)
+    module = DistillationModule(MODEL, teacher_features=24, beta=2.0, dtype=torch.float32)
+    images = torch.randint(0, 256, (3, 3, 16, 16), dtype=torch.uint8)
+    target = 5 * torch.randn(3, 4, 24) + 1
+    outputs = module(images, target)
+    pixels = normalize(images, MODEL.mean, MODEL.std)
+    student = F.linear(
+        module.backbone.forward_features(pixels), module.projector.weight, module.projector.bias
+    )
+    expected = F.smooth_l1_loss(student, F.layer_norm(target, (24,)), beta=2.0)  # mean of all elements
+    torch.testing.assert_close(outputs["loss"] / (3 * 4), expected, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(outputs["tokens"], student)
+    assert not outputs["tokens"].requires_grad
+
+
+def test_nt_xent_is_equation_1() -> None:
+    projected = torch.randn(2, 5, 8, dtype=torch.float64)
+    with distributed.start("cpu", 60):
+        assert dist.get_world_size() == 1
+        found = nt_xent_sum(projected, 0.3)
+    z = [vector / vector.norm() for vector in projected.flatten(0, 1)]
+    total = 0.0
+    for i in range(10):
+        j = (i + 5) % 10
+        others = sum(math.exp(float(z[i] @ z[k]) / 0.3) for k in range(10) if k != i)
+        total += -math.log(math.exp(float(z[i] @ z[j]) / 0.3) / others)
+    assert float(found) == pytest.approx(total, rel=1e-5)  # the op computes in fp32
+
+
+def test_classification_ignores_the_unlabelled_and_keeps_logits_whole() -> None:
+    torch.manual_seed(0)
+    module = ClassificationModule(MODEL, ClassificationConfig(head_init_scale=1.0), 7, torch.float32)
+    images = torch.randint(0, 256, (4, 3, 16, 16), dtype=torch.uint8)
+    labels = torch.tensor([3, -1, 0, 6])
+    outputs = module(images, labels)
+    kept = module(images[[0, 2, 3]], labels[[0, 2, 3]])
+    torch.testing.assert_close(outputs["loss"], kept["loss"])
+    assert outputs["logits"].shape == (4, 7)
+    expected = F.cross_entropy(
+        outputs["logits"][[0, 2, 3]], labels[[0, 2, 3]], label_smoothing=0.1, reduction="sum"
+    )
+    torch.testing.assert_close(outputs["loss"].detach(), expected)
+
+
+@pytest.mark.parametrize(
+    ("global_batch", "largest", "ranks", "expected"),
+    [(2048, 128, 16, 128), (96, 32, 2, 24), (16, 64, 4, 4), (7, 3, 1, 1), (8, 8, 1, 8)],
+)
+def test_micro_batch_divides_a_ranks_share(
+    global_batch: int, largest: int, ranks: int, expected: int
+) -> None:
+    found = micro_batch_of_a_rank(global_batch, largest, ranks)
+    assert found == expected
+    assert (global_batch // ranks) % found == 0
+
+
+def test_a_batch_that_does_not_divide_names_one_that_does() -> None:
+    with pytest.raises(UserError, match=r"100 images do not divide over 3 ranks; set train\.global_batch=99"):
+        micro_batch_of_a_rank(100, 10, 3)
