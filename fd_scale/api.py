@@ -27,7 +27,6 @@ from fd_scale.data import (
 from fd_scale.distill import DistillationTask
 from fd_scale.distributed import Preemption, World
 from fd_scale.engine import Engine
-from fd_scale.errors import UserError
 from fd_scale.evaluation import EvaluationSet
 from fd_scale.export import export
 from fd_scale.finetune import ClassificationTask
@@ -63,10 +62,9 @@ def train(recipe: Recipe) -> TrainState:
     Raises:
         UserError: the recipe, its data or its checkpoints do not allow it.
     """
-    log.set_up()
-    with distributed.start(recipe.train.device, recipe.train.timeout_s) as world:
-        trainer = build_trainer(recipe, world)
-        return trainer.train()
+    world = distributed.start(recipe.train.device, recipe.train.timeout_s)
+    log.set_up(world.rank)
+    return build_trainer(recipe, world).train()
 
 
 def build_trainer(recipe: Recipe, world: World) -> Trainer:
@@ -86,12 +84,6 @@ def build_trainer(recipe: Recipe, world: World) -> Trainer:
         num_workers=recipe.data.num_workers,
         max_bad_fraction=recipe.data.max_bad_fraction,
     )
-    if recipe.contrastive is not None and loader.accumulation > 1:
-        raise UserError(
-            f"train.micro_batch: contrastive pre-training compares all images of a step at once, and "
-            f"{recipe.train.micro_batch} x {world.size} ranks are fewer than train.global_batch="
-            f"{recipe.train.global_batch}; raise train.micro_batch or lower train.global_batch"
-        )
     num_steps = recipe.train.steps or round((recipe.train.epochs or 0) * loader.steps_per_epoch)
     task = build_task(recipe, source)
     task.to(world.device)

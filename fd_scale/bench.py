@@ -137,26 +137,26 @@ class _BareLoop:
 
 def _measure(recipe: Recipe, num_steps: int, json_file: str) -> None:
     """Runs on every rank; rank 0 writes the measurements."""
-    log.set_up()
-    with distributed.start(recipe.train.device, recipe.train.timeout_s) as world:
-        trainer = api.build_trainer(recipe, world)
-        bare_task = api.build_task(recipe, open_source(recipe.data.train))
-        bare_task.to(world.device)
-        turns = _TakingTurns(trainer.loader, _BareLoop(bare_task, recipe, world), min(num_steps, 16))
-        trainer.loader = turns  # type: ignore[assignment]
-        trainer.train()
-        if world.is_main:
-            times = {
-                "loader_ms": turns.loader_ms,
-                "ours_ms": turns.ours_ms[WARM_UP_STEPS:],
-                "bare_ms": turns.bare_ms[WARM_UP_STEPS:],
-            }
-            row = {
-                "ds_config": recipe.train.ds_config,
-                "ranks": world.size,
-                "device": world.device.type,
-            } | times
-            write_atomically(Path(json_file), json.dumps(row))
+    world = distributed.start(recipe.train.device, recipe.train.timeout_s)
+    log.set_up(world.rank)
+    trainer = api.build_trainer(recipe, world)
+    bare_task = api.build_task(recipe, open_source(recipe.data.train))
+    bare_task.to(world.device)
+    turns = _TakingTurns(trainer.loader, _BareLoop(bare_task, recipe, world), min(num_steps, 16))
+    trainer.loader = turns  # type: ignore[assignment]
+    trainer.train()
+    if world.is_main:
+        times = {
+            "loader_ms": turns.loader_ms,
+            "ours_ms": turns.ours_ms[WARM_UP_STEPS:],
+            "bare_ms": turns.bare_ms[WARM_UP_STEPS:],
+        }
+        row = {
+            "ds_config": recipe.train.ds_config,
+            "ranks": world.size,
+            "device": world.device.type,
+        } | times
+        write_atomically(Path(json_file), json.dumps(row))
 
 
 def _show(result: dict[str, Any]) -> None:

@@ -80,7 +80,7 @@ class Checkpoints:
         folder = self.root / f"step_{state.step:08d}"
         if self.world.is_main:
             if folder.exists():
-                shutil.rmtree(folder)  # a save that never ended, or one that was refused
+                _discard(folder)  # a save that never ended, or one that was refused
             folder.mkdir()
         self.world.barrier()
         try:
@@ -154,8 +154,7 @@ class Checkpoints:
         best = f"step_{state.best_step:08d}" if state.best_step is not None else None
         for folder in _newest_first(self.root)[self.keep_last :]:
             if folder.name != best:
-                (folder / MANIFEST).unlink()  # from here on it is no checkpoint, wherever the deletion stops
-                shutil.rmtree(folder)
+                _discard(folder)
 
     def _newest_name(self) -> str:
         newest = _newest_first(self.root)
@@ -219,6 +218,13 @@ def write_atomically(path: Path, text: str) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _discard(folder: Path) -> None:
+    (folder / MANIFEST).unlink(
+        missing_ok=True
+    )  # from here on it is no checkpoint, wherever the deletion stops
+    shutil.rmtree(folder)
 
 
 def _newest_first(root: Path) -> list[Path]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 
@@ -36,7 +37,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         options.run(options)
     except UserError as error:
-        print(f"fd-scale: {error}", file=sys.stderr)
+        rank = os.environ.get("RANK", "0")
+        print(f"fd-scale: {'' if rank == '0' else f'rank {rank}: '}{error}", file=sys.stderr)
         raise SystemExit(2) from None
 
 

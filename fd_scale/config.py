@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from dataclasses import MISSING, dataclass, field, fields
 from importlib import resources
+from math import inf
 from pathlib import Path
 from typing import Any, Literal
 
@@ -80,6 +81,12 @@ class DataConfig:
             self.crop_scale,
             "0 < smallest <= largest <= 1",
         )
+        _require(
+            0 < self.crop_ratio[0] <= self.crop_ratio[1],
+            "data.crop_ratio",
+            self.crop_ratio,
+            "0 < smallest <= largest",
+        )
         _require(0 <= self.flip <= 1, "data.flip", self.flip, "a probability")
 
 
@@ -108,9 +115,15 @@ class OptimConfig:
 
     def __post_init__(self) -> None:
         for key in ("lr", "eps"):
-            _require(getattr(self, key) > 0, f"optim.{key}", getattr(self, key), "a positive number")
+            _require(0 < getattr(self, key) < inf, f"optim.{key}", getattr(self, key), "a positive number")
+        _require(
+            0 <= min(self.betas) <= max(self.betas) < 1,
+            "optim.betas",
+            self.betas,
+            "two numbers in 0..1, below 1",
+        )
         for key in ("warmup_lr", "min_lr", "warmup_epochs", "warmup_steps", "weight_decay", "grad_clip"):
-            _require(getattr(self, key) >= 0, f"optim.{key}", getattr(self, key), "0 or more")
+            _require(0 <= getattr(self, key) < inf, f"optim.{key}", getattr(self, key), "0 or more")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -179,6 +192,8 @@ class LogConfig:
 
     def __post_init__(self) -> None:
         _require(self.every_steps > 0, "log.every_steps", self.every_steps, "a positive whole number")
+        for key in ("images_every_steps", "evaluate_every_steps"):
+            _require(getattr(self, key) >= 0, f"log.{key}", getattr(self, key), "0 or more")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -281,6 +296,14 @@ class Recipe:
             )
 
 
+_SECTIONS: dict[str, Any] = {
+    "": Recipe, "model": ModelConfig, "data": DataConfig, "optim": OptimConfig, "train": TrainConfig,
+    "checkpoint": CheckpointConfig, "log": LogConfig, "distill": DistillConfig,
+    "distill.teachers.0": TeacherConfig, "contrastive": ContrastiveConfig,
+    "classification": ClassificationConfig,
+}  # fmt: skip
+
+
 def _require(holds: bool, key: str, got: object, expected: str) -> None:
     if not holds:
         raise UserError(f"{key}: got {got}, expected {expected}")
@@ -309,7 +332,9 @@ def load_recipe(recipe: str | Path, overrides: list[str] | None = None) -> Recip
     try:
         given = OmegaConf.load(path)
     except (OmegaConfBaseException, YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not a YAML file: {_first_line(error)}") from None
+        raise UserError(f"{path}: not a YAML file: {' '.join(str(error).split())}") from None
+    except OSError as error:  # OmegaConf's, also for a file that holds one number
+        raise UserError(f"{path}: a recipe is a mapping of sections, cannot be read: {error}") from None
     if not isinstance(given, DictConfig):
         raise UserError(f"{path}: a recipe is a mapping of sections, got {type(given).__name__}")
     for item in overrides or []:
@@ -320,7 +345,11 @@ def load_recipe(recipe: str | Path, overrides: list[str] | None = None) -> Recip
             _put(given, key, OmegaConf.from_dotlist([f"value={value}"]).value)
         except (OmegaConfBaseException, YAMLError, IndexError, TypeError, ValueError) as error:
             raise UserError(f"'{item}': cannot be set: {_first_line(error)}") from None
-    return build_recipe(OmegaConf.to_container(given, resolve=True), where=str(path))
+    try:
+        values = OmegaConf.to_container(given, resolve=True)
+    except OmegaConfBaseException as error:
+        raise UserError(f"{path}: {error.full_key}: {_first_line(error)}") from None
+    return build_recipe(values, where=str(path))
 
 
 def build_recipe(values: Any, where: str = "recipe") -> Recipe:
@@ -332,8 +361,9 @@ def build_recipe(values: Any, where: str = "recipe") -> Recipe:
             raise UserError(f"{where}: required and not given: {', '.join(sorted(missing))}")
         recipe = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
-        key = f"{error.full_key}: " if error.full_key else ""
-        raise UserError(f"{where}: {key}{_first_line(error)}") from None
+        # OmegaConf names no key where a list of numbers has the wrong length
+        key = error.full_key or f"one of {', '.join(_lists_of_fixed_length())}"
+        raise UserError(f"{where}: {key}: {_first_line(error)}") from None
     except UserError as error:
         raise UserError(str(error) if str(error).startswith(where) else f"{where}: {error}") from None
     assert isinstance(recipe, Recipe)
@@ -355,14 +385,8 @@ def to_dict(recipe: Recipe) -> dict[str, Any]:
 def describe_keys() -> list[tuple[str, str, str]]:
     """Returns (key, default, meaning) of every setting, from the field docstrings above."""
     source = Path(__file__).read_text(encoding="utf-8")
-    sections = {
-        "": Recipe, "model": ModelConfig, "data": DataConfig, "optim": OptimConfig, "train": TrainConfig,
-        "checkpoint": CheckpointConfig, "log": LogConfig, "distill": DistillConfig,
-        "distill.teachers.0": TeacherConfig, "contrastive": ContrastiveConfig,
-        "classification": ClassificationConfig,
-    }  # fmt: skip
     rows = []
-    for section, cls in sections.items():
+    for section, cls in _SECTIONS.items():
         body = source.split(f"class {cls.__name__}:")[1].split("\n\n\n")[0]
         for item in fields(cls):
             match = re.search(rf'^    {item.name}: .*\n    """((?:.|\n)*?)"""', body, re.MULTILINE)
@@ -399,6 +423,15 @@ def _put(config: DictConfig, key: str, value: Any) -> None:
             node[part] = {}
         node = node[part]
     node[last] = value
+
+
+def _lists_of_fixed_length() -> list[str]:
+    return [
+        f"{section}.{item.name}"
+        for section, cls in _SECTIONS.items()
+        for item in fields(cls)
+        if str(item.type).startswith("tuple[")
+    ]
 
 
 def _first_line(error: BaseException) -> str:

@@ -137,6 +137,12 @@ def _report(top1: dict[str, list[float]], root: Path, picture: Path, seconds: fl
             name, f"{statistics.mean(values):.1%}", spread, "  ".join(f"{value:.1%}" for value in values)
         )
     console.print(table)
+    teacher, student, scratch = (statistics.mean(values) for values in top1.values())
+    console.print(
+        f"The distilled student is {100 * (student - teacher):+.1f} points from its teacher and "
+        f"{100 * (student - scratch):+.1f} points from a student that starts from scratch.",
+        highlight=False,
+    )
     console.print(f"Runs:         {root}/teacher, {root}/distill, {root}/finetune-*", soft_wrap=True)
     console.print(f"Curves:       {picture}", soft_wrap=True)
     console.print(f"TensorBoard:  tensorboard --logdir {root}", soft_wrap=True)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
+import threading
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -86,30 +86,33 @@ def choose_device(wanted: Literal["auto", "cpu", "cuda"], local_rank: int = 0) -
     return torch.device("cuda", local_rank)
 
 
-@contextmanager
-def start(device: Literal["auto", "cpu", "cuda"], timeout_s: int) -> Iterator[World]:
+def start(device: Literal["auto", "cpu", "cuda"], timeout_s: int) -> World:
     """Joins the ranks that torchrun started; a process started alone is a world of one.
 
-    CPU tensors travel over gloo and CUDA tensors over NCCL, so that ranks can agree on host
-    values without waiting for the GPU. A process group that stands already is used and left.
+    CPU tensors travel over gloo and CUDA tensors over NCCL, so that ranks can agree on host values
+    without waiting for the GPU. The process group stands until the process ends, and a second run in
+    it uses the same one (DeepSpeed keeps hold of its first groups).
+
+    Args:
+        device: where to run.
+        timeout_s: seconds that a rank waits for the others; the first call decides.
+
+    Raises:
+        UserError: the device is not there.
     """
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed wants it, also in a world of one
     chosen = choose_device(device, local_rank)
-    owned = not dist.is_initialized()
-    if owned:
-        backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
+    if not dist.is_initialized():
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         timeout = timedelta(seconds=timeout_s)
         if "WORLD_SIZE" in os.environ:
             dist.init_process_group(backend, timeout=timeout)
         else:
             alone = dist.HashStore()  # type: ignore[attr-defined]  # opens no port
             dist.init_process_group(backend, timeout=timeout, store=alone, rank=0, world_size=1)
-    try:
-        yield World(rank=dist.get_rank(), local_rank=local_rank, size=dist.get_world_size(), device=chosen)
-    finally:
-        if owned:
-            dist.destroy_process_group()
+        atexit.register(dist.destroy_process_group)
+    return World(rank=dist.get_rank(), local_rank=local_rank, size=dist.get_world_size(), device=chosen)
 
 
 class Preemption:
@@ -123,14 +126,20 @@ class Preemption:
         self.file = run_dir / "preempt"
         self.world = world
         self.signalled = False
+        self.previous: dict[int, Any] = {}
         if world.is_main:
             self.file.unlink(missing_ok=True)
-        if world.size == 1:
+        if world.size == 1 and threading.current_thread() is threading.main_thread():  # Python's rule
             for number in (signal.SIGTERM, signal.SIGUSR1):
-                signal.signal(number, self._raise_flag)
+                self.previous[number] = signal.signal(number, self._raise_flag)
 
     def _raise_flag(self, number: int, frame: FrameType | None) -> None:
         self.signalled = True
+
+    def close(self) -> None:
+        """Gives the signals back to whoever handled them before."""
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
 
     def requested(self) -> bool:
         """Returns the same verdict on all ranks."""

@@ -14,6 +14,8 @@ from fd_scale.errors import UserError
 # Keys of the JSON's optimizer section, and the recipe's name for each.
 _OPTIMIZER_KEYS = {"lr": "lr", "betas": "betas", "eps": "eps", "weight_decay": "weight_decay"}
 
+_SECTIONS = ("zero_optimization", "bf16", "fp16", "optimizer")
+
 
 def read(name: str) -> dict[str, Any]:
     """Reads a DeepSpeed JSON.
@@ -39,12 +41,23 @@ def read(name: str) -> dict[str, Any]:
         raise UserError(f"train.ds_config: {path} is not JSON: {error}") from None
     if not isinstance(values, dict):
         raise UserError(f"train.ds_config: {path} holds a {type(values).__name__}, expected an object")
+    for section in _SECTIONS:
+        if not isinstance(values.get(section, {}), dict):
+            raise UserError(
+                f"train.ds_config: {section} is {json.dumps(values[section])} in {path}, expected an object"
+            )
+    if zero_stage(values) not in range(4):
+        raise UserError(
+            f"train.ds_config: zero_optimization.stage is {json.dumps(zero_stage(values))} in {path}, "
+            "expected 0, 1, 2 or 3"
+        )
     return values
 
 
 def zero_stage(ds_config: dict[str, Any]) -> int:
     """Returns the ZeRO stage of a DeepSpeed configuration, 0..3."""
-    return int(ds_config.get("zero_optimization", {}).get("stage", 0))
+    stage: int = ds_config.get("zero_optimization", {}).get("stage", 0)
+    return stage
 
 
 def resolve(ds_config: dict[str, Any], recipe: Recipe, world_size: int, device_type: str) -> dict[str, Any]:
@@ -86,6 +99,12 @@ def resolve(ds_config: dict[str, Any], recipe: Recipe, world_size: int, device_t
                 f'{json.dumps(value)} on {world_size} ranks; write "auto" there or change the recipe'
             )
         node[last] = value
+    if recipe.contrastive is not None and resolved["gradient_accumulation_steps"] > 1:
+        raise UserError(
+            f"train.micro_batch: contrastive pre-training compares all images of a step at once, and {micro_batch} x "
+            f"{world_size} ranks are fewer than train.global_batch={train.global_batch}; raise train.micro_batch "
+            "or lower train.global_batch"
+        )
     optimizer = resolved.pop("optimizer", None)
     if optimizer is not None:
         _check_optimizer(optimizer, recipe)
@@ -104,8 +123,15 @@ def _check_optimizer(optimizer: dict[str, Any], recipe: Recipe) -> None:
             f"train.ds_config: optimizer.type is {optimizer.get('type')}, expected AdamW, the one that recipes use; "
             "change it or remove the optimizer section"
         )
+    params = optimizer.get("params", {})
+    unknown = sorted(params.keys() - _OPTIMIZER_KEYS) if isinstance(params, dict) else [json.dumps(params)]
+    if unknown:
+        raise UserError(
+            f"train.ds_config: optimizer.params has {', '.join(unknown)} in {recipe.train.ds_config}, expected at "
+            f"most {', '.join(_OPTIMIZER_KEYS)}; remove the optimizer section, recipes set the optimizer"
+        )
     for key, ours in _OPTIMIZER_KEYS.items():
-        value, expected = optimizer.get("params", {}).get(key, "auto"), getattr(recipe.optim, ours)
+        value, expected = params.get(key, "auto"), getattr(recipe.optim, ours)
         expected = list(expected) if isinstance(expected, tuple) else expected
         if value not in ("auto", expected):
             raise UserError(

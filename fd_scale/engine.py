@@ -21,6 +21,7 @@ import deepspeed.ops  # noqa: E402
 from deepspeed.accelerator import set_accelerator  # noqa: E402
 from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator  # noqa: E402
 from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint  # noqa: E402
+from pydantic import ValidationError  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
 from fd_scale.config import OptimConfig  # noqa: E402
@@ -72,10 +73,14 @@ class Engine:
             self.deepspeed, self.optimizer, *_ = deepspeed.initialize(
                 model=module, optimizer=optimizer, config=ds_config, dist_init_required=False
             )
-        except ValueError as error:  # pydantic's, for a wrong key or type in the JSON
+        except ValidationError as error:
             raise UserError(
                 f"train.ds_config: DeepSpeed refuses it: {' '.join(str(error).split())}"
             ) from None
+
+        if zero_stage(ds_config) == 0 and not precise:
+            # DeepSpeed has stepped it once on zero gradients, which leaves AdamW's bias correction a step ahead.
+            self.deepspeed.basic_optimizer.state.clear()
 
     def forward(self, **inputs: Any) -> dict[str, Tensor]:
         """Runs the module's forward: the one entry at which ZeRO-3 gathers parameters."""

@@ -39,10 +39,15 @@ def create(recipe: Recipe) -> Path:
         starts = json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
         write_atomically(file, json.dumps([*starts, environment()], indent=1))
     except OSError as error:
-        raise UserError(
-            f"run_dir: {folder} cannot be written ({error.strerror}); choose another with run_dir=PATH"
-        ) from None
+        raise not_writable(folder, error) from None
     return folder
+
+
+def not_writable(folder: Path, error: OSError) -> UserError:
+    """Returns the error that says so of a run folder."""
+    return UserError(
+        f"run_dir: {folder} cannot be written ({error.strerror}); choose another with run_dir=PATH"
+    )
 
 
 def read_recipe(run_dir: Path) -> Recipe:

@@ -88,11 +88,14 @@ class Trainer:
     def train(self) -> TrainState:
         """Trains from the newest whole checkpoint to the last step, or until preempted."""
         self.state = self.checkpoints.resume(self.engine)
+        if self.state.step == self.num_steps:
+            logger.info("nothing left to do: the run is complete at step %d", self.num_steps)
         self.recorder.start(self.state.step, self.num_steps)
         try:
             self._loop()
         finally:
             self.recorder.finish()
+            self.preemption.close()
         return self.state
 
     def _loop(self) -> None:

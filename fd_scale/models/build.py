@@ -5,13 +5,16 @@ Shape legend: B = images, R = residual branches, H, W = pixels.
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from types import UnionType
+from typing import Any, get_args, get_origin, get_type_hints
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -40,10 +43,29 @@ def build_model(config: ModelConfig) -> SwinTransformerV2:
     """
     if "img_size" in config.overrides:
         raise UserError("model.overrides.img_size: the input size is model.img_size; set it there")
+    _check_types(config.overrides)
     model = create_model(config.name, img_size=config.img_size, **config.overrides)
     if config.weights is not None:
         load_weights(model, config.weights)
     return model
+
+
+def _check_types(overrides: dict[str, Any]) -> None:
+    hints = get_type_hints(SwinTransformerV2.__init__)
+    for name, value in overrides.items():
+        if not _is_a(value, hints.get(name, Any)):  # an unknown name is for create_model to say
+            formatted = inspect.formatannotation(hints[name]).replace("collections.abc.", "")
+            raise UserError(f"model.overrides.{name}: got {value!r}, expected {formatted}")
+
+
+def _is_a(value: Any, hint: Any) -> bool:
+    if isinstance(hint, UnionType):
+        return any(_is_a(value, part) for part in get_args(hint))
+    if get_origin(hint) is Sequence:
+        return isinstance(value, list | tuple) and all(_is_a(item, get_args(hint)[0]) for item in value)
+    if isinstance(value, bool) or hint is Any:
+        return hint in (bool, Any)
+    return isinstance(value, int | float if hint is float else hint)
 
 
 def weights_file(path: str) -> Path:
@@ -63,7 +85,7 @@ def weights_file(path: str) -> Path:
 
 
 def load_weights(model: nn.Module, path: str) -> None:
-    """Loads weights strictly.
+    """Loads weights strictly; into a model on the meta device nothing is loaded, only the header is compared.
 
     Args:
         model: a backbone.
@@ -74,21 +96,23 @@ def load_weights(model: nn.Module, path: str) -> None:
     """
     file = weights_file(path)
     try:
-        loaded = load_file(file)
+        with safe_open(file, framework="pt") as header:
+            found = {name: tuple(header.get_slice(name).get_shape()) for name in header.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise UserError(f"model.weights: {file} is not a whole safetensors file: {error}") from None
-    expected = model.state_dict()
-    problems = [f"{name} is missing" for name in expected if name not in loaded]
-    problems += [f"{name} is unknown" for name in loaded if name not in expected]
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    problems = [f"{name} is missing" for name in expected if name not in found]
+    problems += [f"{name} is unknown" for name in found if name not in expected]
     problems += [
-        f"{name} is {tuple(loaded[name].shape)}, expected {tuple(tensor.shape)}"
-        for name, tensor in expected.items()
-        if name in loaded and loaded[name].shape != tensor.shape
+        f"{name} is {found[name]}, expected {shape}"
+        for name, shape in expected.items()
+        if found.get(name, shape) != shape
     ]
     if problems:
         more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
         raise UserError(f"model.weights: {file} is of another architecture: {'; '.join(problems[:3])}{more}")
-    model.load_state_dict(loaded)
+    if not next(model.parameters()).is_meta:
+        model.load_state_dict(load_file(file))
 
 
 def undecayed_parameters(module: nn.Module) -> set[str]:

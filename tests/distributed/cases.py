@@ -101,33 +101,33 @@ def plain_losses(recipe: Recipe) -> list[float]:
     Only data, module and drop path masks are the project's: what is compared is everything between them.
     """
     log.set_up()
-    with distributed.start("cpu", 60) as world:
-        trainer = api.build_trainer(recipe, world)  # for its task and loader; its engine is not used
-        task, module = trainer.task, trainer.task.module
-        decayed = [
-            p
-            for n, p in module.named_parameters()
-            if p.ndim > 1 and "cpb" not in n and "logit_scale" not in n
-        ]
-        others = [p for p in module.parameters() if all(p is not d for d in decayed)]
-        optimizer = torch.optim.AdamW(
-            [{"params": decayed}, {"params": others, "weight_decay": 0.0}],
-            lr=recipe.optim.lr, betas=recipe.optim.betas, eps=recipe.optim.eps, weight_decay=recipe.optim.weight_decay,
-        )  # fmt: skip
-        rates = cosine(recipe)
-        found = []
-        for step, micro_batches in zip(range(trainer.num_steps), trainer.loader.iterate(0), strict=False):
-            for group in optimizer.param_groups:
-                group["lr"] = rates[step]
-            optimizer.zero_grad()
-            counts = [task.counts(batch)["loss"] for batch in micro_batches]
-            terms = [module(**task.inputs(batch))["loss"] for batch in micro_batches]
-            loss = torch.stack(terms).sum() / sum(counts)
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(module.parameters(), recipe.optim.grad_clip)
-            optimizer.step()
-            found.append(float(loss))
-        return found
+    world = distributed.start("cpu", 60)
+    trainer = api.build_trainer(recipe, world)  # for its task and loader; its engine is not used
+    task, module = trainer.task, trainer.task.module
+    decayed = [
+        p
+        for n, p in module.named_parameters()
+        if p.ndim > 1 and "cpb" not in n and "logit_scale" not in n
+    ]
+    others = [p for p in module.parameters() if all(p is not d for d in decayed)]
+    optimizer = torch.optim.AdamW(
+        [{"params": decayed}, {"params": others, "weight_decay": 0.0}],
+        lr=recipe.optim.lr, betas=recipe.optim.betas, eps=recipe.optim.eps, weight_decay=recipe.optim.weight_decay,
+    )  # fmt: skip
+    rates = cosine(recipe)
+    found = []
+    for step, micro_batches in zip(range(trainer.num_steps), trainer.loader.iterate(0), strict=False):
+        for group in optimizer.param_groups:
+            group["lr"] = rates[step]
+        optimizer.zero_grad()
+        counts = [task.counts(batch)["loss"] for batch in micro_batches]
+        terms = [module(**task.inputs(batch))["loss"] for batch in micro_batches]
+        loss = torch.stack(terms).sum() / sum(counts)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(module.parameters(), recipe.optim.grad_clip)
+        optimizer.step()
+        found.append(float(loss))
+    return found
 
 
 def cosine(recipe: Recipe) -> list[float]:

@@ -1,0 +1,323 @@
+"""`fd-scale check`: what would fail, found in seconds, before a job is queued.
+
+Nothing is trained and nothing stays on disk. Models are built on the meta device, of weights only
+the header is read, and DeepSpeed is not imported.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import shutil
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from fd_scale import ds_config, run_folder
+from fd_scale.checkpoint import read_manifest
+from fd_scale.config import ModelConfig, Recipe, load_recipe
+from fd_scale.data import Source, TrainLoader, evaluation_batches, evaluation_transform, open_source
+from fd_scale.data.decode import DecodeError
+from fd_scale.distill import DistillationTask
+from fd_scale.distributed import choose_device
+from fd_scale.errors import UserError
+from fd_scale.finetune import ClassificationTask
+from fd_scale.models import build_model
+from fd_scale.optim import apex_is_importable
+from fd_scale.pretrain import ContrastiveTask
+
+# fp32 master weights and two moments of AdamW, and DeepSpeed's copy of the weights.
+BYTES_PER_PARAMETER = 16
+
+
+class _Warning(str):
+    """A detail worth reading, though the run would start."""
+
+
+@dataclass(frozen=True)
+class _Subject:
+    """What is checked; each part is made once, by the check that is named after it."""
+
+    name: str
+    overrides: list[str]
+    num_ranks: int
+
+    @cached_property
+    def recipe(self) -> Recipe:
+        return load_recipe(self.name, self.overrides)
+
+    @cached_property
+    def resolved(self) -> dict[str, Any]:
+        wanted = self.recipe.train.device
+        on_cuda = wanted == "cuda" or (wanted == "auto" and torch.cuda.is_available())
+        config = ds_config.read(self.recipe.train.ds_config)
+        return ds_config.resolve(config, self.recipe, self.num_ranks, "cuda" if on_cuda else "cpu")
+
+    @cached_property
+    def source(self) -> Source:
+        return open_source(self.recipe.data.train)
+
+    @cached_property
+    def num_trained(self) -> int:
+        """Parameters of the trained module."""
+        recipe = self.recipe
+        task: DistillationTask | ContrastiveTask | ClassificationTask
+        with torch.device("meta"):
+            if recipe.task == "distill":
+                task = DistillationTask(recipe, None)
+            elif recipe.task == "contrastive":
+                task = ContrastiveTask(recipe, None)
+            else:
+                task = ClassificationTask(recipe, None, self.source.num_classes)
+        return sum(parameter.numel() for parameter in task.module.parameters())
+
+    @property
+    def run_dir(self) -> Path:
+        return Path(self.recipe.run_dir)
+
+    @property
+    def existing_dir(self) -> Path:
+        """The run folder, or its nearest parent that exists."""
+        folder = self.run_dir.absolute()
+        return next(path for path in (folder, *folder.parents) if path.exists())
+
+
+def check(recipe: str, overrides: list[str], num_ranks: int) -> None:
+    """Prints a table of checks and a verdict.
+
+    Args:
+        recipe: a YAML file, or the name of a packaged recipe.
+        overrides: `key=value` strings.
+        num_ranks: ranks that the job will have.
+
+    Raises:
+        UserError: `num_ranks` is below 1.
+        SystemExit: with code 2, where the run would fail.
+    """
+    if num_ranks < 1:
+        raise UserError(f"--ranks: got {num_ranks}, expected at least 1")
+    subject = _Subject(recipe, overrides, num_ranks)
+    verdicts: dict[str, str] = {}
+    table = Table("check", "verdict", "detail", title=f"{recipe}, ranks: {num_ranks}")
+    for name, function, needs in _CHECKS:
+        unmet = [need for need in needs if verdicts[need] in ("fails", "skipped")]
+        if unmet:
+            verdicts[name], detail = "skipped", f"needs: {', '.join(unmet)}"
+        else:
+            try:
+                detail = function(subject)
+                verdicts[name] = "warning" if isinstance(detail, _Warning) else "ok"
+            except UserError as error:
+                verdicts[name], detail = "fails", str(error)
+        style = {"ok": "green", "warning": "yellow", "fails": "bold red", "skipped": "dim"}[verdicts[name]]
+        table.add_row(name, Text(verdicts[name], style), Text(detail))
+    Console().print(table)
+    found = list(verdicts.values())
+    num_failed, num_warnings = found.count("fails"), found.count("warning")
+    if num_failed:
+        print(f"would fail: {num_failed} of {len(found)} checks fail, {num_warnings} warn")
+        raise SystemExit(2)
+    print(f"nothing found that would fail: {len(found)} checks, {num_warnings} warn")
+
+
+def _recipe(subject: _Subject) -> str:
+    recipe = subject.recipe
+    length = f"{recipe.train.steps} steps" if recipe.train.steps else f"{recipe.train.epochs:g} epochs"
+    return f"task {recipe.task} with its section, {length}, {recipe.train.precision}, seed {recipe.seed}"
+
+
+def _ds_json(subject: _Subject) -> str:
+    resolved, recipe = subject.resolved, subject.recipe
+    return (
+        f"{recipe.train.ds_config}: ZeRO-{ds_config.zero_stage(resolved)}, {recipe.train.global_batch} images a step "
+        f"= {subject.num_ranks} ranks x {resolved['gradient_accumulation_steps']} micro-batches x "
+        f"{resolved['train_micro_batch_size_per_gpu']}"
+    )
+
+
+def _training_data(subject: _Subject) -> str:
+    source = subject.source
+    found = f"{subject.recipe.data.train}: {len(source)} images, {source.num_classes} classes"
+    try:
+        image, _ = source.read(0)
+    except DecodeError as error:
+        return _Warning(f"{found}; {source.name(0)} cannot be decoded and would be replaced: {error}")
+    return f"{found}, the first {image.width}x{image.height} px"
+
+
+def _evaluation_data(subject: _Subject) -> str:
+    recipe = subject.recipe
+    if recipe.data.evaluation is None:
+        return "none: metrics are those of training alone"
+    source = open_source(recipe.data.evaluation)
+    batches = evaluation_batches(
+        source,
+        evaluation_transform(recipe.model.img_size),
+        batch_size=recipe.train.micro_batch,
+        rank=0,
+        world_size=subject.num_ranks,
+        num_workers=0,
+    )
+    with contextlib.closing(batches):
+        first = next(batches)
+    return (
+        f"{recipe.data.evaluation}: {len(source)} images, {source.num_classes} classes, "
+        f"the first {len(first.labels)} decode"
+    )
+
+
+def _length(subject: _Subject) -> str:
+    recipe = subject.recipe
+    loader = TrainLoader(
+        subject.source,
+        evaluation_transform(recipe.model.img_size),
+        seed=recipe.seed,
+        global_batch=recipe.train.global_batch,
+        micro_batch=subject.resolved["train_micro_batch_size_per_gpu"],
+        rank=0,
+        world_size=subject.num_ranks,
+        num_workers=0,
+    )
+    return f"{loader.steps_per_epoch} steps an epoch"
+
+
+def _student(subject: _Subject) -> str:
+    return _model(subject.recipe.model)
+
+
+def _teacher(subject: _Subject) -> str:
+    if subject.recipe.distill is None:
+        return f"none in task {subject.recipe.task}"
+    config = subject.recipe.distill.teachers[0].model
+    detail = _model(config)
+    return detail if config.weights is not None else _Warning(f"{detail}: it teaches noise")
+
+
+def _model(config: ModelConfig) -> str:
+    with torch.device("meta"):
+        model = build_model(config)  # of weights, the header is compared
+    millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
+    rows, columns = model.grid_size(config.img_size, config.img_size)
+    weights = "random weights" if config.weights is None else f"{config.weights} fits"
+    return f"{config.name}: {millions:.2f} M parameters, {config.img_size} px make {rows}x{columns} tokens; {weights}"
+
+
+def _task(subject: _Subject) -> str:
+    return f"{subject.recipe.task}: {subject.num_trained / 1e6:.2f} M trained parameters"
+
+
+def _run_folder(subject: _Subject) -> str:
+    folder = subject.run_dir
+    try:
+        with tempfile.TemporaryFile(dir=subject.existing_dir):
+            pass
+    except OSError as error:
+        raise run_folder.not_writable(folder, error) from None
+    latest = folder / "checkpoints" / "latest"
+    if not latest.is_file():
+        return f"{folder}: can be written, no checkpoint to resume"
+    name = latest.read_text(encoding="utf-8").strip()
+    manifest = latest.with_name(name) / "manifest.json"
+    if not manifest.is_file():
+        return _Warning(f"{folder}: can be written; {latest} names {name}, which is not whole")
+    state = read_manifest(manifest.parent).get("state", {})
+    return f"{folder}: can be written, resumes at step {state.get('step')} ({name})"
+
+
+def _disk(subject: _Subject) -> str:
+    size = subject.num_trained * BYTES_PER_PARAMETER
+    free = shutil.disk_usage(subject.existing_dir).free
+    # Beside the newest ones: the best, and the one being written.
+    held = subject.recipe.checkpoint.keep_last + 2
+    found = (
+        f"a checkpoint takes about {_gib(size)}, {held} of them {_gib(held * size)}, free are {_gib(free)}"
+    )
+    if free < size:
+        raise UserError(f"run_dir: {found}; free space there or choose another disk with run_dir=PATH")
+    return found if free >= held * size else _Warning(found)
+
+
+def _gib(num_bytes: int) -> str:
+    return f"{num_bytes / 2**30:.2f} GiB"
+
+
+def _device(subject: _Subject) -> str:
+    device = choose_device(subject.recipe.train.device)
+    if device.type == "cpu":
+        return f"train.device={subject.recipe.train.device}: the CPU"
+    return f"{torch.cuda.device_count()} visible, the first {torch.cuda.get_device_name(device)}"
+
+
+def _driver(subject: _Subject) -> str:
+    built, driver, wanted = torch.version.cuda, driver_cuda_version(), subject.recipe.train.device
+    if built is None:
+        return f"torch {torch.__version__} is built without CUDA"
+    if driver is None:
+        found = f"torch {torch.__version__} is built for CUDA {built}, but no NVIDIA driver is on this host"
+        if wanted == "cuda":
+            raise UserError(f"train.device: {found}; check on a GPU host, or set train.device=cpu")
+        return _Warning(f"{found}: runs here use the CPU")
+    found = f"torch {torch.__version__} is built for CUDA {built}, the driver serves up to {driver[0]}.{driver[1]}"
+    if driver[0] >= int(built.split(".")[0]):
+        return found
+    if wanted == "cpu":
+        return _Warning(found)
+    raise UserError(
+        f"train.device: {found}; update the NVIDIA driver, or install a torch built for CUDA {driver[0]} "
+        "(https://pytorch.org/get-started/previous-versions)"
+    )
+
+
+def driver_cuda_version() -> tuple[int, int] | None:
+    """Returns the newest CUDA version that the NVIDIA driver serves, as (major, minor); none without a driver.
+
+    Source: `cuDriverGetVersion` of the CUDA driver API, which gives 1000 * major + 10 * minor.
+    """
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return None
+    version = ctypes.c_int()
+    if driver.cuDriverGetVersion(ctypes.byref(version)):
+        return None
+    return version.value // 1000, version.value % 1000 // 10
+
+
+def _apex(subject: _Subject) -> str:
+    if apex_is_importable():
+        return "NVIDIA Apex is importable: its FusedAdam steps on CUDA"
+    return "not installed: torch's fused AdamW steps (PyPI's `apex` is another thing, do not install it)"
+
+
+def _versions(subject: _Subject) -> str:
+    versions = run_folder.environment()["versions"]
+    if versions["deepspeed"] is None:
+        raise UserError("deepspeed is not installed; run: pip install deepspeed")
+    return ", ".join(f"{name} {versions[name] or 'none'}" for name in ("torch", "deepspeed", "triton"))
+
+
+# Name, what returns its detail or raises UserError, and the checks that it builds upon.
+_CHECKS: tuple[tuple[str, Callable[[_Subject], str], tuple[str, ...]], ...] = (
+    ("recipe", _recipe, ()),
+    ("DeepSpeed JSON", _ds_json, ("recipe",)),
+    ("training data", _training_data, ("recipe",)),
+    ("evaluation data", _evaluation_data, ("recipe",)),
+    ("epoch", _length, ("DeepSpeed JSON", "training data")),
+    ("student", _student, ("recipe",)),
+    ("teacher", _teacher, ("recipe",)),
+    ("task", _task, ("training data", "student", "teacher")),
+    ("run folder", _run_folder, ("recipe",)),
+    ("disk", _disk, ("task", "run folder")),
+    ("device", _device, ("recipe",)),
+    ("driver", _driver, ("recipe",)),
+    ("Apex", _apex, ()),
+    ("versions", _versions, ()),
+)

@@ -1,0 +1,34 @@
+"""On a GPU: the same run as on the CPU. `make gpu-check` runs these and demands a GPU."""
+
+from collections.abc import Callable
+from typing import Any
+
+import cases
+import numpy as np
+import pytest
+from ranks import run_ranks
+
+pytestmark = pytest.mark.gpu
+
+# fp32: other kernels sum in another order. bf16 and fp16: eps is 2^-8 and 2^-11, and the loss averages many tokens.
+TOLERANCES = {"fp32": 1e-4, "bf16": 2e-2, "fp16": 2e-2}
+
+
+@pytest.mark.parametrize("precision", list(TOLERANCES))
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_losses_are_those_of_the_cpu(
+    recipe_values: Callable[..., dict[str, Any]], tmp_path: Any, stage: int, precision: str
+) -> None:
+    on_cpu = recipe_values(run_dir=str(tmp_path / "cpu"))
+    run_ranks(cases.train, 1, on_cpu)
+    on_gpu = recipe_values(
+        run_dir=str(tmp_path / "gpu"),
+        train__device="cuda",
+        train__precision=precision,
+        train__ds_config=f"zero{stage}",
+    )
+    run_ranks(cases.train, 1, on_gpu)
+    tolerance = TOLERANCES[precision]
+    np.testing.assert_allclose(
+        cases.losses(on_gpu["run_dir"]), cases.losses(on_cpu["run_dir"]), rtol=tolerance
+    )
