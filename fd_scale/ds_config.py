@@ -120,8 +120,8 @@ def resolve(ds_config: dict[str, Any], recipe: Recipe, world_size: int, device_t
 def _check_optimizer(optimizer: dict[str, Any], recipe: Recipe) -> None:
     if optimizer.get("type") != "AdamW":
         raise UserError(
-            f"train.ds_config: optimizer.type is {optimizer.get('type')}, expected AdamW, the one that recipes use; "
-            "change it or remove the optimizer section"
+            f"train.ds_config: optimizer.type is {optimizer.get('type')} in {recipe.train.ds_config}, expected AdamW, "
+            "the one that recipes use; change it or remove the optimizer section"
         )
     params = optimizer.get("params", {})
     unknown = sorted(params.keys() - _OPTIMIZER_KEYS) if isinstance(params, dict) else [json.dumps(params)]

@@ -14,10 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import OmegaConf
 
 from fd_scale.checkpoint import write_atomically
-from fd_scale.config import Recipe, build_recipe, to_yaml
+from fd_scale.config import Recipe, load_recipe, to_yaml
 from fd_scale.errors import UserError
 
 _PACKAGES = ("fd-scale", "torch", "torchvision", "triton", "deepspeed", "timm", "numpy")
@@ -59,7 +58,7 @@ def read_recipe(run_dir: Path) -> Recipe:
     file = run_dir / "recipe.yaml"
     if not file.is_file():
         raise UserError(f"{run_dir}: no recipe.yaml there; expected the folder of a run (its run_dir)")
-    return build_recipe(OmegaConf.to_container(OmegaConf.load(file)), where=str(file))
+    return load_recipe(file)
 
 
 def environment() -> dict[str, Any]:

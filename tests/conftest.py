@@ -49,7 +49,7 @@ def recipe_values(tmp_path: Path) -> Callable[..., dict[str, Any]]:
             "run_dir": str(tmp_path / "run"),
             "model": MODEL,
             "data": {"train": "digits:train", "num_workers": 0, "flip": 0.0},
-            "optim": {"lr": 1e-3, "grad_clip": 0.05},
+            "optim": {"lr": 1e-3, "grad_clip": 0.28},
             "train": {
                 "global_batch": 16, "micro_batch": 8, "steps": 6, "precision": "fp32",
                 "device": "cpu", "ds_config": "zero0", "timeout_s": 60,

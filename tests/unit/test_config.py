@@ -1,0 +1,178 @@
+"""The recipe: strict, the same after a round trip, and every setting explained."""
+
+import re
+from collections.abc import Callable
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+import pytest
+
+from fd_scale.config import (
+    Recipe,
+    build_recipe,
+    describe_keys,
+    load_recipe,
+    packaged_recipes,
+    to_dict,
+    to_yaml,
+)
+from fd_scale.errors import UserError
+
+Values = Callable[..., dict[str, Any]]
+
+
+def leaves(cls: type, prefix: str = "") -> set[str]:
+    """Every setting below a dataclass, as `describe_keys` spells it."""
+    found = set()
+    for name, hint in get_type_hints(cls).items():
+        inner = [part for part in (hint, *get_args(hint)) if is_dataclass(part)]
+        if name == "teachers":
+            found |= {f"{prefix}teachers"} | leaves(inner[0], f"{prefix}teachers.0.")
+        elif inner and not prefix.startswith("distill.teachers"):  # a teacher's model is a model
+            found |= leaves(inner[0], f"{prefix}{name}.")
+        elif not inner:
+            found.add(prefix + name)
+    return found
+
+
+@pytest.mark.parametrize("name", sorted(packaged_recipes()))
+def test_packaged_recipe(name: str, tmp_path: Path) -> None:
+    recipe = load_recipe(name)
+    header = [line for line in packaged_recipes()[name].read_text().split("\n") if line.startswith("#")]
+    for word in ("Command", "Hardware", "Expected"):
+        assert any(re.match(rf"# {word}: +\S", line) for line in header), word
+    command = next(line for line in header if line.startswith("# Command"))
+    verb = {"distill": "distill", "contrastive": "pretrain", "classification": "finetune"}[recipe.task]
+    assert f" {verb} {name}" in command
+    file = tmp_path / "recipe.yaml"
+    file.write_text(to_yaml(recipe))
+    assert load_recipe(file) == recipe
+
+
+@pytest.mark.parametrize("task", ["distill", "contrastive", "classification"])
+def test_round_trip_keeps_every_value(recipe_values: Values, tmp_path: Path, task: str) -> None:
+    values = recipe_values(
+        task, seed=7, data__evaluation="digits:test", optim__betas=[0.8, 0.95], optim__eps=1e-9
+    )
+    recipe = build_recipe(values)
+    assert (recipe.seed, recipe.optim.betas, recipe.optim.eps) == (7, (0.8, 0.95), 1e-9)
+    file = tmp_path / "recipe.yaml"
+    file.write_text(to_yaml(recipe))
+    assert load_recipe(file) == recipe
+    assert build_recipe(to_dict(recipe)) == recipe
+
+
+@pytest.mark.parametrize(
+    ("override", "read", "expected"),
+    [
+        ("optim.lr=1e-3", lambda recipe: recipe.optim.lr, 1e-3),
+        ("data.crop_scale=[0.5,1]", lambda recipe: recipe.data.crop_scale, (0.5, 1.0)),
+        ("model.overrides.depths=[1,2]", lambda recipe: recipe.model.overrides["depths"], [1, 2]),
+        ("model.overrides={}", lambda recipe: recipe.model.overrides, {}),
+        (
+            "distill.teachers.0.model.weights=a=b",
+            lambda recipe: recipe.distill.teachers[0].model.weights,
+            "a=b",
+        ),
+        ("distill.teachers.0.precision=bf16", lambda recipe: recipe.distill.teachers[0].precision, "bf16"),
+        ("data.evaluation=null", lambda recipe: recipe.data.evaluation, None),
+    ],
+)
+def test_override(override: str, read: Callable[[Recipe], Any], expected: Any) -> None:
+    found = read(load_recipe("digits/distill", [override]))
+    assert found == expected
+    assert type(found) is type(expected)
+
+
+def test_an_override_leaves_the_rest(tmp_path: Path) -> None:
+    plain, changed = (to_dict(load_recipe("digits/distill", given)) for given in ([], ["optim.lr=0.5"]))
+    assert changed.pop("optim") == plain.pop("optim") | {"lr": 0.5}
+    assert changed == plain
+
+
+def test_the_last_override_wins() -> None:
+    assert load_recipe("digits/distill", ["seed=1", "seed=2"]).seed == 2
+
+
+def test_every_setting_is_described() -> None:
+    rows = {key: (default, meaning) for key, default, meaning in describe_keys()}
+    assert rows.keys() == leaves(Recipe)
+    assert all(len(meaning) > 10 and meaning.endswith(".") for _, meaning in rows.values())
+    assert rows["train.global_batch"][0] == "required"
+    assert rows["optim.weight_decay"][0] == "0.05"
+    assert rows["model.overrides"][0] == "{}"
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("model.img_size", 0), ("model.std", [0.5, 0.0, 0.5]),
+        ("data.num_workers", -1), ("data.max_bad_fraction", 1.5), ("data.flip", -0.1),
+        ("data.crop_scale", [0.0, 1.0]), ("data.crop_scale", [0.9, 0.5]), ("data.crop_scale", [0.5, 1.1]),
+        ("data.crop_ratio", [0.0, 1.0]), ("data.crop_ratio", [2.0, 1.0]),
+        ("optim.lr", 0.0), ("optim.lr", float("nan")), ("optim.lr", float("inf")), ("optim.eps", -1e-8),
+        ("optim.betas", [0.9, 1.0]), ("optim.betas", [-0.1, 0.9]),
+        ("optim.warmup_lr", -1.0), ("optim.min_lr", -1.0), ("optim.warmup_epochs", -1.0),
+        ("optim.warmup_steps", -1), ("optim.weight_decay", -0.1), ("optim.grad_clip", float("nan")),
+        ("train.global_batch", 0), ("train.micro_batch", -1), ("train.max_skipped_steps", 0),
+        ("train.timeout_s", 0), ("train.steps", 0),
+        ("checkpoint.save_every_steps", 0), ("checkpoint.keep_last", 0),
+        ("log.every_steps", 0), ("log.images_every_steps", -1), ("log.evaluate_every_steps", -1),
+        ("distill.beta", 0.0), ("contrastive.temperature", 0.0), ("contrastive.projection_dim", 0),
+        ("classification.label_smoothing", 1.0),
+    ],
+)  # fmt: skip
+def test_range(recipe_values: Values, key: str, value: Any) -> None:
+    section, name = key.split(".")
+    task = section if section in ("distill", "contrastive", "classification") else "distill"
+    with pytest.raises(UserError, match=rf"recipe: .*{re.escape(key)}.*: got .*expected"):
+        build_recipe(recipe_values(task, **{f"{section}__{name}": value}))
+
+
+def test_every_limit_is_in_the_table_above() -> None:
+    """A new `_require` needs a row."""
+    [marker] = [mark for mark in test_range.pytestmark if mark.name == "parametrize"]  # type: ignore[attr-defined]
+    tested = {key for key, _ in marker.args[1]}
+    free = {  # any value of the type is allowed, or its meaning is checked where it is used
+        "task", "run_dir", "seed", "model.name", "model.mean", "model.weights", "model.license", "model.overrides",
+        "data.train", "data.evaluation", "train.epochs", "train.precision", "train.device", "train.ds_config",
+        "train.activation_checkpointing", "distill.teachers", "distill.teachers.0.precision", "contrastive.jitter",
+        "classification.head_init_scale",
+    }  # fmt: skip
+    assert tested | free == leaves(Recipe)
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"train__epochs": 1.0}, "exactly one of train.epochs and train.steps"),
+        ({"train__steps": None}, "exactly one of train.epochs and train.steps"),
+        ({"optim__warmup_epochs": 1.0}, "set optim.warmup_steps instead"),
+        (
+            {"train__steps": None, "train__epochs": 1.0, "optim__warmup_steps": 1},
+            "set optim.warmup_epochs instead",
+        ),
+        ({"distill__teachers": []}, "distill.teachers: got 0 entries, expected a list of one"),
+        ({"contrastive": {}}, "this section belongs to task contrastive, the recipe's is distill"),
+    ],
+)
+def test_settings_that_exclude_each_other(
+    recipe_values: Values, changes: dict[str, Any], sentence: str
+) -> None:
+    with pytest.raises(UserError, match=re.escape(sentence)):
+        build_recipe(recipe_values(**changes))
+
+
+def test_reading_a_recipe_changes_nothing_given(recipe_values: Values) -> None:
+    values, again = recipe_values(), recipe_values()
+    build_recipe(values)
+    assert values == again
+
+
+def test_configs_are_frozen(recipe_values: Values) -> None:
+    recipe = build_recipe(recipe_values())
+    for part in (recipe, *(getattr(recipe, item.name) for item in fields(recipe))):
+        if is_dataclass(part):
+            with pytest.raises(AttributeError):
+                setattr(part, fields(part)[0].name, 1)

@@ -1,0 +1,44 @@
+"""Ranks, devices and the preemption flag, in one process."""
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+
+from fd_scale.distributed import Preemption, World, choose_device
+from fd_scale.errors import UserError
+
+ALONE = World(rank=0, local_rank=0, size=1, device=torch.device("cpu"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_raises_the_flag_and_its_handler_comes_back(tmp_path: Path, number: signal.Signals) -> None:
+    before = signal.getsignal(number)
+    preemption = Preemption(tmp_path, ALONE)
+    try:
+        assert not preemption.requested()
+        os.kill(os.getpid(), number)
+        assert preemption.requested()
+    finally:
+        preemption.close()
+    assert signal.getsignal(number) == before
+
+
+def test_the_file_of_an_earlier_preemption_does_not_stop_the_next_run(tmp_path: Path) -> None:
+    (tmp_path / "preempt").touch()
+    preemption = Preemption(tmp_path, ALONE)
+    try:
+        assert not preemption.requested()
+        (tmp_path / "preempt").touch()
+        assert preemption.requested()
+    finally:
+        preemption.close()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this host has a GPU: asking for one is no error")
+def test_a_gpu_that_is_not_there() -> None:
+    with pytest.raises(UserError, match=r"train\.device: got cuda, but torch sees no GPU here"):
+        choose_device("cuda")
+    assert choose_device("auto") == torch.device("cpu")

@@ -1,0 +1,94 @@
+"""DeepSpeed JSON against the recipe: `"auto"` is filled, what disagrees is refused."""
+
+import copy
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from fd_scale.config import Recipe
+from fd_scale.ds_config import read, resolve, zero_stage
+from fd_scale.errors import UserError
+
+MakeRecipe = Callable[..., Recipe]
+SHIPPED = ["zero0", "zero1", "zero2", "zero3"]
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_shipped_files_are_filled(make_recipe: MakeRecipe, name: str, precision: str) -> None:
+    config = read(name)
+    recipe = make_recipe(train__precision=precision, train__global_batch=48)
+    resolved = resolve(config, recipe, 2, "cuda")
+    assert zero_stage(resolved) == int(name[-1])
+    assert '"auto"' not in json.dumps(resolved)
+    expected = {
+        "train_batch_size": 48,
+        "train_micro_batch_size_per_gpu": 8,
+        "gradient_accumulation_steps": 3,
+        "gradient_clipping": 0.05,
+        "bf16": {"enabled": precision == "bf16"},
+        "fp16": {"enabled": precision == "fp16"},
+    }
+    assert {key: resolved[key] for key in expected} == expected
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4, 8])
+@pytest.mark.parametrize("largest_micro_batch", [1, 3, 8, 100])
+def test_the_batch_is_the_same_on_any_number_of_ranks(
+    make_recipe: MakeRecipe, world_size: int, largest_micro_batch: int
+) -> None:
+    recipe = make_recipe(train__global_batch=48, train__micro_batch=largest_micro_batch)
+    resolved = resolve({}, recipe, world_size, "cpu")
+    micro_batch = resolved["train_micro_batch_size_per_gpu"]
+    assert (
+        micro_batch * resolved["gradient_accumulation_steps"] * world_size
+        == resolved["train_batch_size"]
+        == 48
+    )
+    assert micro_batch <= largest_micro_batch
+    larger = range(micro_batch + 1, min(largest_micro_batch, 48 // world_size) + 1)
+    assert all((48 // world_size) % size for size in larger), "it is the largest that fits"
+
+
+def test_a_batch_that_does_not_divide_over_the_ranks(make_recipe: MakeRecipe) -> None:
+    with pytest.raises(UserError, match=r"16 images do not divide over 3 ranks; set train.global_batch=15"):
+        resolve(read("zero2"), make_recipe(), 3, "cpu")
+
+
+def test_contrastive_training_takes_a_step_in_one_pass(make_recipe: MakeRecipe) -> None:
+    recipe = make_recipe("contrastive")  # 16 images a step, 8 a forward pass
+    with pytest.raises(
+        UserError, match=r"8 x 1 ranks are fewer than train.global_batch=16; raise train.micro_batch"
+    ):
+        resolve(read("zero1"), recipe, 1, "cpu")
+    assert resolve(read("zero1"), recipe, 2, "cpu")["gradient_accumulation_steps"] == 1
+
+
+def test_fp16_needs_a_gpu(make_recipe: MakeRecipe) -> None:
+    with pytest.raises(UserError, match=r"no fp16 on a CPU; set train.precision=bf16"):
+        resolve(read("zero1"), make_recipe(train__precision="fp16"), 1, "cpu")
+
+
+def test_equal_values_are_accepted_and_others_kept(make_recipe: MakeRecipe) -> None:
+    given = {
+        "train_batch_size": 16,
+        "gradient_clipping": 0.05,
+        "bf16": {"enabled": False, "immediate_grad_update": True},
+        "zero_optimization": {"stage": 2, "reduce_bucket_size": 1000},
+        "optimizer": {"type": "AdamW", "params": {"lr": 1e-3, "betas": [0.9, 0.999], "eps": "auto"}},
+        "steps_per_print": 3,
+    }
+    before = copy.deepcopy(given)
+    resolved = resolve(given, make_recipe(), 1, "cpu")
+    assert given == before, "what was given stays as it is"
+    assert resolved["bf16"]["immediate_grad_update"] is True
+    assert resolved["zero_optimization"] == given["zero_optimization"]
+    assert resolved["steps_per_print"] == 3
+    assert "optimizer" not in resolved, "the recipe's optimizer is handed over built"
+
+
+@pytest.mark.parametrize("config", [{}, {"zero_optimization": {}}])
+def test_no_stage_is_stage_0(config: dict[str, Any]) -> None:
+    assert zero_stage(config) == 0
