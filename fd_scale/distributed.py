@@ -40,10 +40,6 @@ class World:
         dist.all_reduce(total)
         return total.tolist()
 
-    def any(self, flag: bool) -> bool:
-        """Returns whether `flag` is true on any rank: the same verdict everywhere."""
-        return self.sum([float(flag)])[0] > 0
-
     def gather(self, value: Any) -> list[Any]:
         """Returns the picklable `value` of every rank, in rank order, on every rank."""
         if self.size == 1:
@@ -116,7 +112,7 @@ def start(device: Literal["auto", "cpu", "cuda"], timeout_s: int) -> World:
 
 
 class Preemption:
-    """A flag that says: save and stop at the next step boundary.
+    """A flag that says: save and stop after the next step.
 
     It is raised by a file `preempt` in the run folder (what a batch script writes), or by SIGTERM
     or SIGUSR1 sent to a process that runs alone (under torchrun a signal would end the workers).
@@ -141,9 +137,10 @@ class Preemption:
         for number, handler in self.previous.items():
             signal.signal(number, handler)
 
-    def requested(self) -> bool:
-        """Returns the same verdict on all ranks."""
-        return self.world.any(self.signalled or (self.world.is_main and self.file.exists()))
+    @property
+    def raised(self) -> bool:
+        """Whether this rank knows that the run is to stop; ranks agree on it at the start of a step."""
+        return self.signalled or (self.world.is_main and self.file.exists())
 
 
 def micro_batch_of_a_rank(global_batch: int, largest_micro_batch: int, world_size: int) -> int:

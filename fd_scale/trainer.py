@@ -84,6 +84,7 @@ class Trainer:
         self.num_steps = len(learning_rates)
         self.state = TrainState()
         self.losses: dict[str, Tensor] = {}
+        self.preempted = False
 
     def train(self) -> TrainState:
         """Trains from the newest whole checkpoint to the last step, or until preempted."""
@@ -103,14 +104,13 @@ class Trainer:
         for micro_batches in self._steps():
             self.train_step(micro_batches)
             self.recorder.advance(self.state.step)
-            preempted = self.preemption.requested()
             last = self.state.step == self.num_steps
             if last or self._due(self.recipe.log.every_steps):
                 self.log_step()
             improved = (last or self._due(self.recipe.log.evaluate_every_steps)) and self.evaluate()
-            if last or preempted or improved or self._due(self.recipe.checkpoint.save_every_steps):
+            if last or self.preempted or improved or self._due(self.recipe.checkpoint.save_every_steps):
                 self.checkpoints.save(self.engine, self.state)
-            if preempted and not last:
+            if self.preempted and not last:
                 logger.warning(
                     "preempted after step %d of %d; the same command resumes", self.state.step, self.num_steps
                 )
@@ -119,7 +119,7 @@ class Trainer:
     def train_step(self, micro_batches: list[Batch]) -> None:
         """Takes one optimizer step over the global batch."""
         self.engine.set_learning_rate(self.learning_rates[self.state.step])
-        counts = self._global_counts(micro_batches)
+        counts = self._agree(micro_batches)
         self.losses = {name: torch.zeros((), device=self.world.device) for name in counts}
         with_pictures = self.world.is_main and self._due(
             self.recipe.log.images_every_steps, self.state.step + 1
@@ -174,12 +174,18 @@ class Trainer:
         finally:
             batches.close()
 
-    def _global_counts(self, micro_batches: list[Batch]) -> dict[str, float]:
-        """Sums counts over micro-batches and ranks: a mean of means would be wrong where they differ."""
+    def _agree(self, micro_batches: list[Batch]) -> dict[str, float]:
+        """Sums counts over micro-batches and ranks, and learns whether any rank is to stop: one collective.
+
+        The loss is a mean over all items of the step; a mean of means is wrong where counts differ.
+        """
         counted = [self.task.counts(batch) for batch in micro_batches]
         names = list(counted[0])
-        totals = self.world.sum([sum(counts[name] for counts in counted) for name in names])
-        return dict(zip(names, totals, strict=True))
+        mine = [sum(counts[name] for counts in counted) for name in names]
+        *totals, preempted = self.world.sum([*mine, float(self.preemption.raised)])
+        self.preempted = preempted > 0
+        # A step without a single item (no image of it has a label) has loss 0, not 0 / 0.
+        return {name: max(total, 1.0) for name, total in zip(names, totals, strict=True)}
 
     def _due(self, every: int, step: int | None = None) -> bool:
         return every > 0 and (self.state.step if step is None else step) % every == 0

@@ -88,13 +88,13 @@ def train_with_nan(values: dict[str, Any], poisoned: list[int]) -> tuple[list[bo
 
 
 def train_until_preempted(values: dict[str, Any], step: int) -> TrainState:
-    """Trains; writes the run folder's `preempt` file after `step` steps."""
+    """Trains; writes the run folder's `preempt` file before step number `step`."""
     original = Trainer.train_step
 
     def train_step(self: Trainer, micro_batches: list[Batch]) -> None:
-        original(self, micro_batches)
-        if self.state.step == step and self.world.is_main:
+        if self.state.step == step - 1 and self.world.is_main:
             (Path(values["run_dir"]) / "preempt").touch()
+        original(self, micro_batches)
 
     Trainer.train_step = train_step  # type: ignore[method-assign]
     return train(values)

@@ -18,9 +18,9 @@ def test_a_signal_raises_the_flag_and_its_handler_comes_back(tmp_path: Path, num
     before = signal.getsignal(number)
     preemption = Preemption(tmp_path, ALONE)
     try:
-        assert not preemption.requested()
+        assert not preemption.raised
         os.kill(os.getpid(), number)
-        assert preemption.requested()
+        assert preemption.raised
     finally:
         preemption.close()
     assert signal.getsignal(number) == before
@@ -30,9 +30,9 @@ def test_the_file_of_an_earlier_preemption_does_not_stop_the_next_run(tmp_path: 
     (tmp_path / "preempt").touch()
     preemption = Preemption(tmp_path, ALONE)
     try:
-        assert not preemption.requested()
+        assert not preemption.raised
         (tmp_path / "preempt").touch()
-        assert preemption.requested()
+        assert preemption.raised
     finally:
         preemption.close()
 
