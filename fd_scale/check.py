@@ -271,8 +271,7 @@ def _driver(subject: _Subject) -> str:
     if wanted == "cpu":
         return _Warning(found)
     raise UserError(
-        f"train.device: {found}; update the NVIDIA driver, or install a torch built for CUDA {driver[0]} "
-        "(https://pytorch.org/get-started/previous-versions)"
+        f"train.device: {found}; update the NVIDIA driver, or install a torch that is built for CUDA {driver[0]}"
     )
 
 

@@ -29,6 +29,7 @@ def set_up(rank: int = 0, run_dir: Path | None = None) -> None:
     root.setLevel(logging.INFO)
     for handler in list(root.handlers):
         root.removeHandler(handler)
+        handler.close()  # the log file of the run before
     to_console: logging.Handler
     if console.is_terminal:
         to_console = RichHandler(console=console, show_path=False)

@@ -2,6 +2,7 @@
 
 import ctypes
 import json
+import resource
 import shutil
 import subprocess
 import sys
@@ -173,12 +174,15 @@ def test_weights_are_compared_by_their_header_alone(
 
 
 def test_three_billion_parameters_take_no_memory(recipe_values: Values, check: Check) -> None:
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     rows = check(
         recipe_values("classification"),
         "model.name=swin_v2_giant",
         "model.img_size=192",
         "model.overrides={}",
     )
+    # The weights alone would be 11 GiB; Linux counts KiB.
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**20
     millions = float(rows["student"][1].split()[1])
     assert 2950 < millions < 3050, "Liu et al. 2022 give 3.0 B for SwinV2-G"
     gib = float(rows["disk"][1].split("takes about ")[1].split()[0])
