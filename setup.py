@@ -17,7 +17,7 @@ REQUIREMENTS = [
     "numpy",
     "tensorboard",
     "ninja",
-    "omegaconf>=2.3",
+    "omegaconf>=2.4",
     "safetensors",
     "rich",
     "pyarrow",

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from fd_scale import distributed, ds_config, log, run_folder
-from fd_scale.checkpoint import Checkpoints, TrainState
-from fd_scale.config import Recipe, load_recipe, to_dict
+from fd_scale.checkpoint import Checkpoints, TrainState, refuse_other_identity
+from fd_scale.config import Recipe, load_recipe
 from fd_scale.data import (
     Source,
     TrainLoader,
@@ -39,13 +38,6 @@ from fd_scale.trainer import Task, Trainer
 __all__ = ["build_task", "build_trainer", "export", "load_recipe", "train"]
 
 logger = logging.getLogger(__name__)
-
-# Settings that may change between a run and its resumption: they do not touch the losses.
-_FREE_SETTINGS = (
-    "run_dir", "checkpoint", "log", "data.train", "data.evaluation", "data.num_workers", "data.max_bad_fraction",
-    "train.micro_batch", "train.device", "train.ds_config", "train.max_skipped_steps", "train.timeout_s",
-    "model.license",
-)  # fmt: skip
 
 
 def train(recipe: Recipe) -> TrainState:
@@ -88,18 +80,15 @@ def build_trainer(recipe: Recipe, world: World) -> Trainer:
     task = build_task(recipe, source)
     task.to(world.device)
     num_parameters = sum(parameter.numel() for parameter in task.module.parameters())
+    run_dir = Path(recipe.run_dir)
+    identity = run_folder.identity(recipe, source.fingerprint, ds_config.zero_stage(resolved), world.size)
+    refuse_other_identity(run_dir, identity)
     if world.is_main:
         run_folder.create(recipe)
     world.barrier()
-    run_dir = Path(recipe.run_dir)
     log.set_up(world.rank, run_dir)
     engine = Engine(task.module, task.undecayed, resolved, recipe.optim, world)
-    checkpoints = Checkpoints(
-        run_dir,
-        identity(recipe, source, ds_config.zero_stage(resolved), world.size),
-        recipe.checkpoint.keep_last,
-        world,
-    )
+    checkpoints = Checkpoints(run_dir, recipe.checkpoint.keep_last, identity, world)
     logger.info(
         "%s: %d steps of %d images (%d ranks x %d micro-batches x %d) on %s, ZeRO-%d, %s, %s; %.1f M parameters",
         recipe.task, num_steps, recipe.train.global_batch, world.size, loader.accumulation,
@@ -151,26 +140,6 @@ def training_transform(recipe: Recipe) -> Transform:
     return distillation_transform(
         recipe.model.img_size, crop_scale=data.crop_scale, crop_ratio=data.crop_ratio, flip=data.flip
     )
-
-
-def identity(recipe: Recipe, source: Source, stage: int, world_size: int) -> dict[str, Any]:
-    """Returns what a checkpoint and the run that resumes it must have in common."""
-    settings = _flat(to_dict(recipe))
-    kept = {
-        key: value
-        for key, value in settings.items()
-        if not any(key == free or key.startswith(free + ".") for free in _FREE_SETTINGS)
-        and not key.endswith(".license")
-    }
-    return kept | {"data_fingerprint": source.fingerprint, "zero_stage": stage, "world_size": world_size}
-
-
-def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
-    if isinstance(values, dict) and values:
-        return {k: v for key, value in values.items() for k, v in _flat(value, f"{prefix}{key}.").items()}
-    if isinstance(values, list) and values and isinstance(values[0], dict):
-        return {k: v for i, value in enumerate(values) for k, v in _flat(value, f"{prefix}{i}.").items()}
-    return {prefix.rstrip("."): values}
 
 
 def _optimizer_name(world: World) -> str:

@@ -99,7 +99,7 @@ class _TakingTurns:
             yield batches
             self.ours_ms.append(1e3 * (self._now() - began))
             began = self._now()
-            self.bare.step(batches)
+            self.bare.take_step(batches)
             self.bare_ms.append(1e3 * (self._now() - began))
             step += 1
 
@@ -121,7 +121,7 @@ class _BareLoop:
         self.num_ranks = world.size
         self.optimizer = torch.optim.AdamW(self.module.parameters(), lr=recipe.optim.lr, fused=True)
 
-    def step(self, micro_batches: list[Batch]) -> None:
+    def take_step(self, micro_batches: list[Batch]) -> None:
         dtype = dtype_of(self.recipe.train.precision)
         optimizer = self.optimizer
         for batch in micro_batches:

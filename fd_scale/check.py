@@ -22,7 +22,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fd_scale import ds_config, run_folder
-from fd_scale.checkpoint import read_manifest
+from fd_scale.checkpoint import read_manifest, refuse_other_identity
 from fd_scale.config import ModelConfig, Recipe, load_recipe
 from fd_scale.data import Source, TrainLoader, evaluation_batches, evaluation_transform, open_source
 from fd_scale.data.decode import DecodeError
@@ -232,6 +232,13 @@ def _run_folder(subject: _Subject) -> str:
     return f"{folder}: can be written, resumes at step {state.get('step')} ({name})"
 
 
+def _resume(subject: _Subject) -> str:
+    stage = ds_config.zero_stage(subject.resolved)
+    identity = run_folder.identity(subject.recipe, subject.source.fingerprint, stage, subject.num_ranks)
+    refuse_other_identity(subject.run_dir, identity)
+    return "no checkpoint there is of another run"
+
+
 def _disk(subject: _Subject) -> str:
     size = subject.num_trained * BYTES_PER_PARAMETER
     free = shutil.disk_usage(subject.existing_dir).free
@@ -314,6 +321,7 @@ _CHECKS: tuple[tuple[str, Callable[[_Subject], str], tuple[str, ...]], ...] = (
     ("teacher", _teacher, ("recipe",)),
     ("task", _task, ("training data", "student", "teacher")),
     ("run folder", _run_folder, ("recipe",)),
+    ("resume", _resume, ("DeepSpeed JSON", "training data", "run folder")),
     ("disk", _disk, ("task", "run folder")),
     ("device", _device, ("recipe",)),
     ("driver", _driver, ("recipe",)),

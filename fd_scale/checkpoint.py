@@ -57,15 +57,15 @@ class Checkpoints:
 
     Args:
         run_dir: the run folder, on a file system that all ranks share.
-        identity: what a checkpoint must have been written with to be resumed here, flat, JSON values.
         keep_last: newest checkpoints kept; the best is kept besides.
+        identity: what each checkpoint is written with; `refuse_other_identity` compares it.
         world: ranks; all of them call `save` and `resume`.
     """
 
-    def __init__(self, run_dir: Path, identity: dict[str, Any], keep_last: int, world: World) -> None:
+    def __init__(self, run_dir: Path, keep_last: int, identity: dict[str, Any], world: World) -> None:
         self.root = run_dir / "checkpoints"
-        self.identity = json.loads(json.dumps(identity))  # as a manifest gives it back: no tuples
         self.keep_last = keep_last
+        self.identity = identity
         self.world = world
         if world.is_main:
             self.root.mkdir(exist_ok=True)
@@ -111,7 +111,7 @@ class Checkpoints:
         """Loads the newest whole checkpoint into `engine`; a fresh state where none was ever written.
 
         Raises:
-            UserError: a checkpoint is there and none is whole, or it was written with another identity.
+            UserError: a checkpoint is there and none is whole.
         """
         refused = []
         for folder in self.world.from_main(_newest_first(self.root)):
@@ -121,7 +121,6 @@ class Checkpoints:
                 refused.append(folder)
                 continue
             manifest = read_manifest(folder)
-            self._check_identity(folder, manifest)
             engine.load(folder)
             if refused and self.world.is_main:
                 write_atomically(self.root / "latest", folder.name + "\n")
@@ -133,15 +132,6 @@ class Checkpoints:
                 "restore one, or remove the folder to start from step 0"
             )
         return TrainState()
-
-    def _check_identity(self, folder: Path, manifest: dict[str, Any]) -> None:
-        theirs = manifest["identity"]
-        for key in sorted(self.identity.keys() | theirs.keys()):
-            if self.identity.get(key) != theirs.get(key):
-                raise UserError(
-                    f"{folder}: written with {key}={json.dumps(theirs.get(key))}, this run has "
-                    f"{json.dumps(self.identity.get(key))}; restore it, or give the new run a run_dir of its own"
-                )
 
     def _checksums(self, folder: Path, names: list[str]) -> dict[str, dict[str, Any]]:
         mine = {}
@@ -194,6 +184,29 @@ def newest_checkpoint(run_dir: Path) -> Path:
     raise UserError(
         f"{run_dir}: no whole checkpoint in {run_dir / 'checkpoints'}; expected the folder of a run"
     )
+
+
+def refuse_other_identity(run_dir: Path, identity: dict[str, Any]) -> None:
+    """Compares what the newest checkpoint was written with; called before a run writes anything.
+
+    Args:
+        run_dir: the run folder.
+        identity: what a checkpoint and the run that resumes it have in common: flat, JSON values.
+
+    Raises:
+        UserError: a value differs; its key and both values are named.
+    """
+    manifests = [read_manifest(folder) for folder in _newest_first(run_dir / "checkpoints")]
+    theirs = next((manifest["identity"] for manifest in manifests if "identity" in manifest), None)
+    if theirs is None:
+        return
+    ours = json.loads(json.dumps(identity))  # as a manifest gives it back: no tuples
+    for key in sorted(ours.keys() | theirs.keys()):
+        if ours.get(key) != theirs.get(key):
+            raise UserError(
+                f"{run_dir}: its checkpoints were written with {key}={json.dumps(theirs.get(key))}, this run has "
+                f"{json.dumps(ours.get(key))}; restore it, or give the new run a run_dir of its own"
+            )
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

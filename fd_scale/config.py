@@ -286,6 +286,11 @@ class Recipe:
                 raise UserError(
                     f"{name}: task {name} needs a section of this name; `{name}: {{}}` takes the defaults"
                 )
+        if self.contrastive is not None and self.data.evaluation is not None:
+            raise UserError(
+                "data.evaluation: a contrastive loss depends on which images share a batch and is no metric of a "
+                "source; remove data.evaluation"
+            )
         if self.train.steps is None and self.optim.warmup_steps:
             raise UserError(
                 "optim.warmup_steps: the run's length is in epochs; set optim.warmup_epochs instead"

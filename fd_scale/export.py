@@ -91,8 +91,9 @@ def model_card(recipe: Recipe, run_dir: Path, step: int, num_parameters: int) ->
 
 
 def _sha256(weights: str) -> str:
-    file = weights_file(weights)
-    if not file.is_file():
-        return "unknown"
+    try:
+        file = weights_file(weights)
+    except UserError:
+        return "unknown, the file is no longer there"
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -139,7 +139,8 @@ class Recorder:
 
 def read_metrics(run_dir: Path, kind: str) -> list[dict[str, Any]]:
     """Returns the lines of one kind (`train`, `evaluation`) of a run's metrics, in step order."""
-    lines = [json.loads(line) for line in _whole_lines(run_dir / "metrics.jsonl")]
+    file = run_dir / "metrics.jsonl"
+    lines = [json.loads(line) for line in _whole_lines(file)] if file.exists() else []
     return [line for line in lines if line["kind"] == kind]
 
 

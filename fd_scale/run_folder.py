@@ -16,10 +16,18 @@ from typing import Any
 import torch
 
 from fd_scale.checkpoint import write_atomically
-from fd_scale.config import Recipe, load_recipe, to_yaml
+from fd_scale.config import Recipe, load_recipe, to_dict, to_yaml
 from fd_scale.errors import UserError
 
 _PACKAGES = ("fd-scale", "torch", "torchvision", "triton", "deepspeed", "timm", "numpy")
+
+
+# Settings that may change between a run and its resumption: they do not touch the losses.
+_FREE_SETTINGS = (
+    "run_dir", "checkpoint", "log", "data.train", "data.evaluation", "data.num_workers", "data.max_bad_fraction",
+    "train.micro_batch", "train.device", "train.ds_config", "train.max_skipped_steps", "train.timeout_s",
+    "model.license",
+)  # fmt: skip
 
 
 def create(recipe: Recipe) -> Path:
@@ -100,3 +108,23 @@ def _version(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
+
+
+def identity(recipe: Recipe, data_fingerprint: str, stage: int, world_size: int) -> dict[str, Any]:
+    """Returns what a checkpoint and the run that resumes it must have in common."""
+    settings = _flat(to_dict(recipe))
+    kept = {
+        key: value
+        for key, value in settings.items()
+        if not any(key == free or key.startswith(free + ".") for free in _FREE_SETTINGS)
+        and not key.endswith(".license")
+    }
+    return kept | {"data_fingerprint": data_fingerprint, "zero_stage": stage, "world_size": world_size}
+
+
+def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
+    if isinstance(values, dict) and values:
+        return {k: v for key, value in values.items() for k, v in _flat(value, f"{prefix}{key}.").items()}
+    if isinstance(values, list) and values and isinstance(values[0], dict):
+        return {k: v for i, value in enumerate(values) for k, v in _flat(value, f"{prefix}{i}.").items()}
+    return {prefix.rstrip("."): values}

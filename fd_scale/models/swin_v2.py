@@ -248,7 +248,7 @@ class SwinTransformerV2(nn.Module):
         drop_path_rate: float = 0.0,
     ) -> None:
         super().__init__()
-        _check_arguments(embed_dim, depths, num_heads, extra_norm_period, drop_path_rate)
+        _check_arguments(embed_dim, patch_size, depths, num_heads, extra_norm_period, drop_path_rate)
         num_stages, num_blocks = len(depths), sum(depths)
         self.depths = tuple(depths)
         self.patch_size = patch_size
@@ -350,6 +350,7 @@ class SwinTransformerV2(nn.Module):
 
 def _check_arguments(
     embed_dim: int,
+    patch_size: int,
     depths: Sequence[int],
     num_heads: Sequence[int],
     extra_norm_period: int | None,
@@ -359,6 +360,16 @@ def _check_arguments(
         raise UserError(
             f"depths is {tuple(depths)}, num_heads {tuple(num_heads)}; expected one entry a stage"
         )
+    for name, values in (
+        ("embed_dim", [embed_dim]),
+        ("patch_size", [patch_size]),
+        ("depths", depths),
+        ("num_heads", num_heads),
+    ):
+        if min(values) < 1:
+            raise UserError(
+                f"{name} is {values[0] if len(values) == 1 else tuple(values)}; expected at least 1"
+            )
     for index, heads in enumerate(num_heads):
         dim = embed_dim * 2**index
         if dim % heads:

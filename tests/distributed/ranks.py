@@ -7,9 +7,17 @@ import socket
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
+from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
+
 TIMEOUT_S = 120
+
+# Python 3.11's fork server does not get our sys.path, and would pass over what it cannot import.
+os.environ["PYTHONPATH"] = os.pathsep.join(
+    [str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+)
 
 
 def run_ranks(function: Callable[..., Any], world_size: int, *args: Any) -> list[Any]:
@@ -87,3 +95,5 @@ def _child(
         sender.send((False, traceback.format_exc()))
     finally:
         sender.close()
+        if dist.is_initialized():  # a forked process runs no atexit functions
+            dist.destroy_process_group()

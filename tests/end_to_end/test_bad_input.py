@@ -293,7 +293,7 @@ def run(
 @pytest.mark.parametrize(
     ("overrides", "facts"),
     [
-        (["seed=1"], ["step_00000002: written with seed=0, this run has 1"]),
+        (["seed=1"], ["its checkpoints were written with seed=0, this run has 1"]),
         (
             ["model.overrides.drop_path_rate=0.1"],
             ["written with model.overrides.drop_path_rate=0.2, this run has 0.1"],
@@ -305,8 +305,11 @@ def run(
 def test_checkpoint_of_another_run(
     run: dict[str, Any], write: Write, refused: Refused, overrides: list[str], facts: list[str]
 ) -> None:
+    recipe_file = Path(run["run_dir"]) / "recipe.yaml"
+    before = recipe_file.read_text()
     sentence = refused("distill", write(run), *overrides)
     assert all(fact in sentence for fact in [*facts, "a run_dir of its own"]), sentence
+    assert recipe_file.read_text() == before, "what was refused leaves no trace"
 
 
 def test_export_of_what_is_no_run(refused: Refused, tmp_path: Path) -> None:

@@ -95,7 +95,8 @@ def test_failures_do_not_hide_each_other(recipe_values: Values, check: Check, tm
     )  # fmt: skip
     assert {name: verdict for name, (verdict, _) in rows.items() if name not in ("teacher", "driver")} == {
         "recipe": "ok", "DeepSpeed JSON": "fails", "training data": "fails", "evaluation data": "fails",
-        "epoch": "skipped", "student": "fails", "task": "skipped", "run folder": "fails", "disk": "skipped",
+        "epoch": "skipped", "student": "fails", "task": "skipped", "run folder": "fails", "resume": "skipped",
+        "disk": "skipped",
         "device": "ok", "Apex": "ok", "versions": "ok",
     }  # fmt: skip
     assert "one of the shipped configs: zero0, zero1" in rows["DeepSpeed JSON"][1]

@@ -53,7 +53,7 @@ def test_packaged_recipe(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("task", ["distill", "contrastive", "classification"])
 def test_round_trip_keeps_every_value(recipe_values: Values, tmp_path: Path, task: str) -> None:
     values = recipe_values(
-        task, seed=7, data__evaluation="digits:test", optim__betas=[0.8, 0.95], optim__eps=1e-9
+        task, seed=7, data__max_bad_fraction=0.25, optim__betas=[0.8, 0.95], optim__eps=1e-9
     )
     recipe = build_recipe(values)
     assert (recipe.seed, recipe.optim.betas, recipe.optim.eps) == (7, (0.8, 0.95), 1e-9)
@@ -176,3 +176,8 @@ def test_configs_are_frozen(recipe_values: Values) -> None:
         if is_dataclass(part):
             with pytest.raises(AttributeError):
                 setattr(part, fields(part)[0].name, 1)
+
+
+def test_a_contrastive_run_has_no_evaluation(recipe_values: Values) -> None:
+    with pytest.raises(UserError, match="no metric of a source; remove"):
+        build_recipe(recipe_values("contrastive", data__evaluation="digits:test"))
