@@ -113,7 +113,8 @@ class Recorder:
         """Writes pictures to TensorBoard: name -> uint8 (N, H, W, 3). Rank 0 only."""
         assert self.tensorboard is not None, "pictures are written by rank 0, after start"
         for name, pixels_NHWC in pictures.items():
-            self.tensorboard.add_images(name, pixels_NHWC, step, dataformats="NHWC")
+            one_below_the_other = np.concatenate(list(pixels_NHWC))
+            self.tensorboard.add_image(name, one_below_the_other, step, dataformats="HWC")
 
     def finish(self) -> None:
         """Closes the records."""

@@ -60,6 +60,7 @@ def test_two_ranks_from_the_command_line(
     for name in ("loss", "learning_rate", "grad_norm", "images_per_s", "memory_peak_gib"):
         assert f"train/{name}" in scalars
         assert np.isfinite([event.value for event in events.Scalars(f"train/{name}")]).all()
-    pictures = events.Images("features/0")
+    pictures = events.Images("features")
     assert [picture.step for picture in pictures] == [2, 4]
-    assert (pictures[0].width, pictures[0].height) == (3 * 24, 24), "image, teacher and student side by side"
+    size = (pictures[0].width, pictures[0].height)
+    assert size == (3 * 24, 8 * 24), "eight rows: image, teacher and student side by side"
