@@ -119,9 +119,11 @@ def build_task(recipe: Recipe, source: Source) -> Task:
             batch_size=recipe.train.micro_batch,
             num_workers=recipe.data.num_workers,
         )
-    if recipe.task == "distill":
+    if recipe.distill is not None:
+        if recipe.distill.teachers[0].model.weights is None:
+            logger.warning("the teacher has random weights: distill.teachers.0.model.weights names none")
         return DistillationTask(recipe, evaluation)
-    if recipe.task == "contrastive":
+    if recipe.contrastive is not None:
         return ContrastiveTask(recipe, evaluation)
     return ClassificationTask(recipe, evaluation, source.num_classes)
 

@@ -81,6 +81,11 @@ def resolve(ds_config: dict[str, Any], recipe: Recipe, world_size: int, device_t
     micro_batch = micro_batch_of_a_rank(train.global_batch, train.micro_batch, world_size)
     if train.precision == "fp16" and device_type == "cpu":
         raise UserError("train.precision: DeepSpeed has no fp16 on a CPU; set train.precision=bf16 or fp32")
+    if train.precision == "fp16" and zero_stage(ds_config) == 0:
+        raise UserError(
+            "train.ds_config: DeepSpeed does not scale an fp16 loss at ZeRO stage 0, which divides its gradients by the "
+            "loss scale; set train.ds_config=zero1 (on one rank it is the same) or train.precision=bf16"
+        )
     resolved = json.loads(json.dumps(ds_config))
     wanted = {
         "train_batch_size": train.global_batch,

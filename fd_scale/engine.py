@@ -20,6 +20,7 @@ import deepspeed  # noqa: E402
 import deepspeed.ops  # noqa: E402
 from deepspeed.accelerator import set_accelerator  # noqa: E402
 from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator  # noqa: E402
+from deepspeed.accelerator.cuda_accelerator import CUDA_Accelerator  # noqa: E402
 from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint  # noqa: E402
 from pydantic import ValidationError  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
@@ -58,8 +59,8 @@ class Engine:
         world: World,
     ) -> None:
         self.world = world
-        if world.device.type == "cpu":
-            set_accelerator(CPU_Accelerator())  # also on a host with GPUs
+        # DeepSpeed would take a GPU wherever there is one; the recipe's device decides.
+        set_accelerator(CPU_Accelerator() if world.device.type == "cpu" else CUDA_Accelerator())
         groups = parameter_groups(module, optim.weight_decay, undecayed)
         precise = not (ds_config["bf16"]["enabled"] or ds_config["fp16"]["enabled"])
         optimizer: torch.optim.Optimizer

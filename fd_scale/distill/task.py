@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from typing import Any
 
 import numpy as np
@@ -19,8 +18,6 @@ from fd_scale.evaluation import EvaluationSet, Forward, mean_over_images
 from fd_scale.models import drop_path_scale, dtype_of, undecayed_parameters
 from fd_scale.teachers import Teacher
 
-logger = logging.getLogger(__name__)
-
 NUM_PICTURES = 8
 
 
@@ -36,8 +33,6 @@ class DistillationTask:
         self.seed = recipe.seed
         self.evaluation = evaluation
         self.teacher = Teacher(teacher, dtype_of(teacher.precision or recipe.train.precision))
-        if teacher.model.weights is None:
-            logger.warning("the teacher has random weights: distill.teachers.0.model.weights names none")
         self.module = DistillationModule(recipe.model, self.teacher.num_features, recipe.distill.beta, dtype)
         student = self.module.backbone
         student.activation_checkpointing = recipe.train.activation_checkpointing

@@ -14,8 +14,15 @@ pytestmark = pytest.mark.gpu
 TOLERANCES = {"fp32": 1e-4, "bf16": 2e-2, "fp16": 2e-2}
 
 
-@pytest.mark.parametrize("precision", list(TOLERANCES))
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize(
+    ("stage", "precision"),
+    [
+        (stage, precision)
+        for stage in range(4)
+        for precision in TOLERANCES
+        if (stage, precision) != (0, "fp16")
+    ],
+)
 def test_losses_are_those_of_the_cpu(
     recipe_values: Callable[..., dict[str, Any]], tmp_path: Any, stage: int, precision: str
 ) -> None:
