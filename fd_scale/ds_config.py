@@ -83,8 +83,8 @@ def resolve(ds_config: dict[str, Any], recipe: Recipe, world_size: int, device_t
         raise UserError("train.precision: DeepSpeed has no fp16 on a CPU; set train.precision=bf16 or fp32")
     if train.precision == "fp16" and zero_stage(ds_config) == 0:
         raise UserError(
-            "train.ds_config: DeepSpeed does not scale an fp16 loss at ZeRO stage 0, which divides its gradients by the "
-            "loss scale; set train.ds_config=zero1 (on one rank it is the same) or train.precision=bf16"
+            "train.ds_config: at ZeRO stage 0 DeepSpeed divides fp16 gradients by a loss scale that it did not apply "
+            "to the loss; set train.ds_config=zero1 (on one rank it is the same) or train.precision=bf16"
         )
     resolved = json.loads(json.dumps(ds_config))
     wanted = {

@@ -99,6 +99,6 @@ def test_no_stage_is_stage_0(config: dict[str, Any]) -> None:
 
 def test_fp16_needs_a_stage_that_scales_the_loss(make_recipe: MakeRecipe) -> None:
     with pytest.raises(
-        UserError, match=r"does not scale an fp16 loss at ZeRO stage 0.*set train\.ds_config=zero1"
+        UserError, match=r"at ZeRO stage 0 DeepSpeed divides fp16 gradients.*set train\.ds_config=zero1"
     ):
         resolve(read("zero0"), make_recipe(train__precision="fp16"), 1, "cuda")
