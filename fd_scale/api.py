@@ -26,11 +26,12 @@ from fd_scale.data import (
 from fd_scale.distill import DistillationTask
 from fd_scale.distributed import Preemption, World
 from fd_scale.engine import Engine
+from fd_scale.errors import UserError
 from fd_scale.evaluation import EvaluationSet
 from fd_scale.export import export
 from fd_scale.finetune import ClassificationTask
 from fd_scale.metrics import Recorder
-from fd_scale.optim import apex_is_importable, learning_rates
+from fd_scale.optim import learning_rates
 from fd_scale.pretrain import ContrastiveTask
 from fd_scale.randomness import hash64
 from fd_scale.trainer import Task, Trainer
@@ -75,25 +76,29 @@ def build_trainer(recipe: Recipe, world: World) -> Trainer:
         world_size=world.size,
         num_workers=recipe.data.num_workers,
         max_bad_fraction=recipe.data.max_bad_fraction,
+        pin_memory=world.device.type == "cuda",
     )
     num_steps = recipe.train.steps or round((recipe.train.epochs or 0) * loader.steps_per_epoch)
+    if num_steps < 1:
+        raise UserError(
+            f"train.epochs: {recipe.train.epochs} epochs of {loader.steps_per_epoch} steps are no step; raise it"
+        )
     task = build_task(recipe, source)
     task.to(world.device)
     num_parameters = sum(parameter.numel() for parameter in task.module.parameters())
     run_dir = Path(recipe.run_dir)
-    identity = run_folder.identity(recipe, source.fingerprint, ds_config.zero_stage(resolved), world.size)
+    stage = ds_config.zero_stage(resolved)
+    identity = world.on_main(lambda: run_folder.identity(recipe, source.fingerprint, stage, world.size))
     refuse_other_identity(run_dir, identity)
-    if world.is_main:
-        run_folder.create(recipe)
-    world.barrier()
+    world.on_main(lambda: run_folder.create(recipe))
     log.set_up(world.rank, run_dir)
     engine = Engine(task.module, task.undecayed, resolved, recipe.optim, world)
     checkpoints = Checkpoints(run_dir, recipe.checkpoint.keep_last, identity, world)
     logger.info(
         "%s: %d steps of %d images (%d ranks x %d micro-batches x %d) on %s, ZeRO-%d, %s, %s; %.1f M parameters",
         recipe.task, num_steps, recipe.train.global_batch, world.size, loader.accumulation,
-        resolved["train_micro_batch_size_per_gpu"], world.device.type, ds_config.zero_stage(resolved),
-        recipe.train.precision, _optimizer_name(world), num_parameters / 1e6,
+        resolved["train_micro_batch_size_per_gpu"], world.device.type, stage,
+        recipe.train.precision, engine.optimizer_name, num_parameters / 1e6,
     )  # fmt: skip
     return Trainer(
         recipe=recipe,
@@ -124,8 +129,8 @@ def build_task(recipe: Recipe, source: Source) -> Task:
             logger.warning("the teacher has random weights: distill.teachers.0.model.weights names none")
         return DistillationTask(recipe, evaluation)
     if recipe.contrastive is not None:
-        return ContrastiveTask(recipe, evaluation)
-    return ClassificationTask(recipe, evaluation, source.num_classes)
+        return ContrastiveTask(recipe)
+    return ClassificationTask(recipe, evaluation, source)
 
 
 def training_transform(recipe: Recipe) -> Transform:
@@ -142,7 +147,3 @@ def training_transform(recipe: Recipe) -> Transform:
     return distillation_transform(
         recipe.model.img_size, crop_scale=data.crop_scale, crop_ratio=data.crop_ratio, flip=data.flip
     )
-
-
-def _optimizer_name(world: World) -> str:
-    return "Apex FusedAdam" if world.device.type == "cuda" and apex_is_importable() else "torch fused AdamW"

@@ -74,9 +74,9 @@ class _Subject:
             if recipe.task == "distill":
                 task = DistillationTask(recipe, None)
             elif recipe.task == "contrastive":
-                task = ContrastiveTask(recipe, None)
+                task = ContrastiveTask(recipe)
             else:
-                task = ClassificationTask(recipe, None, self.source.num_classes)
+                task = ClassificationTask(recipe, None, self.source)
         return sum(parameter.numel() for parameter in task.module.parameters())
 
     @property
@@ -225,11 +225,10 @@ def _run_folder(subject: _Subject) -> str:
     if not latest.is_file():
         return f"{folder}: can be written, no checkpoint to resume"
     name = latest.read_text(encoding="utf-8").strip()
-    manifest = latest.with_name(name) / "manifest.json"
-    if not manifest.is_file():
+    manifest = read_manifest(latest.with_name(name))
+    if not manifest:
         return _Warning(f"{folder}: can be written; {latest} names {name}, which is not whole")
-    state = read_manifest(manifest.parent).get("state", {})
-    return f"{folder}: can be written, resumes at step {state.get('step')} ({name})"
+    return f"{folder}: can be written, resumes at step {manifest['state']['step']} ({name})"
 
 
 def _resume(subject: _Subject) -> str:

@@ -14,6 +14,7 @@ import json
 import logging
 import os
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -41,6 +42,8 @@ class TrainState:
     """Best value of the task's evaluation metric so far."""
     best_step: int | None = None
     """Step at which it was measured."""
+    evaluated_step: int | None = None
+    """Step of the last evaluation: a run killed between its save and its evaluation makes up for it."""
     skipped_in_a_row: int = 0
     """Steps skipped for a non-finite gradient since the last one that was not."""
 
@@ -67,9 +70,7 @@ class Checkpoints:
         self.keep_last = keep_last
         self.identity = identity
         self.world = world
-        if world.is_main:
-            self.root.mkdir(exist_ok=True)
-        world.barrier()
+        world.on_main(lambda: self._told(self.root, lambda: self.root.mkdir(exist_ok=True)))
 
     def save(self, engine: Saveable, state: TrainState) -> None:
         """Writes a checkpoint; when this returns, it is whole and `latest` names it.
@@ -77,35 +78,28 @@ class Checkpoints:
         Raises:
             UserError: the disk is full or the folder cannot be written; older checkpoints are untouched.
         """
-        folder = self.root / f"step_{state.step:08d}"
-        if self.world.is_main:
-            if folder.exists():
-                _discard(folder)  # a save that never ended, or one that was refused
-            folder.mkdir()
-        self.world.barrier()
+        folder = self._folder(state.step)
         try:
-            engine.save(folder)
+            self.world.on_main(lambda: self._told(folder, lambda: _renew(folder)))
+            self._told(folder, lambda: engine.save(folder))
             self.world.barrier()
-            sums = self._checksums(folder, _data_files(folder))
-            if self.world.is_main:
-                manifest = {
-                    "format": FORMAT,
-                    "state": asdict(state),
-                    "identity": self.identity,
-                    "files": sums,
-                }
-                write_atomically(folder / MANIFEST, json.dumps(manifest, indent=1))
-                write_atomically(self.root / "latest", folder.name + "\n")
-                self._retain(state)
-        except (OSError, RuntimeError) as error:
-            if isinstance(error, RuntimeError) and "inline_container" not in str(error):
-                raise  # torch names its archive writer, and no errno, where a file cannot be written
-            raise UserError(
-                f"{folder}: the checkpoint could not be written ({' '.join(str(error).split())[:200]}); "
-                f"the last whole one is {self._newest_name()}; free space there and start the same command again"
-            ) from error
-        self.world.barrier()
+            files = self._checksums(folder, self.world.from_main(_data_files(folder)))
+            self.world.on_main(lambda: self._told(folder, lambda: self._complete(folder, state, files)))
+        except UserError:
+            logger.error("step %d: not saved", state.step)
+            raise
         logger.info("step %d: saved %s", state.step, folder)
+
+    def update(self, state: TrainState) -> None:
+        """Writes a newer state into the checkpoint of its step, where there is one; tensors stay as they are."""
+        folder = self._folder(state.step)
+
+        def rewrite() -> None:
+            manifest = read_manifest(folder)
+            if manifest:
+                self._complete(folder, state, manifest["files"])
+
+        self.world.on_main(lambda: self._told(folder, rewrite))
 
     def resume(self, engine: Saveable) -> TrainState:
         """Loads the newest whole checkpoint into `engine`; a fresh state where none was ever written.
@@ -122,7 +116,7 @@ class Checkpoints:
                 continue
             manifest = read_manifest(folder)
             engine.load(folder)
-            if refused and self.world.is_main:
+            if self.world.is_main:  # a kill before the last move of `latest`, or a refusal, left it wrong
                 write_atomically(self.root / "latest", folder.name + "\n")
             logger.info("resumed %s", folder)
             return TrainState(**manifest["state"])
@@ -140,11 +134,36 @@ class Checkpoints:
             mine[name] = {"bytes": path.stat().st_size, "sha256": _sha256(path, flush=True)}
         return {name: entry for of_rank in self.world.gather(mine) for name, entry in of_rank.items()}
 
+    def _complete(self, folder: Path, state: TrainState, files: dict[str, dict[str, Any]]) -> None:
+        body = {"format": FORMAT, "state": asdict(state), "identity": self.identity, "files": files}
+        write_atomically(folder / MANIFEST, json.dumps(body | {"sha256": _body_sha256(body)}, indent=1))
+        write_atomically(self.root / "latest", folder.name + "\n")
+        self._retain(state)
+
     def _retain(self, state: TrainState) -> None:
-        best = f"step_{state.best_step:08d}" if state.best_step is not None else None
-        for folder in _newest_first(self.root)[self.keep_last :]:
-            if folder.name != best:
+        best = self._folder(state.best_step) if state.best_step is not None else None
+        present = self._folder(state.step)
+        # What is newer than the present step was refused when the run resumed before it.
+        refused = [folder for folder in _newest_first(self.root) if folder.name > present.name]
+        kept = [folder for folder in _newest_first(self.root) if folder not in refused][: self.keep_last]
+        for folder in _newest_first(self.root):
+            if folder not in kept and folder != best:
                 _discard(folder)
+
+    def _told(self, folder: Path, function: Callable[[], None]) -> None:
+        """Runs `function`; what it cannot write becomes a sentence."""
+        try:
+            function()
+        except (OSError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and "inline_container" not in str(error):
+                raise  # torch names its archive writer, and no errno, where a file cannot be written
+            raise UserError(
+                f"{folder}: the checkpoint could not be written ({' '.join(str(error).split())[:200]}); "
+                f"the last whole one is {self._newest_name()}; free space there and start the same command again"
+            ) from error
+
+    def _folder(self, step: int) -> Path:
+        return self.root / f"step_{step:08d}"
 
     def _newest_name(self) -> str:
         newest = _newest_first(self.root)
@@ -154,8 +173,10 @@ class Checkpoints:
 def verify(folder: Path, world: World) -> list[str]:
     """Returns what is wrong with a checkpoint; ranks share the reading, and all get the verdict."""
     manifest = read_manifest(folder)
-    if manifest.get("format") != FORMAT:
-        return [f"its format is {manifest.get('format')}, this version reads {FORMAT}"]
+    if not manifest:
+        return [f"{MANIFEST} is damaged"]
+    if manifest["format"] != FORMAT:
+        return [f"its format is {manifest['format']}, this version reads {FORMAT}"]
     files: dict[str, dict[str, Any]] = manifest["files"]
     problems = []
     for name in sorted(files)[world.rank :: world.size]:
@@ -197,7 +218,7 @@ def refuse_other_identity(run_dir: Path, identity: dict[str, Any]) -> None:
         UserError: a value differs; its key and both values are named.
     """
     manifests = [read_manifest(folder) for folder in _newest_first(run_dir / "checkpoints")]
-    theirs = next((manifest["identity"] for manifest in manifests if "identity" in manifest), None)
+    theirs = next((manifest["identity"] for manifest in manifests if manifest), None)
     if theirs is None:
         return
     ours = json.loads(json.dumps(identity))  # as a manifest gives it back: no tuples
@@ -210,12 +231,14 @@ def refuse_other_identity(run_dir: Path, identity: dict[str, Any]) -> None:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """Returns a checkpoint's manifest; an empty one where it is not readable JSON."""
+    """Returns a checkpoint's manifest; an empty one where it is not there or does not match its own checksum."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError):
+    except (FileNotFoundError, json.JSONDecodeError, UnicodeDecodeError):
         return {}
-    return manifest if isinstance(manifest, dict) else {}
+    if not isinstance(manifest, dict) or manifest.pop("sha256", None) != _body_sha256(manifest):
+        return {}
+    return manifest
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -231,6 +254,17 @@ def write_atomically(path: Path, text: str) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _body_sha256(body: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+
+
+def _renew(folder: Path) -> None:
+    """Makes an empty folder; a save that never ended, or a refused one, gives way."""
+    if folder.exists():
+        _discard(folder)
+    folder.mkdir()
 
 
 def _discard(folder: Path) -> None:

@@ -234,6 +234,7 @@ class ContrastiveConfig:
 
     def __post_init__(self) -> None:
         _require(self.temperature > 0, "contrastive.temperature", self.temperature, "a positive number")
+        _require(0 <= self.jitter <= 1, "contrastive.jitter", self.jitter, "a number in 0..1")
         _require(self.projection_dim > 0, "contrastive.projection_dim", self.projection_dim, "more than 0")
 
 

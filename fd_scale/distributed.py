@@ -6,16 +6,19 @@ import atexit
 import os
 import signal
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from types import FrameType
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from fd_scale.errors import UserError
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,6 +58,19 @@ class World:
         box = [value]
         dist.broadcast_object_list(box, src=0)
         return box[0]
+
+    def on_main(self, function: Callable[[], T]) -> T:
+        """Runs `function` on rank 0; all ranks get what it returned, or the UserError that it raised."""
+        outcome: tuple[Any, str | None] = (None, None)
+        if self.is_main:
+            try:
+                outcome = (function(), None)
+            except UserError as error:
+                outcome = (None, str(error))
+        value, problem = self.from_main(outcome)
+        if problem is not None:
+            raise UserError(problem)
+        return value
 
     def barrier(self) -> None:
         """Waits until every rank is here."""

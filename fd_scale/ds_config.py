@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 from importlib import resources
 from pathlib import Path
@@ -14,6 +15,12 @@ from fd_scale.errors import UserError
 # Keys of the JSON's optimizer section, and the recipe's name for each.
 _OPTIMIZER_KEYS = {"lr": "lr", "betas": "betas", "eps": "eps", "weight_decay": "weight_decay"}
 
+_COMMON_KEYS = (
+    "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping",
+    "zero_optimization", "bf16", "fp16", "optimizer", "scheduler", "activation_checkpointing", "data_types",
+    "communication_data_type", "prescale_gradients", "gradient_predivide_factor", "steps_per_print",
+    "wall_clock_breakdown", "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer", "flops_profiler",
+)  # fmt: skip
 _SECTIONS = ("zero_optimization", "bf16", "fp16", "optimizer")
 
 
@@ -41,6 +48,10 @@ def read(name: str) -> dict[str, Any]:
         raise UserError(f"train.ds_config: {path} is not JSON: {error}") from None
     if not isinstance(values, dict):
         raise UserError(f"train.ds_config: {path} holds a {type(values).__name__}, expected an object")
+    for key in values:
+        nearest = difflib.get_close_matches(key, _COMMON_KEYS, n=1, cutoff=0.8)
+        if nearest and key not in _COMMON_KEYS:  # DeepSpeed itself passes over keys that it does not know
+            raise UserError(f"train.ds_config: {path} has {key}; did you mean {nearest[0]}")
     for section in _SECTIONS:
         if not isinstance(values.get(section, {}), dict):
             raise UserError(
@@ -110,6 +121,13 @@ def resolve(ds_config: dict[str, Any], recipe: Recipe, world_size: int, device_t
             f"{world_size} ranks are fewer than train.global_batch={train.global_batch}; raise train.micro_batch "
             "or lower train.global_batch"
         )
+    for key in ("offload_optimizer", "offload_param"):
+        offload = resolved.get("zero_optimization", {}).get(key) or {}
+        if offload.get("device", "none") != "none":
+            raise UserError(
+                f"train.ds_config: zero_optimization.{key} in {train.ds_config} moves state to {offload['device']}, "
+                "which this version does not serve; remove it"
+            )
     optimizer = resolved.pop("optimizer", None)
     if optimizer is not None:
         _check_optimizer(optimizer, recipe)

@@ -21,6 +21,7 @@ import deepspeed.ops  # noqa: E402
 from deepspeed.accelerator import set_accelerator  # noqa: E402
 from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator  # noqa: E402
 from deepspeed.accelerator.cuda_accelerator import CUDA_Accelerator  # noqa: E402
+from deepspeed.runtime.zero.utils import ZeRORuntimeException  # noqa: E402
 from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint  # noqa: E402
 from pydantic import ValidationError  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
@@ -62,24 +63,29 @@ class Engine:
         # DeepSpeed would take a GPU wherever there is one; the recipe's device decides.
         set_accelerator(CPU_Accelerator() if world.device.type == "cpu" else CUDA_Accelerator())
         groups = parameter_groups(module, optim.weight_decay, undecayed)
+        names = {id(parameter): name for name, parameter in module.named_parameters()}
+        self.group_names = [[names[id(parameter)] for parameter in group["params"]] for group in groups]
+        stage = zero_stage(ds_config)
         precise = not (ds_config["bf16"]["enabled"] or ds_config["fp16"]["enabled"])
         optimizer: torch.optim.Optimizer
-        if precise and zero_stage(ds_config) == 0:
+        if stage == 0 and precise:
             module.to(world.device)
             optimizer = ClippedAdamW(groups, optim)
             ds_config = {**ds_config, "gradient_clipping": 0.0}
         else:
-            optimizer = build_adamw(groups, optim, world.device.type)
+            # DeepSpeed flattens Apex's master weights at stage 0, and `saved_weights` could not tell them apart.
+            optimizer = build_adamw(groups, optim, with_apex=stage > 0 and world.device.type == "cuda")
+        self.optimizer_name = type(optimizer).__name__
         try:
             self.deepspeed, self.optimizer, *_ = deepspeed.initialize(
                 model=module, optimizer=optimizer, config=ds_config, dist_init_required=False
             )
-        except ValidationError as error:
+        except (ValidationError, ZeRORuntimeException) as error:
             raise UserError(
                 f"train.ds_config: DeepSpeed refuses it: {' '.join(str(error).split())}"
             ) from None
 
-        if zero_stage(ds_config) == 0 and not precise:
+        if stage == 0 and not precise:
             # DeepSpeed has stepped it once on zero gradients, which leaves AdamW's bias correction a step ahead.
             self.deepspeed.basic_optimizer.state.clear()
 
@@ -118,7 +124,12 @@ class Engine:
 
     def save(self, folder: Path) -> None:
         """Writes this rank's part of weights and optimizer state; all ranks call it."""
-        self.deepspeed.save_checkpoint(str(folder.parent), tag=folder.name, save_latest=False)
+        self.deepspeed.save_checkpoint(
+            str(folder.parent),
+            tag=folder.name,
+            client_state={"group_names": self.group_names},
+            save_latest=False,
+        )
 
     def load(self, folder: Path) -> None:
         """Reads what `save` wrote, on as many ranks as wrote it."""
@@ -133,4 +144,8 @@ def saved_weights(folder: Path) -> dict[str, Tensor]:
         with redirect_stdout(StringIO()), redirect_stderr(StringIO()):  # it prints its progress
             return get_fp32_state_dict_from_zero_checkpoint(str(folder.parent), tag=folder.name)
     states = torch.load(folder / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=False)
-    return {name: tensor.float() for name, tensor in states["module"].items()}
+    weights = {name: tensor.float() for name, tensor in states["module"].items()}
+    if "fp32_groups" in states["optimizer"]:  # the masters of 16-bit weights
+        for names, masters in zip(states["group_names"], states["optimizer"]["fp32_groups"], strict=True):
+            weights.update(zip(names, (master.detach() for master in masters), strict=True))
+    return weights

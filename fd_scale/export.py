@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from dataclasses import asdict
 from pathlib import Path
 
 from omegaconf import OmegaConf
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from fd_scale import run_folder
@@ -16,7 +16,7 @@ from fd_scale.config import Recipe, to_yaml
 from fd_scale.engine import saved_weights
 from fd_scale.errors import UserError
 from fd_scale.metrics import read_metrics
-from fd_scale.models import BACKBONE, weights_file
+from fd_scale.models import BACKBONE, weights_sha256
 
 
 def export(run_dir: str | Path, out: str | Path) -> Path:
@@ -52,8 +52,11 @@ def export(run_dir: str | Path, out: str | Path) -> Path:
         write_atomically(
             target / "README.md", model_card(recipe, run, step, sum(w.numel() for w in weights.values()))
         )
-    except OSError as error:
-        raise UserError(f"{target}: cannot be written ({error.strerror}); choose another folder") from None
+    except (OSError, SafetensorError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise UserError(
+            f"{target}: cannot be written ({reason}); free space there or choose another folder"
+        ) from None
     return target
 
 
@@ -92,8 +95,6 @@ def model_card(recipe: Recipe, run_dir: Path, step: int, num_parameters: int) ->
 
 def _sha256(weights: str) -> str:
     try:
-        file = weights_file(weights)
+        return weights_sha256(weights)
     except UserError:
         return "unknown, the file is no longer there"
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -6,6 +6,7 @@ import json
 import logging
 import resource
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from fd_scale.checkpoint import write_atomically
 from fd_scale.distributed import World
+from fd_scale.errors import UserError
 from fd_scale.log import console
 
 logger = logging.getLogger(__name__)
@@ -49,15 +51,27 @@ class Recorder:
         self.progress: Progress | None = None
         self.since = (0, 0.0)  # step and clock of the last line
 
-    def start(self, step: int, num_steps: int) -> None:
-        """Opens the records at `step`; lines of later steps, which a resumed run will write again, go."""
+    def start(self, step: int, num_steps: int, evaluated: bool) -> None:
+        """Opens the records at `step`; lines that a resumed run will write again go.
+
+        Args:
+            step: optimizer steps taken.
+            num_steps: optimizer steps of the run.
+            evaluated: whether the evaluation of this step, if there is one, counts as done.
+        """
         self.num_steps = num_steps
         self.since = (step, time.perf_counter())
         if not self.world.is_main:
             return
         if self.file.exists():
-            kept = [line for line in _whole_lines(self.file) if json.loads(line)["step"] <= step]
-            write_atomically(self.file, "".join(line + "\n" for line in kept))
+            kept = []
+            for line in _whole_lines(self.file):
+                entry = json.loads(line)
+                if entry["step"] < step or (
+                    entry["step"] == step and (evaluated or entry["kind"] == "train")
+                ):
+                    kept.append(line + "\n")
+            self._told(lambda: write_atomically(self.file, "".join(kept)))
         self.tensorboard = SummaryWriter(str(self.tensorboard_dir), purge_step=step + 1)
         if console.is_terminal:
             self.progress = Progress(
@@ -126,10 +140,22 @@ class Recorder:
     def _write(self, step: int, kind: str, values: dict[str, Any]) -> None:
         if self.tensorboard is None:
             return
-        with self.file.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, "kind": kind, **values}) + "\n")
+        self._told(lambda: self._append(json.dumps({"step": step, "kind": kind, **values}) + "\n"))
         for name, value in values.items():
             self.tensorboard.add_scalar(f"{kind}/{name}", value, step)
+
+    def _append(self, line: str) -> None:
+        with self.file.open("a", encoding="utf-8") as file:
+            file.write(line)
+
+    def _told(self, function: Callable[[], None]) -> None:
+        """Runs `function`; what it cannot write becomes a sentence."""
+        try:
+            function()
+        except OSError as error:
+            raise UserError(
+                f"{self.file}: cannot be written ({error.strerror}); free space there and start the same command again"
+            ) from None
 
     def _show(self, step: int, text: str) -> None:
         if self.progress is not None:

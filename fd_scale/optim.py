@@ -58,14 +58,14 @@ def apex_is_importable() -> bool:
     return importlib.util.find_spec("amp_C") is not None
 
 
-def build_adamw(groups: list[dict[str, Any]], config: OptimConfig, device_type: str) -> torch.optim.Optimizer:
-    """Returns AdamW: Apex's fused one where it is importable on CUDA, else torch's fused one.
+def build_adamw(groups: list[dict[str, Any]], config: OptimConfig, with_apex: bool) -> torch.optim.Optimizer:
+    """Returns AdamW: Apex's fused one where it is wanted and importable, else torch's fused one.
 
     Its learning rate is 0 until the engine sets that of a step: DeepSpeed steps some optimizers once
     on zero gradients while it builds its buffers, and weight decay must not act then.
     """
     settings: dict[str, Any] = {"lr": 0.0, "betas": config.betas, "eps": config.eps}
-    if device_type == "cuda" and apex_is_importable():
+    if with_apex and apex_is_importable():
         from apex.optimizers import FusedAdam
 
         return FusedAdam(groups, adam_w_mode=True, **settings)

@@ -18,6 +18,7 @@ import torch
 from fd_scale.checkpoint import write_atomically
 from fd_scale.config import Recipe, load_recipe, to_dict, to_yaml
 from fd_scale.errors import UserError
+from fd_scale.models import weights_sha256
 
 _PACKAGES = ("fd-scale", "torch", "torchvision", "triton", "deepspeed", "timm", "numpy")
 
@@ -26,7 +27,7 @@ _PACKAGES = ("fd-scale", "torch", "torchvision", "triton", "deepspeed", "timm", 
 _FREE_SETTINGS = (
     "run_dir", "checkpoint", "log", "data.train", "data.evaluation", "data.num_workers", "data.max_bad_fraction",
     "train.micro_batch", "train.device", "train.ds_config", "train.max_skipped_steps", "train.timeout_s",
-    "model.license",
+    "train.activation_checkpointing", "model.weights",
 )  # fmt: skip
 
 
@@ -111,8 +112,15 @@ def _version(package: str) -> str | None:
 
 
 def identity(recipe: Recipe, data_fingerprint: str, stage: int, world_size: int) -> dict[str, Any]:
-    """Returns what a checkpoint and the run that resumes it must have in common."""
+    """Returns what a checkpoint and the run that resumes it must have in common.
+
+    Data and the teacher's weights count by their content, wherever they lie; initial weights have
+    done their part when there is a checkpoint.
+    """
     settings = _flat(to_dict(recipe))
+    for index, teacher in enumerate(recipe.distill.teachers if recipe.distill is not None else []):
+        weights = teacher.model.weights
+        settings[f"distill.teachers.{index}.model.weights"] = weights and weights_sha256(weights)
     kept = {
         key: value
         for key, value in settings.items()

@@ -10,6 +10,7 @@ Shape legend: B = images of a micro-batch on this rank.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterator
 from typing import Any, Protocol
 
@@ -88,11 +89,9 @@ class Trainer:
 
     def train(self) -> TrainState:
         """Trains from the newest whole checkpoint to the last step, or until preempted."""
-        self.state = self.checkpoints.resume(self.engine)
-        if self.state.step == self.num_steps:
-            logger.info("nothing left to do: the run is complete at step %d", self.num_steps)
-        self.recorder.start(self.state.step, self.num_steps)
         try:
+            self.state = self.checkpoints.resume(self.engine)
+            self.recorder.start(self.state.step, self.num_steps, self._evaluated())
             self._loop()
         finally:
             self.recorder.finish()
@@ -100,17 +99,21 @@ class Trainer:
         return self.state
 
     def _loop(self) -> None:
+        if self.state.step == self.num_steps:
+            logger.info("the run is complete at step %d", self.num_steps)
+        if self.state.step > 0 and self._evaluation_due() and not self._evaluated():
+            self.evaluate()  # the run was killed between a save and its evaluation
         self.engine.train()
         for micro_batches in self._steps():
             self.train_step(micro_batches)
             self.recorder.advance(self.state.step)
-            last = self.state.step == self.num_steps
-            if last or self._due(self.recipe.log.every_steps):
+            if self._last() or self._due(self.recipe.log.every_steps):
                 self.log_step()
-            improved = (last or self._due(self.recipe.log.evaluate_every_steps)) and self.evaluate()
-            if last or self.preempted or improved or self._due(self.recipe.checkpoint.save_every_steps):
+            if self._save_due():
                 self.checkpoints.save(self.engine, self.state)
-            if self.preempted and not last:
+            if self._evaluation_due():  # after the save: what fails here has lost nothing
+                self.evaluate()
+            if self.preempted and not self._last():
                 logger.warning(
                     "preempted after step %d of %d; the same command resumes", self.state.step, self.num_steps
                 )
@@ -137,7 +140,7 @@ class Trainer:
         self._watch_skips()
 
     def log_step(self) -> None:
-        """Writes one line of metrics; the only place where the loop waits for the device."""
+        """Writes one line of metrics; apart from DeepSpeed's overflow check, the only wait for the device."""
         step = self.state.step
         self.recorder.log(
             step,
@@ -150,21 +153,36 @@ class Trainer:
             images_per_step=self.recipe.train.global_batch,
         )
 
-    def evaluate(self) -> bool:
-        """Measures the task's metrics; returns whether they are the best so far."""
+    def evaluate(self) -> None:
+        """Measures the task's metrics; the best so far are kept as a checkpoint."""
         self.engine.train(False)
         with torch.no_grad():
             metrics = self.task.evaluate(self.engine.forward, self.world)
         self.engine.train()
         if not metrics:
-            return False
+            return
         self.recorder.evaluation(self.state.step, metrics)
+        self.state.evaluated_step = self.state.step
         name, sign = self.task.best_metric
-        best = self.state.best_value
-        if best is None or sign * metrics[name] > sign * best:
-            self.state.best_value, self.state.best_step = metrics[name], self.state.step
-            return True
-        return False
+        value, best = metrics[name], self.state.best_value
+        if math.isfinite(value) and (best is None or sign * value > sign * best):
+            self.state.best_value, self.state.best_step = value, self.state.step
+            if not self._save_due():
+                self.checkpoints.save(self.engine, self.state)
+                return
+        self.checkpoints.update(self.state)
+
+    def _evaluation_due(self) -> bool:
+        return self._last() or self._due(self.recipe.log.evaluate_every_steps)
+
+    def _evaluated(self) -> bool:
+        return self.state.evaluated_step == self.state.step
+
+    def _save_due(self) -> bool:
+        return self._last() or self.preempted or self._due(self.recipe.checkpoint.save_every_steps)
+
+    def _last(self) -> bool:
+        return self.state.step == self.num_steps
 
     def _steps(self) -> Iterator[list[Batch]]:
         batches = self.loader.iterate(self.state.step)

@@ -137,6 +137,7 @@ class TrainLoader:
         world_size: int,
         num_workers: int,
         max_bad_fraction: float = 0.01,
+        pin_memory: bool = False,
     ) -> None:
         """Checks the sizes; starts nothing.
 
@@ -150,6 +151,7 @@ class TrainLoader:
             world_size: number of processes.
             num_workers: processes of this rank that read and augment; 0 for none.
             max_bad_fraction: part of the samples that may be impossible to decode, 0 to 1.
+            pin_memory: whether batches lie in pinned memory, from which a GPU copies without waiting.
 
         Raises:
             UserError: sizes that do not fit together.
@@ -177,6 +179,7 @@ class TrainLoader:
         self._micro_batch = micro_batch
         self._first_row = rank * global_batch // world_size
         self._num_workers = num_workers
+        self._pin_memory = pin_memory
         self._max_bad_fraction = max_bad_fraction
         self._min_judged = min(_MIN_JUDGED_SAMPLES, len(source))
         self._num_seen = 0
@@ -195,7 +198,7 @@ class TrainLoader:
             UserError: more than `max_bad_fraction` of the samples cannot be decoded.
         """
         requests = self._micro_batches(start_step)
-        with contextlib.closing(_run(self._samples, requests, self._num_workers)) as loaded:
+        with contextlib.closing(_run(self._samples, requests, self._num_workers, self._pin_memory)) as loaded:
             while True:
                 yield [self._checked(*next(loaded)) for _ in range(self.accumulation)]
 
@@ -258,7 +261,7 @@ def evaluation_batches(
     own = first_ids[rank * num_batches : (rank + 1) * num_batches + 1]
     samples = _EvaluationSamples(_Reader(source, transform, seed=0, num_replacements=0))
     requests = itertools.starmap(range, itertools.pairwise(own))
-    with contextlib.closing(_run(samples, requests, num_workers)) as loaded:
+    with contextlib.closing(_run(samples, requests, num_workers, pin_memory=False)) as loaded:
         for batch, bad in loaded:
             if batch is None:
                 raise UserError(f"{bad[0].name} cannot be decoded: {bad[0].reason}; repair or remove it")
@@ -266,7 +269,7 @@ def evaluation_batches(
 
 
 def _run(
-    samples: Dataset[_Loaded], requests: Iterable[range], num_workers: int
+    samples: Dataset[_Loaded], requests: Iterable[range], num_workers: int, pin_memory: bool
 ) -> Generator[_Loaded, None, None]:
     """Loads the requests in order, ahead of their use, in workers that end when the generator is closed.
 
@@ -285,7 +288,7 @@ def _run(
         collate_fn=_as_it_is,
         worker_init_fn=_end_with_main_process,
         multiprocessing_context=context,
-        pin_memory=torch.cuda.is_available(),
+        pin_memory=pin_memory,
         generator=torch.Generator(),  # else each iterator draws from the default generator
     )
     iterator = iter(loader)

@@ -155,9 +155,7 @@ class ImageFolderSource:
     @functools.cached_property
     def fingerprint(self) -> str:
         """See `Source`. Asks the file system for the size of every file, so it is computed when asked for."""
-        return _hash(
-            f"{os.fsdecode(name)} {os.stat(self.root / os.fsdecode(name)).st_size}" for name in self.names_N
-        )
+        return _hash(f"{os.fsdecode(name)} {_size(self.root / os.fsdecode(name))}" for name in self.names_N)
 
     def __len__(self) -> int:
         return len(self.names_N)
@@ -166,7 +164,11 @@ class ImageFolderSource:
         return str(self.root / os.fsdecode(self.names_N[sample_id]))
 
     def read(self, sample_id: int) -> tuple[Image.Image, int]:
-        return decode(Path(self.name(sample_id)).read_bytes()), int(self.labels_N[sample_id])
+        try:
+            data = Path(self.name(sample_id)).read_bytes()
+        except OSError as error:
+            raise DecodeError(f"cannot be read: {error.strerror}") from error
+        return decode(data), int(self.labels_N[sample_id])
 
 
 class ParquetSource:
@@ -262,9 +264,20 @@ class ParquetSource:
                 self._cache.popitem(last=False)
             file_id, group_id = self._row_groups[group]
             columns = [f"{self._image_column}.bytes"]
-            table = self._file(file_id).read_row_group(group_id, columns, use_threads=False)
+            try:
+                table = self._file(file_id).read_row_group(group_id, columns, use_threads=False)
+            except (OSError, pa.ArrowException) as error:
+                raise DecodeError(f"its row group cannot be read: {error}") from error
             self._cache[group] = table.column(0)
         return self._cache[group]
+
+
+def _size(path: Path) -> int:
+    """Bytes of a file; -1 where it is not there: a link to nothing is a bad sample, no end of the run."""
+    try:
+        return path.stat().st_size
+    except OSError:
+        return -1
 
 
 def _walk_images(folder: Path) -> Iterator[str]:

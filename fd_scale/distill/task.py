@@ -14,7 +14,7 @@ from fd_scale.distill.module import DistillationModule
 from fd_scale.distill.pictures import side_by_side
 from fd_scale.distributed import World
 from fd_scale.errors import UserError
-from fd_scale.evaluation import EvaluationSet, Forward, mean_over_images
+from fd_scale.evaluation import EvaluationSet, Forward, mean_over_source
 from fd_scale.models import drop_path_scale, dtype_of, undecayed_parameters
 from fd_scale.teachers import Teacher
 
@@ -70,12 +70,12 @@ class DistillationTask:
         if self.evaluation is None:
             return {}
 
-        def sums(batch: Batch) -> dict[str, float]:
+        def sums(batch: Batch) -> tuple[dict[str, float], int]:
             target = self.teacher.features(batch.images)
             loss = forward(images_BCHW=batch.images, target_BLD=target)["loss"]
-            return {"loss": float(loss) / (self.grid[0] * self.grid[1])}
+            return {"loss": float(loss)}, len(batch.labels) * self.grid[0] * self.grid[1]
 
-        return mean_over_images(self.evaluation, world, sums)
+        return mean_over_source(self.evaluation, world, sums)
 
     def pictures(self, batch: Batch, outputs: dict[str, Tensor]) -> dict[str, np.ndarray]:
         """Image, teacher's features and student's features, side by side."""

@@ -1,5 +1,5 @@
 """Metrics over an evaluation source: the same number on any number of ranks."""
 
-from fd_scale.evaluation.loop import EvaluationSet, Forward, mean_over_images
+from fd_scale.evaluation.loop import EvaluationSet, Forward, mean_over_source
 
-__all__ = ["EvaluationSet", "Forward", "mean_over_images"]
+__all__ = ["EvaluationSet", "Forward", "mean_over_source"]

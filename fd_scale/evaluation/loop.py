@@ -24,20 +24,22 @@ class EvaluationSet:
     num_workers: int
 
 
-def mean_over_images(
-    evaluation: EvaluationSet, world: World, sums: Callable[[Batch], dict[str, float]]
+def mean_over_source(
+    evaluation: EvaluationSet, world: World, sums: Callable[[Batch], tuple[dict[str, float], int]]
 ) -> dict[str, float]:
-    """Averages per-image values over the whole source.
+    """Averages values over all items (images, tokens) of the whole source.
 
     Args:
         evaluation: source, transform and batch size.
         world: ranks; each takes its share of the images, in equally many batches.
-        sums: called with a batch on the device; returns sums of the values over the batch's images.
+        sums: called with a batch on the device; returns sums of the values over the batch's items, and
+            how many items there are.
 
     Returns:
         The means, the same on all ranks.
     """
     totals: dict[str, float] = {}
+    num_items = 0
     for batch in evaluation_batches(
         evaluation.source,
         evaluation.transform,
@@ -46,7 +48,9 @@ def mean_over_images(
         world_size=world.size,
         num_workers=evaluation.num_workers,
     ):
-        for name, value in sums(batch.to(world.device)).items():
+        values, count = sums(batch.to(world.device))
+        num_items += count
+        for name, value in values.items():
             totals[name] = totals.get(name, 0.0) + value
-    all_totals = world.sum(list(totals.values()))
-    return {name: total / len(evaluation.source) for name, total in zip(totals, all_totals, strict=True)}
+    *all_totals, count_of_all = world.sum([*totals.values(), float(num_items)])
+    return {name: total / count_of_all for name, total in zip(totals, all_totals, strict=True)}

@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fd_scale.config import ClassificationConfig, ModelConfig, Recipe
-from fd_scale.data import Batch
+from fd_scale.data import Batch, Source
 from fd_scale.distributed import World
 from fd_scale.errors import UserError
-from fd_scale.evaluation import EvaluationSet, Forward, mean_over_images
+from fd_scale.evaluation import EvaluationSet, Forward, mean_over_source
 from fd_scale.models import build_model, drop_path_scale, dtype_of, normalize, undecayed_parameters
 
 UNLABELLED = -1
@@ -70,21 +70,39 @@ class ClassificationModule(nn.Module):
         return {"loss": loss, "logits": logits_BK.detach()}
 
 
+def require_same_classes(recipe: Recipe, train: Source, evaluation: Source) -> None:
+    """Refuses an evaluation source with other classes: its labels would mean something else.
+
+    Raises:
+        UserError: numbers or names differ.
+    """
+    theirs, ours = evaluation.class_names, train.class_names
+    if evaluation.num_classes != train.num_classes or (theirs and ours and theirs != ours):
+        differing = sorted(set(theirs or ()) ^ set(ours or ()))[:5]
+        raise UserError(
+            f"data.evaluation: {recipe.data.evaluation} has {evaluation.num_classes} classes and "
+            f"{recipe.data.train} has {train.num_classes}{f' (only in one: {differing})' if differing else ''}; "
+            "expected the same ones"
+        )
+
+
 class ClassificationTask:
     """What the trainer needs to know of classification."""
 
     best_metric = ("top1", +1)
 
-    def __init__(self, recipe: Recipe, evaluation: EvaluationSet | None, num_classes: int) -> None:
+    def __init__(self, recipe: Recipe, evaluation: EvaluationSet | None, source: Source) -> None:
         assert recipe.classification is not None, "a recipe of task classification has its section"
-        if num_classes < 2:
+        if source.num_classes < 2:
             raise UserError(
-                f"data.train: {recipe.data.train} has {num_classes} classes; classification needs labels"
+                f"data.train: {recipe.data.train} has {source.num_classes} classes; classification needs labels"
             )
+        if evaluation is not None:
+            require_same_classes(recipe, source, evaluation.source)
         self.seed = recipe.seed
         self.evaluation = evaluation
         dtype = dtype_of(recipe.train.precision)
-        self.module = ClassificationModule(recipe.model, recipe.classification, num_classes, dtype)
+        self.module = ClassificationModule(recipe.model, recipe.classification, source.num_classes, dtype)
         self.module.backbone.activation_checkpointing = recipe.train.activation_checkpointing
         self.undecayed = undecayed_parameters(self.module)
         self.rates = self.module.backbone.drop_path_rates
@@ -106,14 +124,13 @@ class ClassificationTask:
         if self.evaluation is None:
             return {}
 
-        def sums(batch: Batch) -> dict[str, float]:
+        def sums(batch: Batch) -> tuple[dict[str, float], int]:
             logits_BK = forward(images_BCHW=batch.images, labels_B=batch.labels)["logits"]
-            return {
-                "top1": float((logits_BK.argmax(-1) == batch.labels).sum()),
-                "loss": float(F.cross_entropy(logits_BK, batch.labels, reduction="sum")),
-            }
+            loss = F.cross_entropy(logits_BK, batch.labels, ignore_index=UNLABELLED, reduction="sum")
+            hits = (logits_BK.argmax(-1) == batch.labels).sum()
+            return {"top1": float(hits), "loss": float(loss)}, int((batch.labels != UNLABELLED).sum())
 
-        return mean_over_images(self.evaluation, world, sums)
+        return mean_over_source(self.evaluation, world, sums)
 
     def pictures(self, batch: Batch, outputs: dict[str, Tensor]) -> dict[str, np.ndarray]:
         """The images as the model gets them."""

@@ -8,7 +8,7 @@ from fd_scale.models.build import (
     load_weights,
     normalize,
     undecayed_parameters,
-    weights_file,
+    weights_sha256,
 )
 from fd_scale.models.registry import create_model
 from fd_scale.models.swin_v2 import SwinTransformerV2
@@ -25,5 +25,5 @@ __all__ = [
     "load_weights",
     "normalize",
     "undecayed_parameters",
-    "weights_file",
+    "weights_sha256",
 ]

@@ -5,8 +5,8 @@ Shape legend: B = images, R = residual branches, H, W = pixels.
 
 from __future__ import annotations
 
+import hashlib
 import inspect
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from types import UnionType
@@ -115,6 +115,12 @@ def load_weights(model: nn.Module, path: str) -> None:
         model.load_state_dict(load_file(file))
 
 
+def weights_sha256(path: str) -> str:
+    """Returns the SHA-256 of the file that `model.weights` names, in hexadecimal."""
+    with weights_file(path).open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
 def undecayed_parameters(module: nn.Module) -> set[str]:
     """Returns the names of a trained module's parameters that its backbone spares from weight decay."""
     backbone = module.get_submodule(BACKBONE)
@@ -155,11 +161,3 @@ def drop_path_scale(
     drawn_RB = uniform(seed, "drop_path", positions_B.numpy()[None, :], np.arange(len(rates))[:, None])
     scale_RB = np.where(drawn_RB < rates_R1, 0.0, 1.0 / (1.0 - rates_R1)).astype(np.float32)
     return torch.from_numpy(scale_RB).to(device, non_blocking=True)
-
-
-def exported_config(path: str) -> ModelConfig | None:
-    """Returns the model section that `fd-scale export` wrote beside weights; none where there is none."""
-    file = weights_file(path).with_name("config.json")
-    if not file.is_file():
-        return None
-    return ModelConfig(**json.loads(file.read_text(encoding="utf-8"))["model"])

@@ -248,7 +248,9 @@ class SwinTransformerV2(nn.Module):
         drop_path_rate: float = 0.0,
     ) -> None:
         super().__init__()
-        _check_arguments(embed_dim, patch_size, depths, num_heads, extra_norm_period, drop_path_rate)
+        _check_arguments(
+            embed_dim, patch_size, depths, num_heads, mlp_ratio, extra_norm_period, drop_path_rate
+        )
         num_stages, num_blocks = len(depths), sum(depths)
         self.depths = tuple(depths)
         self.patch_size = patch_size
@@ -353,6 +355,7 @@ def _check_arguments(
     patch_size: int,
     depths: Sequence[int],
     num_heads: Sequence[int],
+    mlp_ratio: float,
     extra_norm_period: int | None,
     drop_path_rate: float,
 ) -> None:
@@ -380,6 +383,8 @@ def _check_arguments(
         raise UserError(
             f"extra_norm_period is {extra_norm_period}; expected at least 1, or null for no extra norm"
         )
+    if mlp_ratio <= 0:
+        raise UserError(f"mlp_ratio is {mlp_ratio}; expected more than 0")
     if not 0.0 <= drop_path_rate < 1.0:
         raise UserError(f"drop_path_rate is {drop_path_rate}; expected 0 <= rate < 1")
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from fd_scale.config import ContrastiveConfig, ModelConfig, Recipe
 from fd_scale.data import Batch
 from fd_scale.distributed import World
-from fd_scale.evaluation import EvaluationSet, Forward
+from fd_scale.evaluation import Forward
 from fd_scale.models import build_model, drop_path_scale, dtype_of, normalize, undecayed_parameters
 
 
@@ -101,7 +101,7 @@ class ContrastiveTask:
 
     best_metric = ("loss", -1)
 
-    def __init__(self, recipe: Recipe, evaluation: EvaluationSet | None) -> None:
+    def __init__(self, recipe: Recipe) -> None:
         assert recipe.contrastive is not None, "a recipe of task contrastive has its section"
         self.seed = recipe.seed
         self.module = ContrastiveModule(recipe.model, recipe.contrastive, dtype_of(recipe.train.precision))

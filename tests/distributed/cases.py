@@ -59,6 +59,15 @@ def train_then_die(values: dict[str, Any], step: int, where: str, victim: int) -
             original(self, micro_batches)
 
         Trainer.train_step = train_step  # type: ignore[method-assign]
+    elif where == "before the evaluation":
+        evaluate = Trainer.evaluate
+
+        def die_then_evaluate(self: Trainer) -> None:
+            if self.state.step == step:
+                die()
+            evaluate(self)
+
+        Trainer.evaluate = die_then_evaluate  # type: ignore[method-assign]
     else:
         save = Engine.save
 

@@ -37,6 +37,21 @@ def test_exported_weights_are_the_trained_ones(
     assert all("projector" not in name for name in load_file(out / "model.safetensors"))
 
 
+def test_the_fp32_masters_of_16_bit_weights_are_exported(recipe_values: Values, tmp_path: Path) -> None:
+    found = {}
+    for stage in (0, 1):
+        values = recipe_values(
+            run_dir=str(tmp_path / f"run{stage}"), train__precision="bf16", train__ds_config=f"zero{stage}"
+        )
+        run_ranks(cases.train, 1, values)
+        found[stage] = load_file(export(values["run_dir"], tmp_path / f"out{stage}") / "model.safetensors")
+    assert found[0].keys() == found[1].keys()
+    assert any(not torch.equal(weights, weights.bfloat16().float()) for weights in found[0].values())
+    for name, weights in found[0].items():
+        # The two stages train alike up to the order of sums in bf16 gradients.
+        torch.testing.assert_close(weights, found[1][name], rtol=0, atol=2e-3)
+
+
 def test_an_exported_folder_is_a_starting_point_and_has_a_card(recipe_values: Values, tmp_path: Path) -> None:
     first = recipe_values("contrastive", train__micro_batch=16, train__steps=2)
     run_ranks(cases.train, 1, first)

@@ -54,6 +54,8 @@ def checkpoints(run_dir: str | Path) -> list[str]:
         (2, "before the files", 1),
         (4, "before the manifest", 0),
         (4, "before the manifest", 1),
+        (4, "before the evaluation", 0),
+        (6, "before the evaluation", 1),
     ],
 )
 def test_sigkill_then_resume_is_exact(
@@ -62,7 +64,8 @@ def test_sigkill_then_resume_is_exact(
     results = run_ranks(cases.train_then_die, RANKS, values, step, where, victim)
     assert results[victim] == -9, "the victim was killed in the middle of the run"
     before = checkpoints(values["run_dir"])
-    assert before == {1: [], 5: ["step_00000002", "step_00000004"], 2: [], 4: ["step_00000002"]}[step]
+    last = {1: 0, 2: 0, 4: 2, 5: 4, 6: 6}[step] if where != "before the evaluation" else step
+    assert before == [f"step_{saved:08d}" for saved in (last - 2, last) if saved > 0]
     run_ranks(cases.train, RANKS, values)
     assert lines(values["run_dir"]) == lines(whole_run)
 
@@ -108,7 +111,7 @@ def damage(folder: Path, kind: str) -> str:
         file.unlink()
         return f"{file.name} is missing"
     (folder / "manifest.json").write_text("{")
-    return "its format is None"
+    return "manifest.json is damaged"
 
 
 @pytest.mark.parametrize("kind", ["flipped bit", "truncated", "missing", "torn manifest"])
@@ -122,6 +125,21 @@ def test_a_damaged_checkpoint_is_refused_by_name(values: dict[str, Any], whole_r
     assert "resumed" in log
     assert "step_00000004" in log.split("resumed")[-1].splitlines()[0], "the newest whole one was used"
     assert lines(run_dir) == lines(whole_run)
+
+
+def test_a_failing_evaluation_loses_nothing(recipe_values: Values, tmp_path: Path) -> None:
+    from PIL import Image
+
+    (tmp_path / "images").mkdir()
+    for name in ("a.png", "b.png"):
+        Image.new("RGB", (8, 8)).save(tmp_path / "images" / name)
+    (tmp_path / "images" / "b.png").write_bytes(b"torn")
+    values = recipe_values(
+        data__evaluation=f"imagefolder:{tmp_path / 'images'}", checkpoint__save_every_steps=1000
+    )
+    error = run_ranks(cases.train_or_error, 1, values)[0]
+    assert "b.png cannot be decoded" in error
+    assert checkpoints(values["run_dir"]) == ["step_00000006"]
 
 
 def test_nothing_whole_is_an_error_and_not_a_fresh_start(values: dict[str, Any], whole_run: Path) -> None:

@@ -1,7 +1,6 @@
 """`fd-scale check`: each row finds what it is for, the others go on, and nothing stays behind."""
 
 import ctypes
-import json
 import resource
 import shutil
 import subprocess
@@ -18,8 +17,11 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from fd_scale import check as check_module
-from fd_scale import cli
+from fd_scale import cli, run_folder
+from fd_scale.checkpoint import Checkpoints, TrainState
 from fd_scale.config import ModelConfig, build_recipe
+from fd_scale.data import open_source
+from fd_scale.distributed import World
 from fd_scale.finetune import ClassificationTask
 from fd_scale.models import build, build_model
 
@@ -199,7 +201,10 @@ def test_a_run_to_resume(recipe_values: Values, check: Check) -> None:
     rows = check(values)
     assert rows["run folder"][0] == "warning"
     assert "names step_00000004, which is not whole" in rows["run folder"][1]
-    (root / "step_00000004" / "manifest.json").write_text(json.dumps({"state": {"step": 4}}))
+    recipe, alone = build_recipe(values), World(rank=0, local_rank=0, size=1, device=torch.device("cpu"))
+    identity = run_folder.identity(recipe, open_source(recipe.data.train).fingerprint, 0, 1)
+    engine: Any = SimpleNamespace(save=lambda folder: None)
+    Checkpoints(root.parent, 2, identity, alone).save(engine, TrainState(step=4))
     assert "resumes at step 4 (step_00000004)" in check(values)["run folder"][1]
 
 
@@ -212,7 +217,7 @@ def test_free_disk(
     verdict: str,
 ) -> None:
     values = recipe_values("classification", checkpoint__keep_last=2)  # with the best and a new one: 4
-    module = ClassificationTask(build_recipe(values), None, num_classes=10).module
+    module = ClassificationTask(build_recipe(values), None, open_source("digits:train")).module
     free = checkpoints_free * 16 * sum(parameter.numel() for parameter in module.parameters())
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=free))
     assert check(values)["disk"][0] == verdict

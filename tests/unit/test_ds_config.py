@@ -3,6 +3,7 @@
 import copy
 import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -102,3 +103,15 @@ def test_fp16_needs_a_stage_that_scales_the_loss(make_recipe: MakeRecipe) -> Non
         UserError, match=r"at ZeRO stage 0 DeepSpeed divides fp16 gradients.*set train\.ds_config=zero1"
     ):
         resolve(read("zero0"), make_recipe(train__precision="fp16"), 1, "cuda")
+
+
+def test_a_misspelt_section_and_offload_are_refused(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    file = tmp_path / "ds.json"
+    file.write_text('{"zero_optimisation": {"stage": 3}}')
+    with pytest.raises(UserError, match="zero_optimisation; did you mean zero_optimization"):
+        read(str(file))
+    file.write_text('{"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu"}}}')
+    with pytest.raises(UserError, match=r"offload_optimizer in .* moves state to cpu, which this version"):
+        resolve(read(str(file)), make_recipe(), 1, "cpu")
+    file.write_text('{"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "none"}}}')
+    assert zero_stage(resolve(read(str(file)), make_recipe(), 1, "cpu")) == 3

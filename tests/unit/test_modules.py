@@ -1,6 +1,8 @@
 """What the trained modules compute, against other people's code or a plain loop."""
 
 import math
+from collections.abc import Callable
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,11 +12,11 @@ import torch.nn.functional as F
 from torchvision.transforms.v2 import functional as transforms
 
 from fd_scale import distributed
-from fd_scale.config import ClassificationConfig, ModelConfig
+from fd_scale.config import ClassificationConfig, ModelConfig, Recipe
 from fd_scale.distill import DistillationModule
 from fd_scale.distributed import micro_batch_of_a_rank
 from fd_scale.errors import UserError
-from fd_scale.finetune.classification import ClassificationModule
+from fd_scale.finetune.classification import ClassificationModule, require_same_classes
 from fd_scale.models import drop_path_scale, normalize
 from fd_scale.pretrain.contrastive import nt_xent_sum
 
@@ -93,6 +95,18 @@ def test_classification_ignores_the_unlabelled_and_keeps_logits_whole() -> None:
         outputs["logits"][[0, 2, 3]], labels[[0, 2, 3]], label_smoothing=0.1, reduction="sum"
     )
     torch.testing.assert_close(outputs["loss"].detach(), expected)
+
+
+def test_an_evaluation_source_with_other_classes_is_refused(make_recipe: Callable[..., Recipe]) -> None:
+    recipe = make_recipe("classification")
+    train = SimpleNamespace(num_classes=3, class_names=["a", "b", "c"])
+    require_same_classes(recipe, train, train)
+    require_same_classes(recipe, train, SimpleNamespace(num_classes=3, class_names=None))
+    for names in (["b", "c"], ["a", "b", "c", "d"], ["a", "b", "d"], []):
+        with pytest.raises(UserError, match="expected the same ones"):
+            require_same_classes(
+                recipe, train, SimpleNamespace(num_classes=len(names), class_names=names or None)
+            )
 
 
 @pytest.mark.parametrize(

@@ -227,3 +227,13 @@ def test_wrong_data_set_is_a_clear_error(
     write_parquet(Path("unlike/b.parquet"), [png(0)], None)
     with pytest.raises(UserError, match=message):
         open_source(spec)
+
+
+def test_a_link_to_nothing_is_a_bad_sample(tmp_path: Path) -> None:
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
+    (tmp_path / "b.png").symlink_to(tmp_path / "gone.png")
+    source = open_source(f"imagefolder:{tmp_path}")
+    assert len(source) == 2
+    assert source.fingerprint
+    with pytest.raises(DecodeError, match="cannot be read: No such file"):
+        source.read(1)

@@ -1,0 +1,120 @@
+"""Retention and manifests, without an engine: tensors are a text file here."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fd_scale.checkpoint import MANIFEST, Checkpoints, TrainState, newest_checkpoint, refuse_other_identity
+from fd_scale.distributed import World
+from fd_scale.errors import UserError
+
+ALONE = World(rank=0, local_rank=0, size=1, device=torch.device("cpu"))
+
+
+class Tensors:
+    """Stands in for the engine; remembers from which folder it was loaded."""
+
+    loaded: str | None = None
+
+    def save(self, folder: Path) -> None:
+        (folder / "tensors.txt").write_text(folder.name)
+
+    def load(self, folder: Path) -> None:
+        self.loaded = folder.name
+
+
+def make(run_dir: Path, keep_last: int = 2, **identity: Any) -> Checkpoints:
+    return Checkpoints(run_dir, keep_last, {"seed": 0, **identity}, ALONE)
+
+
+def names(run_dir: Path) -> list[int]:
+    return sorted(int(path.parent.name[5:]) for path in run_dir.glob(f"checkpoints/*/{MANIFEST}"))
+
+
+def save(run_dir: Path, steps: list[int], keep_last: int = 10, best: int | None = None) -> None:
+    for step in steps:
+        make(run_dir, keep_last).save(Tensors(), TrainState(step=step, best_step=best, best_value=1.0))
+
+
+def damage(run_dir: Path, step: int) -> None:
+    (run_dir / "checkpoints" / f"step_{step:08d}" / "tensors.txt").write_text(f"step_{step + 1:08d}")
+
+
+def test_the_last_and_the_best_are_kept(tmp_path: Path) -> None:
+    save(tmp_path, [1, 2, 3, 4, 5], keep_last=2, best=1)
+    assert names(tmp_path) == [1, 4, 5]
+
+
+@pytest.mark.parametrize(
+    ("keep_last", "damaged", "saved", "kept"), [(1, [6], 5, [4, 5]), (2, [4, 6], 3, [2, 3])]
+)
+def test_refused_checkpoints_do_not_count(
+    tmp_path: Path, keep_last: int, damaged: list[int], saved: int, kept: list[int]
+) -> None:
+    save(tmp_path, [2, 4, 6] if 4 in damaged else [4, 6], best=4 if 4 not in damaged else None)
+    for step in damaged:
+        damage(tmp_path, step)
+    checkpoints, tensors = make(tmp_path, keep_last), Tensors()
+    state = checkpoints.resume(tensors)
+    assert tensors.loaded == f"step_{kept[0]:08d}"
+    state.step = saved
+    checkpoints.save(tensors, state)
+    assert names(tmp_path) == kept
+    assert (tmp_path / "checkpoints" / "latest").read_text() == f"step_{saved:08d}\n"
+
+
+def test_every_digit_and_key_of_a_manifest_counts(tmp_path: Path) -> None:
+    save(tmp_path, [2, 4])
+    file = tmp_path / "checkpoints" / "step_00000004" / MANIFEST
+    text = file.read_text()
+    for before, after in (
+        ('"step": 4', '"step": 5'),
+        ('"files"', '"filex"'),
+        ('"bytes"', '"bytez"'),
+        ("{", "["),
+    ):
+        assert before in text
+        file.write_text(text.replace(before, after, 1))
+        tensors = Tensors()
+        assert make(tmp_path).resume(tensors).step == 2, f"{before} became {after}"
+        assert tensors.loaded == "step_00000002"
+        assert newest_checkpoint(tmp_path).name == "step_00000002"
+
+
+def test_a_newer_state_is_written_into_the_checkpoint_of_its_step(tmp_path: Path) -> None:
+    checkpoints, state = make(tmp_path), TrainState(step=3)
+    checkpoints.save(Tensors(), state)
+    state.best_value, state.best_step, state.evaluated_step = 0.5, 3, 3
+    checkpoints.update(state)
+    assert make(tmp_path).resume(Tensors()) == state
+    checkpoints.update(TrainState(step=7))
+    assert names(tmp_path) == [3], "an update makes no checkpoint"
+
+
+def test_latest_is_put_right_on_resume(tmp_path: Path) -> None:
+    save(tmp_path, [1, 2])
+    latest = tmp_path / "checkpoints" / "latest"
+    latest.write_text("step_00000001\n")  # killed between the manifest and the move of `latest`
+    assert make(tmp_path).resume(Tensors()).step == 2
+    assert latest.read_text() == "step_00000002\n"
+
+
+def test_another_identity_is_named(tmp_path: Path) -> None:
+    refuse_other_identity(tmp_path, {"seed": 1})
+    save(tmp_path, [1])
+    refuse_other_identity(tmp_path, {"seed": 0})
+    with pytest.raises(UserError, match=re.escape("written with seed=0, this run has 1")):
+        refuse_other_identity(tmp_path, {"seed": 1})
+    with pytest.raises(UserError, match=re.escape("written with ranks=null, this run has 2")):
+        refuse_other_identity(tmp_path, {"seed": 0, "ranks": 2})
+
+
+def test_a_manifest_is_readable_by_people(tmp_path: Path) -> None:
+    save(tmp_path, [1])
+    manifest = json.loads((tmp_path / "checkpoints" / "step_00000001" / MANIFEST).read_text())
+    assert manifest["state"]["step"] == 1
+    assert set(manifest["files"]["tensors.txt"]) == {"bytes", "sha256"}
