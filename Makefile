@@ -4,6 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+export UV_SYSTEM_CERTS := 1  # a company's certificates count too
 
 .PHONY: help setup demo test lint bench gpu-check lock clean
 
