@@ -4,7 +4,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-export UV_SYSTEM_CERTS := 1  # a company's certificates count too
+# A company's certificates count too.
+export UV_SYSTEM_CERTS := 1
 
 .PHONY: help setup demo test lint bench gpu-check lock clean
 
