@@ -72,6 +72,11 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument("--ranks", type=int, default=1, help="ranks that the job will have (default: 1)")
     check.set_defaults(run=_check)
 
+    _add_tools(verbs)
+    return parser
+
+
+def _add_tools(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     export = _add_verb(
         verbs, "export", "the trained backbone alone, as safetensors with a model card",
         "Writes model.safetensors (fp32), config.json and README.md; recipes take the folder as model.weights.",
@@ -112,7 +117,6 @@ def _parser() -> argparse.ArgumentParser:
         "Lists the packaged recipes and every setting of a recipe.", "  fd-scale recipes",
     )  # fmt: skip
     recipes.set_defaults(run=_recipes)
-    return parser
 
 
 def _add_verb(

@@ -90,13 +90,7 @@ def resolve(ds_config: dict[str, Any], recipe: Recipe, world_size: int, device_t
     """
     train, optim = recipe.train, recipe.optim
     micro_batch = micro_batch_of_a_rank(train.global_batch, train.micro_batch, world_size)
-    if train.precision == "fp16" and device_type == "cpu":
-        raise UserError("train.precision: DeepSpeed has no fp16 on a CPU; set train.precision=bf16 or fp32")
-    if train.precision == "fp16" and zero_stage(ds_config) == 0:
-        raise UserError(
-            "train.ds_config: at ZeRO stage 0 DeepSpeed divides fp16 gradients by a loss scale that it did not apply "
-            "to the loss; set train.ds_config=zero1 (on one rank it is the same) or train.precision=bf16"
-        )
+    _refuse_unserved(ds_config, recipe, device_type)
     resolved = json.loads(json.dumps(ds_config))
     wanted = {
         "train_batch_size": train.global_batch,
@@ -121,23 +115,34 @@ def resolve(ds_config: dict[str, Any], recipe: Recipe, world_size: int, device_t
             f"{world_size} ranks are fewer than train.global_batch={train.global_batch}; raise train.micro_batch "
             "or lower train.global_batch"
         )
+    optimizer = resolved.pop("optimizer", None)
+    if optimizer is not None:
+        _check_optimizer(optimizer, recipe)
+    resolved.setdefault("steps_per_print", 10**9)  # the trainer reports; DeepSpeed's line would say it twice
+    return resolved
+
+
+def _refuse_unserved(ds_config: dict[str, Any], recipe: Recipe, device_type: str) -> None:
+    train = recipe.train
+    if train.precision == "fp16" and device_type == "cpu":
+        raise UserError("train.precision: DeepSpeed has no fp16 on a CPU; set train.precision=bf16 or fp32")
+    if train.precision == "fp16" and zero_stage(ds_config) == 0:
+        raise UserError(
+            "train.ds_config: at ZeRO stage 0 DeepSpeed divides fp16 gradients by a loss scale that it did not apply "
+            "to the loss; set train.ds_config=zero1 (on one rank it is the same) or train.precision=bf16"
+        )
     for key in ("offload_optimizer", "offload_param"):
-        offload = resolved.get("zero_optimization", {}).get(key) or {}
+        offload = ds_config.get("zero_optimization", {}).get(key) or {}
         if offload.get("device", "none") != "none":
             raise UserError(
                 f"train.ds_config: zero_optimization.{key} in {train.ds_config} moves state to {offload['device']}, "
                 "which this version does not serve; remove it"
             )
-    optimizer = resolved.pop("optimizer", None)
-    if optimizer is not None:
-        _check_optimizer(optimizer, recipe)
-    if resolved.pop("scheduler", None) is not None:
+    if "scheduler" in ds_config:
         raise UserError(
             f"train.ds_config: {train.ds_config} has a scheduler, but the recipe's optim section holds the "
             "schedule; remove the scheduler from the JSON"
         )
-    resolved.setdefault("steps_per_print", 10**9)  # the trainer reports; DeepSpeed's line would say it twice
-    return resolved
 
 
 def _check_optimizer(optimizer: dict[str, Any], recipe: Recipe) -> None:
