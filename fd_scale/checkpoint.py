@@ -17,7 +17,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 
@@ -25,6 +25,8 @@ from fd_scale.distributed import World
 from fd_scale.errors import UserError
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 FORMAT = 1
 """Version of the layout, of the sample order and of the random streams behind it."""
@@ -79,15 +81,13 @@ class Checkpoints:
             UserError: the disk is full or the folder cannot be written; older checkpoints are untouched.
         """
         folder = self._folder(state.step)
-        try:
-            self.world.on_main(lambda: self._told(folder, lambda: _renew(folder)))
-            self._told(folder, lambda: engine.save(folder))
-            self.world.barrier()
-            files = self._checksums(folder, self.world.from_main(_data_files(folder)))
-            self.world.on_main(lambda: self._told(folder, lambda: self._complete(folder, state, files)))
-        except UserError:
-            logger.error("step %d: not saved", state.step)
-            raise
+        self.world.on_main(lambda: self._told(folder, lambda: _renew(folder)))
+        self._told(folder, lambda: engine.save(folder))
+        self.world.barrier()
+        names = self.world.from_main(_data_files(folder))
+        # A file system may report a full disk only when the files are flushed, which this does.
+        files = self._told(folder, lambda: self._checksums(folder, names))
+        self.world.on_main(lambda: self._told(folder, lambda: self._complete(folder, state, files)))
         logger.info("step %d: saved %s", state.step, folder)
 
     def update(self, state: TrainState) -> None:
@@ -150,10 +150,10 @@ class Checkpoints:
             if folder not in kept and folder != best:
                 _discard(folder)
 
-    def _told(self, folder: Path, function: Callable[[], None]) -> None:
+    def _told(self, folder: Path, function: Callable[[], T]) -> T:
         """Runs `function`; what it cannot write becomes a sentence."""
         try:
-            function()
+            return function()
         except (OSError, RuntimeError) as error:
             if isinstance(error, RuntimeError) and "inline_container" not in str(error):
                 raise  # torch names its archive writer, and no errno, where a file cannot be written
