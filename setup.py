@@ -17,6 +17,7 @@ REQUIREMENTS = [
     "numpy",
     "tensorboard",
     "ninja",
+    "huggingface-hub",
     "omegaconf>=2.4",
     "safetensors",
     "rich",
@@ -26,6 +27,7 @@ REQUIREMENTS = [
 ]
 EXTRAS = {
     "demo": ["scikit-learn"],
+    "hf": ["transformers>=5"],
     "dev": [
         "codespell",
         "mypy",
