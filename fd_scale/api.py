@@ -31,6 +31,7 @@ from fd_scale.evaluation import EvaluationSet
 from fd_scale.export import export
 from fd_scale.finetune import ClassificationTask
 from fd_scale.metrics import Recorder
+from fd_scale.models import resolved
 from fd_scale.optim import learning_rates
 from fd_scale.pretrain import ContrastiveTask
 from fd_scale.randomness import hash64
@@ -62,7 +63,8 @@ def train(recipe: Recipe) -> TrainState:
 
 def build_trainer(recipe: Recipe, world: World) -> Trainer:
     """Builds all that a run needs, cheapest checks first."""
-    resolved = ds_config.resolve(
+    recipe = resolved(recipe)
+    engine_config = ds_config.resolve(
         ds_config.read(recipe.train.ds_config), recipe, world.size, world.device.type
     )
     source = open_source(recipe.data.train)
@@ -71,7 +73,7 @@ def build_trainer(recipe: Recipe, world: World) -> Trainer:
         training_transform(recipe),
         seed=recipe.seed,
         global_batch=recipe.train.global_batch,
-        micro_batch=resolved["train_micro_batch_size_per_gpu"],
+        micro_batch=engine_config["train_micro_batch_size_per_gpu"],
         rank=world.rank,
         world_size=world.size,
         num_workers=recipe.data.num_workers,
@@ -84,20 +86,20 @@ def build_trainer(recipe: Recipe, world: World) -> Trainer:
             f"train.epochs: {recipe.train.epochs} epochs of {loader.steps_per_epoch} steps are no step; raise it"
         )
     task = build_task(recipe, source)
-    task.to(world.device)
     num_parameters = sum(parameter.numel() for parameter in task.module.parameters())
     run_dir = Path(recipe.run_dir)
-    stage = ds_config.zero_stage(resolved)
+    stage = ds_config.zero_stage(engine_config)
     identity = world.on_main(lambda: run_folder.identity(recipe, source.fingerprint, stage, world.size))
     refuse_other_identity(run_dir, identity)
     world.on_main(lambda: run_folder.create(recipe))
     log.set_up(world.rank, run_dir)
-    engine = Engine(task.module, task.undecayed, resolved, recipe.optim, world)
+    task.prepare(world, loader)
+    engine = Engine(task.module, task.undecayed, engine_config, recipe.optim, world)
     checkpoints = Checkpoints(run_dir, recipe.checkpoint.keep_last, identity, world)
     logger.info(
         "%s: %d steps of %d images (%d ranks x %d micro-batches x %d) on %s, ZeRO-%d, %s, %s; %.1f M parameters",
         recipe.task, num_steps, recipe.train.global_batch, world.size, loader.accumulation,
-        resolved["train_micro_batch_size_per_gpu"], world.device.type, stage,
+        engine_config["train_micro_batch_size_per_gpu"], world.device.type, stage,
         recipe.train.precision, engine.optimizer_name, num_parameters / 1e6,
     )  # fmt: skip
     return Trainer(
@@ -115,6 +117,7 @@ def build_trainer(recipe: Recipe, world: World) -> Trainer:
 
 def build_task(recipe: Recipe, source: Source) -> Task:
     """Builds the recipe's task; its initial weights are a function of the recipe's seed."""
+    recipe = resolved(recipe)
     torch.manual_seed(int(hash64(recipe.seed, "initialisation")) % 2**63)
     evaluation = None
     if recipe.data.evaluation is not None:
@@ -125,8 +128,12 @@ def build_task(recipe: Recipe, source: Source) -> Task:
             num_workers=recipe.data.num_workers,
         )
     if recipe.distill is not None:
-        if recipe.distill.teachers[0].model.weights is None:
-            logger.warning("the teacher has random weights: distill.teachers.0.model.weights names none")
+        for index, teacher in enumerate(recipe.distill.teachers):
+            if teacher.model.weights is None:
+                logger.warning(
+                    "teacher %s has random weights: distill.teachers.%d.model.weights names none",
+                    teacher.model.name, index,
+                )  # fmt: skip
         return DistillationTask(recipe, evaluation)
     if recipe.contrastive is not None:
         return ContrastiveTask(recipe)
@@ -135,15 +142,17 @@ def build_task(recipe: Recipe, source: Source) -> Task:
 
 def training_transform(recipe: Recipe) -> Transform:
     """Returns how a training view is cut for the recipe's task."""
-    data = recipe.data
+    recipe = resolved(recipe)
+    data, img_size = recipe.data, recipe.model.img_size
+    assert img_size is not None, "resolved"
     if recipe.contrastive is not None:
         return contrastive_transform(
-            recipe.model.img_size,
+            img_size,
             crop_scale=data.crop_scale,
             crop_ratio=data.crop_ratio,
             flip=data.flip,
             colour_jitter=recipe.contrastive.jitter,
         )
     return distillation_transform(
-        recipe.model.img_size, crop_scale=data.crop_scale, crop_ratio=data.crop_ratio, flip=data.flip
+        img_size, crop_scale=data.crop_scale, crop_ratio=data.crop_ratio, flip=data.flip
     )

@@ -127,9 +127,10 @@ class _BareLoop:
         for batch in micro_batches:
             on_device = batch.to(self.device)
             with torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32):
-                loss = self.module(**self.task.inputs(on_device))["loss"]
-            count = self.task.counts(batch)["loss"] * len(micro_batches)  # DDP averages over ranks
-            (loss / count).backward()
+                outputs = self.module(**self.task.inputs(on_device))
+            # DDP averages over ranks.
+            terms = [outputs[name] / count for name, count in self.task.counts(batch).items()]
+            (torch.stack(terms).sum() / len(micro_batches)).backward()
         torch.nn.utils.clip_grad_norm_(self.module.parameters(), self.recipe.optim.grad_clip)
         optimizer.step()
         optimizer.zero_grad()
@@ -141,7 +142,7 @@ def _measure(recipe: Recipe, num_steps: int, json_file: str) -> None:
     log.set_up(world.rank)
     trainer = api.build_trainer(recipe, world)
     bare_task = api.build_task(recipe, open_source(recipe.data.train))
-    bare_task.to(world.device)
+    bare_task.prepare(world, trainer.loader)
     turns = _TakingTurns(trainer.loader, _BareLoop(bare_task, recipe, world), min(num_steps, 16))
     trainer.loader = turns  # type: ignore[assignment]
     trainer.train()

@@ -21,18 +21,20 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from fd_scale import ds_config, run_folder
+from fd_scale import ds_config, hub, run_folder
 from fd_scale.checkpoint import read_manifest, refuse_other_identity
-from fd_scale.config import ModelConfig, Recipe, load_recipe
+from fd_scale.config import ModelConfig, Recipe, SourceConfig, load_recipe
 from fd_scale.data import Source, TrainLoader, evaluation_batches, evaluation_transform, open_source
 from fd_scale.data.decode import DecodeError
 from fd_scale.distill import DistillationTask
 from fd_scale.distributed import choose_device
 from fd_scale.errors import UserError
+from fd_scale.fetch import named_files
 from fd_scale.finetune import ClassificationTask
-from fd_scale.models import build_model
+from fd_scale.models import TEACHER, Backbone, build_model, resolved
 from fd_scale.optim import apex_is_importable
 from fd_scale.pretrain import ContrastiveTask
+from fd_scale.teachers import Teacher
 
 # fp32 master weights and two moments of AdamW, and DeepSpeed's copy of the weights.
 BYTES_PER_PARAMETER = 16
@@ -52,7 +54,7 @@ class _Subject:
 
     @cached_property
     def recipe(self) -> Recipe:
-        return load_recipe(self.name, self.overrides)
+        return resolved(load_recipe(self.name, self.overrides))
 
     @cached_property
     def resolved(self) -> dict[str, Any]:
@@ -143,9 +145,22 @@ def _ds_json(subject: _Subject) -> str:
     )
 
 
+def _network(subject: _Subject) -> str:
+    named = named_files(subject.recipe)
+    for files in named:
+        hub.cached(files)
+    return f"nothing will be fetched: {len(named)} things are in the cache"
+
+
+def _written(sources: str | list[SourceConfig]) -> str:
+    if isinstance(sources, str):
+        return sources
+    return " + ".join(f"{config.weight} x {config.source}" for config in sources)
+
+
 def _training_data(subject: _Subject) -> str:
     source = subject.source
-    found = f"{subject.recipe.data.train}: {len(source)} images, {source.num_classes} classes"
+    found = f"{_written(subject.recipe.data.train)}: {len(source)} images, {source.num_classes} classes"
     try:
         image, _ = source.read(0)
     except DecodeError as error:
@@ -169,7 +184,7 @@ def _evaluation_data(subject: _Subject) -> str:
     with contextlib.closing(batches):
         first = next(batches)
     return (
-        f"{recipe.data.evaluation}: {len(source)} images, {source.num_classes} classes, "
+        f"{_written(recipe.data.evaluation)}: {len(source)} images, {source.num_classes} classes, "
         f"the first {len(first.labels)} decode"
     )
 
@@ -190,24 +205,36 @@ def _length(subject: _Subject) -> str:
 
 
 def _student(subject: _Subject) -> str:
-    return _model(subject.recipe.model)
+    config = subject.recipe.model
+    with torch.device("meta"):
+        model = build_model(config)  # of weights, the header is compared
+        size = config.img_size or 0
+        model(torch.zeros(1, 3, size, size))
+    return _described(config, model)
 
 
 def _teacher(subject: _Subject) -> str:
     if subject.recipe.distill is None:
         return f"none in task {subject.recipe.task}"
-    config = subject.recipe.distill.teachers[0].model
-    detail = _model(config)
-    return detail if config.weights is not None else _Warning(f"{detail}: it teaches noise")
+    details, random = [], False
+    for config in subject.recipe.distill.teachers:
+        with torch.device("meta"):
+            teacher = Teacher(config, torch.float32)
+        details.append(f"{_described(config.model, teacher.model)}; target {config.target}")
+        if config.model.weights is None:
+            random = True
+            details[-1] += ": it teaches noise"
+    return _Warning("\n".join(details)) if random else "\n".join(details)
 
 
-def _model(config: ModelConfig) -> str:
-    with torch.device("meta"):
-        model = build_model(config)  # of weights, the header is compared
+def _described(config: ModelConfig, model: Backbone) -> str:
     millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
-    rows, columns = model.grid_size(config.img_size, config.img_size)
-    weights = "random weights" if config.weights is None else f"{config.weights} fits"
-    return f"{config.name}: {millions:.2f} M parameters, {config.img_size} px make {rows}x{columns} tokens; {weights}"
+    size = config.img_size or 0
+    rows, columns = model.grid_size(size, size)
+    weights = {None: "random weights", TEACHER: "the teacher's weights"}.get(
+        config.weights, f"{config.weights} fits"
+    )
+    return f"{config.name}: {millions:.2f} M parameters, {size} px make {rows}x{columns} tokens; {weights}"
 
 
 def _task(subject: _Subject) -> str:
@@ -313,6 +340,7 @@ def _versions(subject: _Subject) -> str:
 _CHECKS: tuple[tuple[str, Callable[[_Subject], str], tuple[str, ...]], ...] = (
     ("recipe", _recipe, ()),
     ("DeepSpeed JSON", _ds_json, ("recipe",)),
+    ("network", _network, ("recipe",)),
     ("training data", _training_data, ("recipe",)),
     ("evaluation data", _evaluation_data, ("recipe",)),
     ("epoch", _length, ("DeepSpeed JSON", "training data")),

@@ -6,12 +6,15 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from typing import Any
 
+from omegaconf import OmegaConf
 from rich.console import Console
 from rich.table import Table
+from yaml import YAMLError
 
 from fd_scale import __version__
-from fd_scale.config import describe_keys, load_recipe, packaged_recipes
+from fd_scale.config import ModelConfig, describe_keys, load_recipe, packaged_recipes
 from fd_scale.errors import UserError
 
 _EXAMPLES = """\
@@ -19,10 +22,14 @@ examples:
   fd-scale demo                                              the whole story on this machine, in minutes
   fd-scale recipes                                           packaged recipes and all settings
   fd-scale check digits/distill                              what would fail, before it is queued
+  fd-scale fetch my.yaml                                     its data and weights on the hub, into the cache
   fd-scale distill digits/distill train.steps=100            on one device
   torchrun --nproc-per-node 8 -m fd_scale distill my.yaml    on eight
   fd-scale export runs/digits/distill out                    weights as safetensors, with a model card
+  fd-scale convert in.pth out --model swin_v2_base --format timm    from any layout of names to another
 """
+
+_LAYOUTS = ("ours", "timm", "hf", "official", "fd")
 
 _TRAINING_VERBS = {
     "distill": ("distill", "feature distillation of a teacher into a student"),
@@ -72,6 +79,15 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument("--ranks", type=int, default=1, help="ranks that the job will have (default: 1)")
     check.set_defaults(run=_check)
 
+    fetch = _add_verb(
+        verbs, "fetch", "data and weights of a recipe from the Hugging Face hub, ahead of the run",
+        "Downloads what the recipe names on the hub into the cache (HF_HOME). No other verb uses the network.",
+        "  fd-scale fetch my.yaml\n"
+        "  fd-scale fetch my.yaml 'data.train=tar:hf://datasets/timm/imagenet-1k-wds/imagenet1k-train-*.tar'",
+    )  # fmt: skip
+    _add_recipe(fetch)
+    fetch.set_defaults(run=_fetch)
+
     _add_tools(verbs)
     return parser
 
@@ -79,12 +95,16 @@ def _parser() -> argparse.ArgumentParser:
 def _add_tools(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     export = _add_verb(
         verbs, "export", "the trained backbone alone, as safetensors with a model card",
-        "Writes model.safetensors (fp32), config.json and README.md; recipes take the folder as model.weights.",
-        "  fd-scale export runs/digits/distill out",
+        "Writes model.safetensors (fp32; formats official and fd: model.pth), config.json and README.md.\n"
+        "Recipes take the folder, in any format, as model.weights.",
+        "  fd-scale export runs/digits/distill out\n"
+        "  fd-scale export runs/digits/distill out --format hf",
     )  # fmt: skip
     export.add_argument("run_dir", metavar="RUN", help="folder of a run")
     export.add_argument("out", metavar="OUT", help="folder to write")
+    _add_format(export)
     export.set_defaults(run=_export)
+    _add_weights_tools(verbs)
 
     bench = _add_verb(
         verbs, "bench", "measurements",
@@ -117,6 +137,43 @@ def _add_tools(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
         "Lists the packaged recipes and every setting of a recipe.", "  fd-scale recipes",
     )  # fmt: skip
     recipes.set_defaults(run=_recipes)
+
+
+def _add_weights_tools(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    convert = _add_verb(
+        verbs, "convert", "weights in another layout of names",
+        "Reads a file or folder in any layout that the model knows, writes a folder as `export` does.",
+        "  fd-scale convert swinv2.pth out --model swin_v2_base --set shared_bias=false --format timm",
+    )  # fmt: skip
+    convert.add_argument("source", metavar="IN", help=".safetensors or .pth file, or a folder")
+    convert.add_argument("out", metavar="OUT", help="folder to write")
+    convert.add_argument("--model", required=True, help="name of the model that the weights are of")
+    convert.add_argument(
+        "--img-size", type=int, help="side of its input in pixels (default: the model's own)"
+    )
+    convert.add_argument(
+        "--set", metavar="key=value", nargs="+", action="extend", default=[],
+        help="arguments of the model, as model.overrides",
+    )  # fmt: skip
+    _add_format(convert)
+    convert.set_defaults(run=_convert)
+
+    interpolate = _add_verb(
+        verbs, "interpolate", "a mean of two models' weights (WiSE-FT)",
+        "Writes (1 - alpha) * A + alpha * B in fp32, tensor by tensor (arXiv 2109.01903).",
+        "  fd-scale interpolate runs/distilled-export runs/finetuned-export out --alpha 0.5",
+    )  # fmt: skip
+    interpolate.add_argument("first", metavar="A", help="weights: a file or a folder")
+    interpolate.add_argument("second", metavar="B", help="weights with the same names and shapes")
+    interpolate.add_argument("out", metavar="OUT", help="folder to write")
+    interpolate.add_argument("--alpha", type=float, default=0.5, help="share of B, 0..1 (default: 0.5)")
+    interpolate.set_defaults(run=_interpolate)
+
+
+def _add_format(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--format", choices=_LAYOUTS, default="ours", help="whose names the tensors get (default: ours)"
+    )
 
 
 def _add_verb(
@@ -158,10 +215,41 @@ def _check(options: argparse.Namespace) -> None:
     check(options.recipe, options.overrides, options.ranks)
 
 
+def _fetch(options: argparse.Namespace) -> None:
+    recipe = load_recipe(options.recipe, options.overrides)
+    from fd_scale.fetch import fetch
+
+    for line in fetch(recipe):
+        print(line)
+
+
 def _export(options: argparse.Namespace) -> None:
     from fd_scale import api
 
-    print(api.export(options.run_dir, options.out))
+    print(api.export(options.run_dir, options.out, options.format))
+
+
+def _convert(options: argparse.Namespace) -> None:
+    from fd_scale.export import convert
+
+    config = ModelConfig(name=options.model, img_size=options.img_size, overrides=_values(options.set))
+    print(convert(options.source, options.out, config, options.format))
+
+
+def _values(items: list[str]) -> dict[str, Any]:
+    """Arguments of a model from `key=value`, values as in YAML."""
+    try:
+        values = OmegaConf.to_container(OmegaConf.from_dotlist(items))
+    except YAMLError as error:
+        raise UserError(f"--set {' '.join(items)}: not YAML: {' '.join(str(error).split())}") from None
+    assert isinstance(values, dict)
+    return {str(key): value for key, value in values.items()}
+
+
+def _interpolate(options: argparse.Namespace) -> None:
+    from fd_scale.export import interpolate
+
+    print(interpolate(options.first, options.second, options.out, options.alpha))
 
 
 def _bench(options: argparse.Namespace) -> None:

@@ -5,6 +5,7 @@ Nothing here imports torch: reading a recipe costs milliseconds, on a login node
 
 from __future__ import annotations
 
+import difflib
 import re
 from dataclasses import MISSING, dataclass, field, fields
 from importlib import resources
@@ -29,33 +30,49 @@ class ModelConfig:
     """A backbone: its shape, its input, and where its weights come from."""
 
     name: str
-    """Name in the registry, e.g. `swin_v2_base`."""
-    img_size: int = 224
-    """Side of the square input, in pixels."""
-    mean: tuple[float, float, float] = IMAGENET_MEAN
-    """Mean of the RGB channels that the model expects, in 0..1."""
-    std: tuple[float, float, float] = IMAGENET_STD
-    """Standard deviation of the RGB channels that the model expects, in 0..1."""
+    """`swin_v2_*` or `fd_vit_*` (ours), any timm model, e.g. `vit_base_patch16_clip_224.openai`, or `hf:` and a
+    folder or repository of Hugging Face."""
+    img_size: int | None = None
+    """Side of the square input, in pixels; none: the model's own."""
+    mean: tuple[float, float, float] | None = None
+    """Mean of the RGB channels that the model expects, in 0..1; none: the model's own."""
+    std: tuple[float, float, float] | None = None
+    """Standard deviation of the RGB channels that the model expects, in 0..1; none: the model's own."""
     weights: str | None = None
-    """A folder written by `fd-scale export` or a .safetensors file; none: random initialisation."""
+    """A file (.safetensors, .pth) or folder in any layout we know; `pretrained`: the published ones of this name;
+    `teacher`: those of the first teacher; none: random initialisation."""
     license: str = "unknown"
-    """Licence of the weights, as the model card will name it."""
+    """Licence of the weights, as the model card will name it; unknown: what timm says of the name, if it does."""
     overrides: dict[str, Any] = field(default_factory=dict)
-    """Arguments of the model's constructor that differ from the registry's."""
+    """Arguments of the model's constructor that differ from those of its name."""
 
     def __post_init__(self) -> None:
-        _require(self.img_size > 0, "model.img_size", self.img_size, "a positive number of pixels")
-        _require(min(self.std) > 0, "model.std", self.std, "three positive numbers")
+        _require(self.img_size is None or self.img_size > 0, "model.img_size", self.img_size, "more than 0 pixels")
+        _require(self.std is None or min(self.std) > 0, "model.std", self.std, "three positive numbers")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SourceConfig:
+    """One of several sources of images: how often its images appear, and which of them."""
+
+    source: str
+    """`digits:train`, `imagefolder:PATH`, `parquet:PATH` or `tar:PATH`, as `data.train` takes one alone."""
+    weight: int = 1
+    """How often each image of this source appears in an epoch."""
+    only: str | None = None
+    """Text file, one key a line: the images to keep; none: all."""
+    without: str | None = None
+    """Text file, one key a line: the images to leave out; none: none."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DataConfig:
     """Where images come from and how a training view of one is cut."""
 
-    train: str
-    """Source of training images: `digits:train`, `imagefolder:PATH` or `parquet:PATH`."""
-    evaluation: str | None = None
-    """Source that metrics are measured on; none: no evaluation."""
+    train: Any
+    """Training images: `digits:train`, `imagefolder:PATH`, `parquet:PATH`, `tar:PATH`, or a list of sources."""
+    evaluation: Any = None
+    """Images that metrics are measured on, a source or a list as in `data.train`; none: no evaluation."""
     num_workers: int = 4
     """Loader processes on each rank; 0 decodes in the training process."""
     max_bad_fraction: float = 0.01
@@ -68,6 +85,10 @@ class DataConfig:
     """Probability of a horizontal flip."""
 
     def __post_init__(self) -> None:
+        # OmegaConf knows no type for "a string or a list of these": it is checked here.
+        object.__setattr__(self, "train", _sources("data.train", self.train))
+        if self.evaluation is not None:
+            object.__setattr__(self, "evaluation", _sources("data.evaluation", self.evaluation))
         _require(self.num_workers >= 0, "data.num_workers", self.num_workers, "0 or more")
         _require(
             0 <= self.max_bad_fraction <= 1,
@@ -198,11 +219,41 @@ class LogConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TeacherConfig:
-    """A frozen model whose features are the target."""
+    """A frozen model whose features are a target."""
 
     model: ModelConfig
     precision: Literal["fp32", "bf16", "fp16"] | None = None
     """Arithmetic of its forward pass; none: that of the student."""
+    target: Literal["feature_map", "pooled", "logits"] = "feature_map"
+    """What the student predicts: the tokens after the teacher's final norm, the pooled feature, or the logits."""
+    layers: list[int] | None = None
+    """Blocks (hierarchical models: stages), from 0 or from -1 backwards, whose tokens are predicted in place of the
+    last ones; each has a projector."""
+    cls_weight: float | None = None
+    """Weight of the CLS token beside a patch token's 1; 0: dropped; none: 1 where both models have one."""
+    projector: Literal["linear", "mlp"] = "linear"
+    """From the student's width to the teacher's: one linear layer, or two with a GELU between them."""
+    weight: float = 1.0
+    """Factor of this teacher's loss."""
+    share: float = 1.0
+    """Share of the images that this teacher sees; drawn for each image by the seed."""
+
+    def __post_init__(self) -> None:
+        _require(0 < self.weight < inf, "distill.teachers.weight", self.weight, "a positive number")
+        _require(0 < self.share <= 1, "distill.teachers.share", self.share, "a number above 0, at most 1")
+        _require(
+            self.cls_weight is None or 0 <= self.cls_weight < inf,
+            "distill.teachers.cls_weight",
+            self.cls_weight,
+            "0 or more",
+        )
+        if self.layers is not None:
+            _require(len(self.layers) > 0, "distill.teachers.layers", self.layers, "at least one layer, or none")
+            if self.target != "feature_map":
+                raise UserError(
+                    f"distill.teachers.layers: chosen layers have a feature map alone, target is {self.target}; "
+                    "remove layers or set target=feature_map"
+                )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -210,15 +261,19 @@ class DistillConfig:
     """Feature distillation (arXiv 2205.14141)."""
 
     teachers: list[TeacherConfig]
-    """The teachers; one, for now."""
+    """The teachers; one is the usual case."""
+    loss: Literal["whitened_smooth_l1", "cosine", "mse", "phi_s"] = "whitened_smooth_l1"
+    """Distance: smooth L1 to the whitened target, 1 - cosine similarity, squared error, or squared error to the
+    PHI-S standardised target (arXiv 2410.01680)."""
     beta: float = 2.0
     """Where smooth L1 turns from squared to absolute error, in standard deviations of the target."""
+    phi_s_images: int = 4096
+    """Images, the first of the run's stream, over which PHI-S measures a teacher's statistics at every start."""
 
     def __post_init__(self) -> None:
-        _require(
-            len(self.teachers) == 1, "distill.teachers", f"{len(self.teachers)} entries", "a list of one"
-        )
+        _require(len(self.teachers) > 0, "distill.teachers", "an empty list", "at least one teacher")
         _require(self.beta > 0, "distill.beta", self.beta, "a positive number")
+        _require(self.phi_s_images > 0, "distill.phi_s_images", self.phi_s_images, "a positive whole number")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -303,8 +358,9 @@ class Recipe:
 
 
 _SECTIONS: dict[str, Any] = {
-    "": Recipe, "model": ModelConfig, "data": DataConfig, "optim": OptimConfig, "train": TrainConfig,
-    "checkpoint": CheckpointConfig, "log": LogConfig, "distill": DistillConfig,
+    "": Recipe, "model": ModelConfig, "data": DataConfig, "data.train.0": SourceConfig,
+    "optim": OptimConfig, "train": TrainConfig, "checkpoint": CheckpointConfig, "log": LogConfig,
+    "distill": DistillConfig,
     "distill.teachers.0": TeacherConfig, "contrastive": ContrastiveConfig,
     "classification": ClassificationConfig,
 }  # fmt: skip
@@ -313,6 +369,42 @@ _SECTIONS: dict[str, Any] = {
 def _require(holds: bool, key: str, got: object, expected: str) -> None:
     if not holds:
         raise UserError(f"{key}: got {got}, expected {expected}")
+
+
+def _sources(key: str, given: Any) -> str | list[SourceConfig]:
+    """Returns what `data.train` and `data.evaluation` hold: a string as it is, or a list of checked sources."""
+    if isinstance(given, str):
+        return given
+    _require(
+        isinstance(given, list) and len(given) > 0, key, given, "a source or a list of {source, weight, ...}"
+    )
+    return [
+        item if isinstance(item, SourceConfig) else _source(f"{key}.{index}", item)
+        for index, item in enumerate(given)
+    ]
+
+
+def _source(key: str, given: Any) -> SourceConfig:
+    known = [item.name for item in fields(SourceConfig)]
+    _require(isinstance(given, dict), key, given, f"a mapping of {', '.join(known)}")
+    for name in given:
+        if name not in known:
+            nearest = difflib.get_close_matches(str(name), known, n=1, cutoff=0)[0]
+            raise UserError(f"{key}: no setting '{name}'; nearest: {nearest}, all: {', '.join(known)}")
+    if given.get("source") is None:
+        raise UserError(f"{key}.source: required and not given")
+    try:
+        source = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(SourceConfig), given))
+    except OmegaConfBaseException as error:
+        raise UserError(f"{key}.{error.full_key}: {_first_line(error)}") from None
+    assert isinstance(source, SourceConfig)
+    _require(source.weight >= 1, f"{key}.weight", source.weight, "a whole number, 1 or more")
+    return source
+
+
+def as_list(sources: str | list[SourceConfig]) -> list[SourceConfig]:
+    """Returns what `data.train` or `data.evaluation` holds as a list in either form."""
+    return [SourceConfig(source=sources)] if isinstance(sources, str) else sources
 
 
 def packaged_recipes() -> dict[str, Path]:

@@ -3,56 +3,128 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
+import torch
 from omegaconf import OmegaConf
 from safetensors import SafetensorError
 from safetensors.torch import save_file
+from torch import Tensor
 
-from fd_scale import run_folder
+from fd_scale import models, run_folder
 from fd_scale.checkpoint import newest_checkpoint, read_manifest, write_atomically
-from fd_scale.config import Recipe, to_yaml
+from fd_scale.config import ModelConfig, Recipe, to_yaml
 from fd_scale.engine import saved_weights
 from fd_scale.errors import UserError
 from fd_scale.metrics import read_metrics
-from fd_scale.models import BACKBONE, weights_sha256
+from fd_scale.models import (
+    BACKBONE,
+    Backbone,
+    build_model,
+    read_weights,
+    resolved,
+    resolved_model,
+    weights_path,
+    weights_sha256,
+)
+
+_WEIGHTS_FILE = {"official": "model.pth", "fd": "model.pth"}
+"""Layouts whose projects read {"model": ...} of torch.save; the others read safetensors."""
 
 
-def export(run_dir: str | Path, out: str | Path) -> Path:
+def export(run_dir: str | Path, out: str | Path, layout: str = "ours") -> Path:
     """Writes the trained backbone alone; a recipe takes the folder as `model.weights`.
 
     Args:
         run_dir: folder of a run of any task, trained with any ZeRO stage.
-        out: folder to write: `model.safetensors` (fp32), `config.json`, `README.md` (model card).
+        out: folder to write: `model.safetensors` (fp32; `model.pth` in layouts `official` and `fd`),
+            `config.json`, `README.md` (model card).
+        layout: whose names the tensors get, one of `layouts.LAYOUTS` that the model has.
 
     Returns:
         `out`.
 
     Raises:
-        UserError: `run_dir` is no run, has no whole checkpoint, or `out` cannot be written.
+        UserError: `run_dir` is no run, has no whole checkpoint, the layout has no place for a part of the
+            model, or `out` cannot be written.
     """
-    run, target = Path(run_dir), Path(out)
-    recipe = run_folder.read_recipe(run)
+    run = Path(run_dir)
+    recipe = resolved(run_folder.read_recipe(run))
     checkpoint = newest_checkpoint(run)
-    prefix = BACKBONE + "."
+    prefix_length = len(BACKBONE) + 1
     weights = {
-        name.removeprefix(prefix): tensor.contiguous()
+        name[prefix_length:]: tensor
         for name, tensor in saved_weights(checkpoint).items()
-        if name.startswith(prefix)
+        if name.startswith(f"{BACKBONE}.")
     }
+    step = read_manifest(checkpoint)["state"]["step"]
+    backbone = _on_meta(recipe.model)
+    card = model_card(recipe, run, step, backbone)
+    return _write_model(Path(out), backbone, recipe.model, weights, layout, {"README.md": card})
+
+
+def convert(source: str, out: str | Path, model: ModelConfig, layout: str) -> Path:
+    """Writes the weights of a file in another layout, in the dtype that they have.
+
+    Args:
+        source: a file or folder in any layout that the model knows.
+        out: folder to write, as `export` does, without a model card.
+        model: what the weights are of.
+        layout: as in `export`.
+
+    Raises:
+        UserError: weights of another model, or as in `export`.
+    """
+    model = resolved_model(model)
+    backbone = _on_meta(model)
+    return _write_model(Path(out), backbone, model, read_weights(backbone, source), layout, {})
+
+
+def interpolate(first: str, second: str, out: str | Path, alpha: float) -> Path:
+    """Writes `models.interpolate` of two files or folders, and the `config.json` of the first if it has one.
+
+    Raises:
+        UserError: their tensors differ in name or shape, or as in `export`.
+    """
+    config = Path(first) / "config.json"
+    texts = {"config.json": config.read_text(encoding="utf-8")} if config.is_file() else {}
+    return _write(Path(out), "model.safetensors", models.interpolate(first, second, alpha), texts)
+
+
+def _on_meta(config: ModelConfig) -> Backbone:
+    with torch.device("meta"):
+        return build_model(replace(config, weights=None))
+
+
+def _write_model(
+    target: Path,
+    backbone: Backbone,
+    config: ModelConfig,
+    weights: dict[str, Tensor],
+    layout: str,
+    texts: dict[str, str],
+) -> Path:
+    named = backbone.to_layout(weights, layout)
+    described = {"model": asdict(config) | {"weights": None}} | backbone.layout_config(layout)
+    file = _WEIGHTS_FILE.get(layout, "model.safetensors")
+    return _write(target, file, named, {"config.json": json.dumps(described, indent=1)} | texts)
+
+
+def _write(target: Path, file: str, weights: dict[str, Tensor], texts: dict[str, str]) -> Path:
+    """Writes a folder; each of its files is seen whole or not at all."""
+    contiguous = {name: tensor.contiguous() for name, tensor in weights.items()}
+    temporary = target / f"{file}.tmp"
     try:
         target.mkdir(parents=True, exist_ok=True)
-        temporary = target / "model.safetensors.tmp"
-        save_file(weights, temporary, metadata={"format": "pt"})
-        temporary.replace(target / "model.safetensors")
-        model = asdict(recipe.model) | {"weights": None}
-        write_atomically(target / "config.json", json.dumps({"model": model}, indent=1))
-        step = read_manifest(checkpoint)["state"]["step"]
-        write_atomically(
-            target / "README.md", model_card(recipe, run, step, sum(w.numel() for w in weights.values()))
-        )
-    except (OSError, SafetensorError) as error:
+        if file.endswith(".pth"):
+            torch.save({"model": contiguous}, temporary)
+        else:
+            save_file(contiguous, temporary, metadata={"format": "pt"})
+        temporary.replace(target / file)
+        for name, text in texts.items():
+            write_atomically(target / name, text)
+    except (OSError, SafetensorError, RuntimeError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise UserError(
             f"{target}: cannot be written ({reason}); free space there or choose another folder"
@@ -60,21 +132,25 @@ def export(run_dir: str | Path, out: str | Path) -> Path:
     return target
 
 
-def model_card(recipe: Recipe, run_dir: Path, step: int, num_parameters: int) -> str:
-    """Returns a model card in Markdown: what it is, its teacher and licence, its recipe and metrics."""
+def model_card(recipe: Recipe, run_dir: Path, step: int, backbone: Backbone) -> str:
+    """Returns a model card in Markdown: what it is, its teacher and licence, its (resolved) recipe and metrics."""
     teachers = recipe.distill.teachers if recipe.distill is not None else []
     license_name = teachers[0].model.license if teachers else recipe.model.license
+    num_parameters = sum(parameter.numel() for parameter in backbone.parameters())
+    mean, std = recipe.model.mean, recipe.model.std
+    assert mean is not None, "resolved"
+    assert std is not None, "resolved"
     card = [
         "---", f"license: {license_name}", "library_name: fd-scale", "---", "",
         f"# {recipe.model.name}, {recipe.task}", "",
         f"{num_parameters / 1e6:.1f} M parameters, {recipe.model.img_size} px input, step {step} of `{run_dir}`.",
-        f"Input: RGB in 0..1, mean {list(recipe.model.mean)}, standard deviation {list(recipe.model.std)}.", "",
+        f"Input: RGB in 0..1, mean {list(mean)}, standard deviation {list(std)}.", "",
     ]  # fmt: skip
     for teacher in teachers:
         weights = teacher.model.weights
         card += ["## Teacher", "", f"- model: {teacher.model.name}, {teacher.model.img_size} px",
                  f"- weights: {weights or 'random initialisation'}",
-                 f"- SHA-256 of the weights: {_sha256(weights) if weights else 'none'}",
+                 f"- SHA-256 of the weights: {_sha256(teacher.model)}",
                  f"- licence: {teacher.model.license}", ""]  # fmt: skip
     card += ["## Metrics", "", "| measured at step | metric | value |", "|---|---|---|"]
     for kind in ("train", "evaluation"):
@@ -93,8 +169,9 @@ def model_card(recipe: Recipe, run_dir: Path, step: int, num_parameters: int) ->
     return "\n".join(card)
 
 
-def _sha256(weights: str) -> str:
+def _sha256(config: ModelConfig) -> str:
     try:
-        return weights_sha256(weights)
+        path = weights_path(config)
+        return "none" if path is None else weights_sha256(path)
     except UserError:
         return "unknown, the file is no longer there"

@@ -109,13 +109,13 @@ class Recorder:
         now = time.perf_counter()
         seconds = (now - self.since[1]) / max(step - self.since[0], 1)
         self.since = (step, now)
-        values = dict(zip(losses, table[:, :-1].sum(0).tolist(), strict=True)) | scalars
+        found = dict(zip(losses, table[:, :-1].sum(0).tolist(), strict=True))
+        values = {"loss": sum(found.values())} | found | scalars
         values["images_per_s"] = images_per_step / seconds
         values["step_time_s"] = seconds
         values["memory_peak_gib"] = float(table[:, -1].max())
         self._write(step, "train", values)
-        first = next(iter(losses))
-        self._show(step, f"{first} {values[first]:.4f}  {values['images_per_s']:.0f} images/s")
+        self._show(step, f"loss {values['loss']:.4f}  {values['images_per_s']:.0f} images/s")
 
     def evaluation(self, step: int, metrics: dict[str, float]) -> None:
         """Writes a line of evaluation metrics, which are the same on all ranks."""

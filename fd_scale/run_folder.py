@@ -18,7 +18,7 @@ import torch
 from fd_scale.checkpoint import write_atomically
 from fd_scale.config import Recipe, load_recipe, to_dict, to_yaml
 from fd_scale.errors import UserError
-from fd_scale.models import weights_sha256
+from fd_scale.models import weights_path, weights_sha256
 
 _PACKAGES = ("fd-scale", "torch", "torchvision", "triton", "deepspeed", "timm", "numpy")
 
@@ -119,8 +119,8 @@ def identity(recipe: Recipe, data_fingerprint: str, stage: int, world_size: int)
     """
     settings = _flat(to_dict(recipe))
     for index, teacher in enumerate(recipe.distill.teachers if recipe.distill is not None else []):
-        weights = teacher.model.weights
-        settings[f"distill.teachers.{index}.model.weights"] = weights and weights_sha256(weights)
+        path = weights_path(teacher.model)
+        settings[f"distill.teachers.{index}.model.weights"] = path and weights_sha256(path)
     kept = {
         key: value
         for key, value in settings.items()

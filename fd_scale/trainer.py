@@ -42,8 +42,8 @@ class Task(Protocol):
     best_metric: tuple[str, int]
     """The evaluation metric that picks the best checkpoint, and +1 where larger is better, else -1."""
 
-    def to(self, device: torch.device) -> None:
-        """Moves what is not in the module (a teacher) to the device."""
+    def prepare(self, world: World, loader: TrainLoader) -> None:
+        """Moves what is not in the module (a teacher) to the device; measures what the first step needs."""
 
     def counts(self, batch: Batch) -> dict[str, float]:
         """Returns, for every loss sum, over how many items it goes; known from the batch alone."""

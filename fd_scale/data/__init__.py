@@ -1,7 +1,8 @@
 """Images from disk to batches: sources, decoding, transforms, and a loader that resumes exactly."""
 
+from fd_scale.data.base import Source
 from fd_scale.data.loader import Batch, TrainLoader, evaluation_batches
-from fd_scale.data.sources import Source, open_source
+from fd_scale.data.sources import open_source
 from fd_scale.data.transforms import (
     Transform,
     contrastive_transform,

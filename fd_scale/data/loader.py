@@ -21,9 +21,9 @@ import numpy.typing as npt
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from fd_scale.data.base import Source
 from fd_scale.data.decode import DecodeError
 from fd_scale.data.order import order
-from fd_scale.data.sources import Source
 from fd_scale.data.transforms import Transform
 from fd_scale.errors import UserError
 from fd_scale.randomness import hash64
@@ -175,7 +175,7 @@ class TrainLoader:
             )
         self.accumulation = global_batch // rows
         self.steps_per_epoch = len(source) // global_batch
-        self._global_batch = global_batch
+        self.global_batch = global_batch
         self._micro_batch = micro_batch
         self._first_row = rank * global_batch // world_size
         self._num_workers = num_workers
@@ -204,7 +204,7 @@ class TrainLoader:
 
     def _micro_batches(self, start_step: int) -> Iterator[range]:
         for step in itertools.count(start_step):
-            first = step * self._global_batch + self._first_row
+            first = step * self.global_batch + self._first_row
             for i in range(self.accumulation):
                 yield range(first + i * self._micro_batch, first + (i + 1) * self._micro_batch)
 

@@ -4,85 +4,67 @@ import bisect
 import collections
 import difflib
 import functools
-import glob
-import hashlib
 import json
 import logging
 import os
-import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
+from fd_scale.config import SourceConfig, as_list
+from fd_scale.data.base import IMAGE_SUFFIXES, UNLABELLED, Source, content_hash, data_files
 from fd_scale.data.decode import DecodeError, decode
+from fd_scale.data.mixture import Filtered, Mixture
+from fd_scale.data.shards import TarSource
 from fd_scale.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-UNLABELLED = -1
-IMAGE_SUFFIXES = frozenset(
-    {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".jp2", ".avif"}
-)
 LABEL_COLUMNS = ("label", "labels", "fine_label", "coarse_label")
 # A parquet set whose images take less than this is kept in memory, in each process that reads it.
 PARQUET_CACHE_BYTES = 256 * 2**20
 
 
-class Source(Protocol):
-    """A data set with random access. It must be picklable: loader workers get a copy."""
-
-    @property
-    def class_names(self) -> list[str] | None:
-        """Name of each label, or None where the data set does not tell."""
-
-    @property
-    def num_classes(self) -> int:
-        """Number of classes; 0 where nothing is labelled."""
-
-    @property
-    def fingerprint(self) -> str:
-        """Hash of what identifies the content cheaply: file names, sizes, counts; no absolute path."""
-
-    def __len__(self) -> int: ...
-
-    def name(self, sample_id: int) -> str:
-        """What a person needs to find the sample: a path, or a file and its row."""
-
-    def read(self, sample_id: int) -> tuple[Image.Image, int]:
-        """Returns the image, 8-bit RGB, and its label, `UNLABELLED` (-1) where it has none.
-
-        Raises:
-            DecodeError: the image cannot be decoded.
-        """
-
-
-def open_source(spec: str) -> Source:
+def open_source(sources: str | list[SourceConfig]) -> Source:
     """Opens a data set.
 
     Args:
-        spec: "KIND:REST":
+        sources: "KIND:REST", or a list of such with weights and filters:
             "digits:train" or "digits:test", the 8 x 8 digits that come with scikit-learn;
             "imagefolder:PATH", a folder for each class, or a flat folder without labels;
-            "parquet:PATH", a file, folder or glob in the layout of the Hugging Face hub.
+            "parquet:PATH", files in the layout of the Hugging Face hub;
+            "tar:PATH", shards in the layout of webdataset.
+            The last two take a file, a folder, a glob, a range in braces or hf://datasets/...
 
     Returns:
         The source; never empty.
 
     Raises:
-        UserError: unknown kind, missing path, no images in it.
+        UserError: unknown kind, missing path, no images in it, or a filter that does not fit.
     """
-    kind, colon, rest = spec.partition(":")
+    configs = as_list(sources)
+    opened = [_open(config) for config in configs]
+    weights = [config.weight for config in configs]
+    return opened[0] if weights == [1] else Mixture(opened, weights)
+
+
+def _open(config: SourceConfig) -> Source:
+    kind, colon, rest = config.source.partition(":")
     if kind not in _KINDS or not colon:
         nearest = difflib.get_close_matches(kind, _KINDS, n=1, cutoff=0)[0]
         raise UserError(
-            f"data set {spec!r} must be KIND:REST, KIND one of {', '.join(_KINDS)}; nearest: '{nearest}:...'"
+            f"data set {config.source!r} must be KIND:REST, KIND one of {', '.join(_KINDS)}; "
+            f"nearest: '{nearest}:...'"
         )
-    return _KINDS[kind](rest)
+    source = _KINDS[kind](rest)
+    if config.only is None and config.without is None:
+        return source
+    return Filtered(source, config.only, config.without)
 
 
 class DigitsSource:
@@ -110,13 +92,16 @@ class DigitsSource:
 
     @property
     def fingerprint(self) -> str:
-        return _hash([f"digits:{self.split}", self.images_NHW.tobytes().hex()])
+        return content_hash([f"digits:{self.split}", self.images_NHW.tobytes().hex()])
 
     def __len__(self) -> int:
         return len(self.labels_N)
 
     def name(self, sample_id: int) -> str:
         return f"digits:{self.split}:{sample_id}"
+
+    def key(self, sample_id: int) -> str:
+        return str(sample_id)
 
     def read(self, sample_id: int) -> tuple[Image.Image, int]:
         return Image.fromarray(self.images_NHW[sample_id]).convert("RGB"), int(self.labels_N[sample_id])
@@ -155,13 +140,18 @@ class ImageFolderSource:
     @functools.cached_property
     def fingerprint(self) -> str:
         """See `Source`. Asks the file system for the size of every file, so it is computed when asked for."""
-        return _hash(f"{os.fsdecode(name)} {_size(self.root / os.fsdecode(name))}" for name in self.names_N)
+        return content_hash(
+            f"{os.fsdecode(name)} {_size(self.root / os.fsdecode(name))}" for name in self.names_N
+        )
 
     def __len__(self) -> int:
         return len(self.names_N)
 
     def name(self, sample_id: int) -> str:
-        return str(self.root / os.fsdecode(self.names_N[sample_id]))
+        return str(self.root / self.key(sample_id))
+
+    def key(self, sample_id: int) -> str:
+        return os.fsdecode(self.names_N[sample_id])
 
     def read(self, sample_id: int) -> tuple[Image.Image, int]:
         try:
@@ -179,7 +169,7 @@ class ParquetSource:
     """
 
     def __init__(self, path: str) -> None:
-        self.paths = _parquet_paths(path)
+        self.paths = data_files("parquet", path)
         self._files: dict[int, pq.ParquetFile] = {}
         self._cache: collections.OrderedDict[int, pa.ChunkedArray] = collections.OrderedDict()
         schema = self._file(0).schema_arrow
@@ -239,7 +229,7 @@ class ParquetSource:
 
     @property
     def fingerprint(self) -> str:
-        return _hash(
+        return content_hash(
             f"{os.path.basename(path)} {os.path.getsize(path)} {num_rows}"
             for path, num_rows in zip(self.paths, self._num_file_rows, strict=True)
         )
@@ -250,6 +240,9 @@ class ParquetSource:
     def name(self, sample_id: int) -> str:
         file_id, _ = self._row_groups[bisect.bisect_right(self._first_ids, sample_id) - 1]
         return f"{self.paths[file_id]}:{sample_id - sum(self._num_file_rows[:file_id])}"
+
+    def key(self, sample_id: int) -> str:
+        return os.path.basename(self.name(sample_id))
 
     def read(self, sample_id: int) -> tuple[Image.Image, int]:
         group = bisect.bisect_right(self._first_ids, sample_id) - 1
@@ -288,24 +281,6 @@ def _walk_images(folder: Path) -> Iterator[str]:
                 yield os.path.relpath(os.path.join(parent, name), folder)
 
 
-def _parquet_paths(path: str) -> list[str]:
-    if not os.path.isdir(path):
-        found = sorted(glob.glob(path, recursive=True))
-        if not found:
-            raise UserError(f"parquet:{path} matches no file; give a file, a folder or a quoted glob")
-        return found
-    found = sorted(str(file) for file in Path(path).rglob("*.parquet"))
-    if not found:
-        raise UserError(f"parquet:{path} is a folder without *.parquet files; check the path")
-    splits = sorted({re.sub(r"-\d+-of-\d+.*", "", os.path.basename(file)) for file in found})
-    if len(splits) > 1 and {"train", "test", "val", "validation"} & set(splits):
-        raise UserError(
-            f"parquet:{path} holds several parts ({', '.join(splits)}), which must not be mixed; "
-            f"choose one, like parquet:{path.rstrip('/')}/**/{splits[-1]}-*.parquet"
-        )
-    return found
-
-
 def _image_column(schema: pa.Schema, path: str) -> str:
     structs: list[str] = [
         field.name
@@ -333,15 +308,9 @@ def _hub_class_names(schema: pa.Schema, label_column: str | None) -> list[str] |
     return names
 
 
-def _hash(items: Iterable[str]) -> str:
-    digest = hashlib.blake2b(digest_size=16)
-    for item in items:
-        digest.update(os.fsencode(item) + b"\0")
-    return digest.hexdigest()
-
-
 _KINDS: dict[str, Callable[[str], Source]] = {
     "digits": DigitsSource,
     "imagefolder": ImageFolderSource,
     "parquet": ParquetSource,
+    "tar": TarSource,
 }

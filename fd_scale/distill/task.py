@@ -1,86 +1,239 @@
-"""The distillation task: what the trainer needs to know of feature distillation."""
+"""The distillation task: what the trainer needs to know of feature distillation.
+
+Shape legend: B = images, L = tokens, D = channels of a target, R = residual branches.
+"""
 
 from __future__ import annotations
 
+import itertools
+import logging
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from fd_scale.config import Recipe
-from fd_scale.data import Batch
-from fd_scale.distill.module import DistillationModule
+from fd_scale.config import Recipe, TeacherConfig
+from fd_scale.data import Batch, TrainLoader
+from fd_scale.distill.losses import choose_loss
+from fd_scale.distill.module import DistillationModule, Objective
+from fd_scale.distill.phi_s import PhiS
 from fd_scale.distill.pictures import side_by_side
 from fd_scale.distributed import World
 from fd_scale.errors import UserError
 from fd_scale.evaluation import EvaluationSet, Forward, mean_over_source
-from fd_scale.models import drop_path_scale, dtype_of, undecayed_parameters
-from fd_scale.teachers import Teacher
+from fd_scale.models import (
+    TEACHER,
+    Backbone,
+    build_model,
+    drop_path_scale,
+    dtype_of,
+    load_tensors,
+    resolved,
+    undecayed_parameters,
+)
+from fd_scale.randomness import uniform
+from fd_scale.teachers import Target, Teacher
+
+logger = logging.getLogger(__name__)
 
 NUM_PICTURES = 8
 
 
 class DistillationTask:
-    """A frozen teacher's whitened features, regressed by a student."""
+    """Frozen teachers' features, regressed by a student."""
 
     best_metric = ("loss", -1)
 
     def __init__(self, recipe: Recipe, evaluation: EvaluationSet | None) -> None:
         assert recipe.distill is not None, "a recipe of task distill has its section"
-        dtype = dtype_of(recipe.train.precision)
-        teacher = recipe.distill.teachers[0]
+        recipe = resolved(recipe)
+        self.config = recipe.distill
         self.seed = recipe.seed
         self.evaluation = evaluation
-        self.teacher = Teacher(teacher, dtype_of(teacher.precision or recipe.train.precision))
-        self.module = DistillationModule(recipe.model, self.teacher.num_features, recipe.distill.beta, dtype)
-        student = self.module.backbone
+        self.teachers = [
+            Teacher(config, dtype_of(config.precision or recipe.train.precision))
+            for config in self.config.teachers
+        ]
+        student = build_model(recipe.model)
+        if recipe.model.weights == TEACHER:
+            first = self.teachers[0]
+            load_tensors(student, first.model.state_dict(), f"teacher {first.config.model.name}")
         student.activation_checkpointing = recipe.train.activation_checkpointing
+        size = recipe.model.img_size
+        assert size is not None, "resolved"
+        self.grid = student.grid_size(size, size)
+        # Teacher and target of each objective.
+        self.places = [
+            (index, number)
+            for index, teacher in enumerate(self.teachers)
+            for number in range(len(teacher.targets))
+        ]
+        objectives = [self._objective(student, *place) for place in self.places]
+        self.items_per_image = {
+            objective.loss: self.grid[0] * self.grid[1] + objective.cls_weight if objective.is_map else 1.0
+            for objective in objectives
+        }
+        self.phi_s: list[PhiS] = []
+        if self.config.loss == "phi_s":
+            self.phi_s = [PhiS(objective.num_features) for objective in objectives]
+        self.module = DistillationModule(
+            student, objectives, choose_loss(self.config), dtype_of(recipe.train.precision)
+        )
         self.undecayed = undecayed_parameters(self.module)
         self.rates = student.drop_path_rates
-        self.grid = student.grid_size(recipe.model.img_size, recipe.model.img_size)
-        teacher_size = teacher.model.img_size
-        teacher_grid = self.teacher.model.grid_size(teacher_size, teacher_size)
-        if self.grid != teacher_grid:
-            raise UserError(
-                f"distill: the student's {recipe.model.img_size} px make {self.grid[0]}x{self.grid[1]} tokens, the "
-                f"teacher's {teacher_size} px {teacher_grid[0]}x{teacher_grid[1]}; choose img_size so that they agree"
-            )
 
-    def to(self, device: torch.device) -> None:
-        """Moves the teacher to the device."""
-        self.teacher.to(device)
+    def _objective(self, student: Backbone, index: int, number: int) -> Objective:
+        teacher = self.teachers[index]
+        target = teacher.targets[number]
+        if target.grid not in (None, self.grid):
+            logger.info(
+                "%s gives %s x %s tokens, the student %s x %s: they are interpolated",
+                teacher.config.model.name, *(target.grid or ()), *self.grid,
+            )  # fmt: skip
+        return Objective(
+            loss="loss" if len(self.teachers) == 1 else f"loss_{index}",
+            num_features=target.num_features,
+            is_map=target.grid is not None,
+            cls_weight=_cls_weight(teacher.config, target, student),
+            weight=teacher.config.weight / len(teacher.targets),
+            projector=teacher.config.projector,
+        )
+
+    def prepare(self, world: World, loader: TrainLoader) -> None:
+        """Moves the teachers to the device; for PHI-S, measures their statistics over the first images."""
+        for teacher in self.teachers:
+            teacher.to(world.device)
+        if not self.phi_s:
+            return
+        for statistics in self.phi_s:
+            statistics.to(world.device)
+        num_steps = -(-self.config.phi_s_images // loader.global_batch)
+        logger.info("PHI-S: measuring the teachers over %d images", num_steps * loader.global_batch)
+        stream: Iterator[list[Batch]] = loader.iterate(0)
+        for batch in itertools.chain.from_iterable(itertools.islice(stream, num_steps)):
+            images_BCHW = batch.images.to(world.device)
+            targets = self._targets(images_BCHW, [None] * len(self.teachers))
+            for statistics, target_BLD in zip(self.phi_s, targets, strict=True):
+                statistics.add(target_BLD)
+        for statistics in self.phi_s:
+            statistics.finish(world)
 
     def counts(self, batch: Batch) -> dict[str, float]:
-        """The loss goes over tokens."""
-        return {"loss": len(batch.labels) * self.grid[0] * self.grid[1]}
+        """A teacher's loss goes over the tokens of the images that it sees."""
+        counts = {}
+        for (index, _), objective in zip(self.places, self.module.objectives, strict=True):
+            rows = self._rows(index, batch)
+            num_images = len(batch.labels) if rows is None else len(rows)
+            counts[objective.loss] = num_images * self.items_per_image[objective.loss]
+        return counts
 
     def inputs(self, batch: Batch) -> dict[str, Any]:
-        """Runs the teacher; draws the student's drop path."""
+        """Runs the teachers; draws the student's drop path."""
+        device = batch.images.device
+        rows = [self._rows(index, batch) for index in range(len(self.teachers))]
+        rows = [chosen if chosen is None else chosen.to(device) for chosen in rows]
         return {
             "images_BCHW": batch.images,
-            "target_BLD": self.teacher.features(batch.images),
-            "drop_path_scale_RB": drop_path_scale(
-                self.rates, self.seed, batch.positions, batch.images.device
-            ),
+            "targets": self._standardised(self._targets(batch.images, rows)),
+            "rows": [rows[index] for index, _ in self.places],
+            "drop_path_scale_RB": drop_path_scale(self.rates, self.seed, batch.positions, device),
         }
 
     def evaluate(self, forward: Forward, world: World) -> dict[str, float]:
-        """Measures the loss over the evaluation source, without drop path."""
+        """Measures the loss over the evaluation source, without drop path; every teacher sees every image."""
         if self.evaluation is None:
             return {}
+        all_rows = [None] * len(self.places)
 
         def sums(batch: Batch) -> tuple[dict[str, float], int]:
-            target = self.teacher.features(batch.images)
-            loss = forward(images_BCHW=batch.images, target_BLD=target)["loss"]
-            return {"loss": float(loss)}, len(batch.labels) * self.grid[0] * self.grid[1]
+            targets = self._standardised(self._targets(batch.images, [None] * len(self.teachers)))
+            outputs = forward(images_BCHW=batch.images, targets=targets, rows=all_rows)
+            losses = {name: float(outputs[name]) / items for name, items in self.items_per_image.items()}
+            return {"loss": sum(losses.values())} | losses, len(batch.labels)
 
         return mean_over_source(self.evaluation, world, sums)
 
     def pictures(self, batch: Batch, outputs: dict[str, Tensor]) -> dict[str, np.ndarray]:
-        """Image, teacher's features and student's features, side by side."""
-        shown = slice(NUM_PICTURES)
-        target_BLD = self.teacher.features(batch.images[shown])
-        return {
-            "features": side_by_side(batch.images[shown], target_BLD, outputs["tokens"][shown], self.grid)
-        }
+        """Image, the first teacher's features and the student's, side by side."""
+        objective = self.module.objectives[0]
+        rows = self._rows(0, batch)
+        images = batch.images if rows is None else batch.images[rows.to(batch.images.device)]
+        images = images[:NUM_PICTURES]
+        if not objective.is_map or not len(images):
+            return {}
+        first = [None] + [torch.empty(0, dtype=torch.int64)] * (len(self.teachers) - 1)
+        target_BLD = self._standardised(self._targets(images, first))[0]
+        with_cls = objective.cls_weight > 0
+        tokens_BLD = outputs["tokens"][:NUM_PICTURES]
+        return {"features": side_by_side(images, target_BLD[:, with_cls:], tokens_BLD[:, with_cls:], self.grid)}
+
+    def _rows(self, index: int, batch: Batch) -> Tensor | None:
+        """Which images of a batch a teacher sees, None for all: a function of seed and position."""
+        share = self.config.teachers[index].share
+        if share == 1:
+            return None
+        drawn_B = uniform(self.seed, "teacher", index, batch.positions.numpy())
+        return torch.from_numpy(np.flatnonzero(drawn_B < share))
+
+    def _targets(self, images_BCHW: Tensor, rows: list[Tensor | None]) -> list[Tensor]:
+        """The targets of all objectives, on the student's grid, for the images that each teacher sees."""
+        found = []
+        for teacher, chosen in zip(self.teachers, rows, strict=True):
+            images = images_BCHW if chosen is None else images_BCHW[chosen]
+            if len(images):
+                features = teacher.features(images)
+            else:
+                features = [_no_tokens(target, images.device) for target in teacher.targets]
+            found += list(zip(features, teacher.targets, strict=True))
+        return [
+            to_grid(tokens_BLD, target, self.grid, objective.cls_weight > 0)
+            for (tokens_BLD, target), objective in zip(found, self.module.objectives, strict=True)
+        ]
+
+    def _standardised(self, targets: list[Tensor]) -> list[Tensor]:
+        if not self.phi_s:
+            return targets
+        return [phi_s.standardise(target) for phi_s, target in zip(self.phi_s, targets, strict=True)]
+
+
+def _cls_weight(teacher: TeacherConfig, target: Target, student: Backbone) -> float:
+    if target.grid is None:
+        return 0.0
+    both = target.has_cls and student.has_cls
+    if teacher.cls_weight and not both:
+        lacking = "the student" if target.has_cls else f"the teacher {teacher.model.name}"
+        raise UserError(
+            f"distill.teachers.cls_weight: got {teacher.cls_weight}, but {lacking} has no CLS token; leave it out"
+        )
+    if teacher.cls_weight is None:
+        return 1.0 if both else 0.0
+    return teacher.cls_weight
+
+
+def _no_tokens(target: Target, device: torch.device) -> Tensor:
+    rows, columns = target.grid or (1, 1)
+    return torch.empty(0, rows * columns + target.has_cls, target.num_features, device=device)
+
+
+def to_grid(tokens_BLD: Tensor, target: Target, grid: tuple[int, int], with_cls: bool) -> Tensor:
+    """Returns a teacher's tokens on the student's grid: bilinear interpolation where the grids differ.
+
+    Args:
+        tokens_BLD: CLS first, where the target has one.
+        target: their shape.
+        grid: rows and columns of the student's patch tokens.
+        with_cls: whether the CLS token is kept.
+    """
+    if target.grid is None:
+        return tokens_BLD
+    patches_BLD = tokens_BLD[:, int(target.has_cls) :]
+    if target.grid != grid and len(patches_BLD):
+        maps = patches_BLD.transpose(1, 2).unflatten(2, target.grid).float()
+        maps = F.interpolate(maps, size=grid, mode="bilinear", align_corners=False, antialias=True)
+        patches_BLD = maps.flatten(2).transpose(1, 2).to(tokens_BLD.dtype)
+    elif target.grid != grid:
+        patches_BLD = patches_BLD.new_empty(0, grid[0] * grid[1], patches_BLD.shape[2])
+    return torch.cat([tokens_BLD[:, :1], patches_BLD], dim=1) if with_cls else patches_BLD

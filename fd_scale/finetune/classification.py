@@ -1,4 +1,4 @@
-"""Image classification: mean over tokens, a fresh LayerNorm, a linear head.
+"""Image classification: mean over patch tokens, a fresh LayerNorm, a linear head.
 
 Shape legend: B = images, L = tokens, D = channels, K = classes.
 """
@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fd_scale.config import ClassificationConfig, ModelConfig, Recipe
-from fd_scale.data import Batch, Source
+from fd_scale.data import Batch, Source, TrainLoader
 from fd_scale.distributed import World
 from fd_scale.errors import UserError
 from fd_scale.evaluation import EvaluationSet, Forward, mean_over_source
@@ -32,7 +32,6 @@ class ClassificationModule(nn.Module):
         self, model: ModelConfig, config: ClassificationConfig, num_classes: int, dtype: torch.dtype
     ) -> None:
         super().__init__()
-        self.mean, self.std = model.mean, model.std
         self.label_smoothing = config.label_smoothing
         self.dtype = dtype
         self.backbone = build_model(model)
@@ -57,9 +56,9 @@ class ClassificationModule(nn.Module):
             `loss`: smoothed cross entropy summed over labelled images, fp32 scalar; `logits`: (B, K), fp32,
             without gradient.
         """
-        pixels_BCHW = normalize(images_BCHW, self.mean, self.std).to(self.dtype)
+        pixels_BCHW = normalize(images_BCHW, self.backbone.mean, self.backbone.std).to(self.dtype)
         tokens_BLD = self.backbone(pixels_BCHW, drop_path_scale_RB)
-        logits_BK = self.head(self.norm(tokens_BLD.mean(1))).float()
+        logits_BK = self.head(self.norm(tokens_BLD[:, self.backbone.num_prefix_tokens :].mean(1))).float()
         loss = F.cross_entropy(
             logits_BK,
             labels_B,
@@ -107,7 +106,7 @@ class ClassificationTask:
         self.undecayed = undecayed_parameters(self.module)
         self.rates = self.module.backbone.drop_path_rates
 
-    def to(self, device: torch.device) -> None:
+    def prepare(self, world: World, loader: TrainLoader) -> None:
         """There is nothing beside the module."""
 
     def counts(self, batch: Batch) -> dict[str, float]:

@@ -1,29 +1,38 @@
 """Student models, the one way to build them, and key layouts of published weights."""
 
+from fd_scale.models.backbone import Backbone, cls_and_patches
 from fd_scale.models.build import (
     BACKBONE,
     build_model,
     drop_path_scale,
     dtype_of,
-    load_weights,
     normalize,
     undecayed_parameters,
-    weights_sha256,
 )
+from fd_scale.models.pretrained import TEACHER, hub_files, resolved, resolved_model, weights_path
 from fd_scale.models.registry import create_model
 from fd_scale.models.swin_v2 import SwinTransformerV2
-from fd_scale.models.weights import from_timm_swin_v2
+from fd_scale.models.weights import interpolate, load_tensors, load_weights, read_weights, weights_sha256
 
 __all__ = [
     "BACKBONE",
+    "TEACHER",
+    "Backbone",
     "SwinTransformerV2",
     "build_model",
+    "cls_and_patches",
     "create_model",
     "drop_path_scale",
     "dtype_of",
-    "from_timm_swin_v2",
+    "hub_files",
+    "interpolate",
+    "load_tensors",
     "load_weights",
     "normalize",
+    "read_weights",
+    "resolved",
+    "resolved_model",
     "undecayed_parameters",
+    "weights_path",
     "weights_sha256",
 ]

@@ -5,23 +5,20 @@ Shape legend: B = images, R = residual branches, H, W = pixels.
 
 from __future__ import annotations
 
-import hashlib
-import inspect
 from collections.abc import Sequence
 from pathlib import Path
-from types import UnionType
-from typing import Any, get_args, get_origin, get_type_hints
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from fd_scale.config import ModelConfig
 from fd_scale.errors import UserError
-from fd_scale.models.registry import create_model
-from fd_scale.models.swin_v2 import SwinTransformerV2
+from fd_scale.models.backbone import Backbone
+from fd_scale.models.huggingface import HuggingFaceBackbone
+from fd_scale.models.pretrained import PRETRAINED, hugging_face_folder, resolved_model, weights_path
+from fd_scale.models.registry import HUGGING_FACE, create_model
+from fd_scale.models.weights import load_weights
 from fd_scale.randomness import uniform
 
 BACKBONE = "backbone"
@@ -35,96 +32,39 @@ def dtype_of(precision: str) -> torch.dtype:
     return _DTYPES[precision]
 
 
-def build_model(config: ModelConfig) -> SwinTransformerV2:
+def build_model(config: ModelConfig, with_head: bool = False) -> Backbone:
     """Builds a backbone; initial weights come from torch's global generator, then from `config.weights`.
+
+    Args:
+        config: the recipe's section; what it leaves open is the model's own.
+        with_head: whether pooling and classifier of a timm model stay (a teacher's pooled feature or logits).
 
     Raises:
         UserError: an unknown model or override, or weights that do not fit.
     """
+    config = resolved_model(config)
+    assert config.img_size is not None, "resolved"
+    assert config.mean is not None, "resolved"
+    assert config.std is not None, "resolved"
     if "img_size" in config.overrides:
         raise UserError("model.overrides.img_size: the input size is model.img_size; set it there")
-    _check_types(config.overrides)
-    model = create_model(config.name, img_size=config.img_size, **config.overrides)
-    if config.weights is not None:
-        load_weights(model, config.weights)
+    name = config.name
+    if name.startswith(HUGGING_FACE):
+        name = f"{HUGGING_FACE}{hugging_face_folder(name)}"
+    model = create_model(name, img_size=config.img_size, with_head=with_head, **config.overrides)
+    model.mean, model.std = config.mean, config.std
+    path = weights_path(config)
+    if path is not None and isinstance(model, HuggingFaceBackbone) and config.weights == PRETRAINED:
+        model.load_published(Path(path))
+    elif path is not None:
+        load_weights(model, path)
     return model
-
-
-def _check_types(overrides: dict[str, Any]) -> None:
-    hints = get_type_hints(SwinTransformerV2.__init__)
-    for name, value in overrides.items():
-        if not _is_a(value, hints.get(name, Any)):  # an unknown name is for create_model to say
-            formatted = inspect.formatannotation(hints[name]).replace("collections.abc.", "")
-            raise UserError(f"model.overrides.{name}: got {value!r}, expected {formatted}")
-
-
-def _is_a(value: Any, hint: Any) -> bool:
-    if isinstance(hint, UnionType):
-        return any(_is_a(value, part) for part in get_args(hint))
-    if get_origin(hint) is Sequence:
-        return isinstance(value, list | tuple) and all(_is_a(item, get_args(hint)[0]) for item in value)
-    if isinstance(value, bool) or hint is Any:
-        return hint in (bool, Any)
-    return isinstance(value, int | float if hint is float else hint)
-
-
-def weights_file(path: str) -> Path:
-    """Returns the .safetensors file that `model.weights` names: itself, or the one in an exported folder.
-
-    Raises:
-        UserError: there is none.
-    """
-    file = Path(path)
-    if file.is_dir():
-        file = file / "model.safetensors"
-    if not file.is_file():
-        raise UserError(
-            f"model.weights: {file} does not exist; give a .safetensors file or a folder of `fd-scale export`"
-        )
-    return file
-
-
-def load_weights(model: nn.Module, path: str) -> None:
-    """Loads weights strictly; into a model on the meta device nothing is loaded, only the header is compared.
-
-    Args:
-        model: a backbone.
-        path: a folder written by `fd-scale export`, or a .safetensors file.
-
-    Raises:
-        UserError: no such file, not safetensors, or weights of another architecture (which keys, which shapes).
-    """
-    file = weights_file(path)
-    try:
-        with safe_open(file, framework="pt") as header:
-            found = {name: tuple(header.get_slice(name).get_shape()) for name in header.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"model.weights: {file} is not a whole safetensors file: {error}") from None
-    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    problems = [f"{name} is missing" for name in expected if name not in found]
-    problems += [f"{name} is unknown" for name in found if name not in expected]
-    problems += [
-        f"{name} is {found[name]}, expected {shape}"
-        for name, shape in expected.items()
-        if found.get(name, shape) != shape
-    ]
-    if problems:
-        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
-        raise UserError(f"model.weights: {file} is of another architecture: {'; '.join(problems[:3])}{more}")
-    if not next(model.parameters()).is_meta:
-        model.load_state_dict(load_file(file))
-
-
-def weights_sha256(path: str) -> str:
-    """Returns the SHA-256 of the file that `model.weights` names, in hexadecimal."""
-    with weights_file(path).open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def undecayed_parameters(module: nn.Module) -> set[str]:
     """Returns the names of a trained module's parameters that its backbone spares from weight decay."""
     backbone = module.get_submodule(BACKBONE)
-    assert isinstance(backbone, SwinTransformerV2), "modules hold what build_model returned"
+    assert isinstance(backbone, Backbone), "modules hold what build_model returned"
     return {f"{BACKBONE}.{name}" for name in backbone.no_weight_decay_names()}
 
 

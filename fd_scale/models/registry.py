@@ -2,15 +2,32 @@
 
 import difflib
 import inspect
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from types import UnionType
+from typing import Any, get_args, get_origin, get_type_hints
+
+from timm.models.beit import Beit
 
 from fd_scale.errors import UserError
+from fd_scale.models.backbone import Backbone
+from fd_scale.models.huggingface import HuggingFaceBackbone
 from fd_scale.models.swin_v2 import SwinTransformerV2
+from fd_scale.models.timm_backbone import (
+    TimmBackbone,
+    create_timm_model,
+    is_timm_model,
+    nearest_timm_names,
+    takes_img_size,
+)
+from fd_scale.models.vit import VisionTransformer, use_fd_kernels
+
+HUGGING_FACE = "hf:"
+"""Prefix of a model name that is a folder or repository of Hugging Face."""
 
 # T to L as published at 256 px with window 8. H and G, of which no weights are public, take the 192 px and
 # window 12 of G's pre-training, and the extra norm that Liu et al. 2022 (arXiv:2111.09883) add to both.
-_MODELS: dict[str, dict[str, Any]] = {
+_SWIN_V2: dict[str, dict[str, Any]] = {
     "swin_v2_tiny": {
         "img_size": 256,
         "window_size": 8,
@@ -58,6 +75,21 @@ _MODELS: dict[str, dict[str, Any]] = {
 }
 
 
+# The student of feature distillation, in the sizes of ViT (arXiv:2010.11929) and DeiT (arXiv:2012.12877).
+_VIT: dict[str, dict[str, Any]] = {
+    "fd_vit_tiny_patch16": {"patch_size": 16, "embed_dim": 192, "depth": 12, "num_heads": 3},
+    "fd_vit_small_patch16": {"patch_size": 16, "embed_dim": 384, "depth": 12, "num_heads": 6},
+    "fd_vit_base_patch16": {"patch_size": 16, "embed_dim": 768, "depth": 12, "num_heads": 12},
+    "fd_vit_large_patch16": {"patch_size": 16, "embed_dim": 1024, "depth": 24, "num_heads": 16},
+    "fd_vit_large_patch14": {"patch_size": 14, "embed_dim": 1024, "depth": 24, "num_heads": 16},
+    "fd_vit_huge_patch14": {"patch_size": 14, "embed_dim": 1280, "depth": 32, "num_heads": 16},
+}
+_MODELS: dict[str, tuple[type[SwinTransformerV2] | type[VisionTransformer], dict[str, Any]]] = {
+    **{name: (SwinTransformerV2, shape) for name, shape in _SWIN_V2.items()},
+    **{name: (VisionTransformer, shape) for name, shape in _VIT.items()},
+}
+
+
 def _check_known(kind: str, name: str, known: Iterable[str]) -> None:
     names = list(known)
     if name not in names:
@@ -65,11 +97,21 @@ def _check_known(kind: str, name: str, known: Iterable[str]) -> None:
         raise UserError(f"unknown {kind} {name!r}; did you mean {', '.join(nearest)}")
 
 
-def create_model(name: str, **overrides: Any) -> SwinTransformerV2:
+def default_img_size(name: str) -> int:
+    """Returns the input size of one of our own models, 224 for others."""
+    return int(_MODELS[name][1].get("img_size", 224)) if name in _MODELS else 224
+
+
+def create_model(
+    name: str, *, img_size: int | Sequence[int] | None = None, with_head: bool = False, **overrides: Any
+) -> Backbone:
     """Build a model with fresh weights, drawn from torch's global generator (seed it first).
 
     Args:
-        name: a name of the registry, such as `swin_v2_base`.
+        name: one of ours (`swin_v2_base`, `fd_vit_base_patch16`), any timm model
+            (`vit_base_patch16_clip_224.openai`), or `hf:FOLDER` with a `config.json` of Transformers.
+        img_size: side of the images in pixels; None takes the model's own.
+        with_head: whether pooling and classifier of a timm model stay.
         overrides: arguments of the model's constructor that replace or add to the named configuration.
 
     Returns:
@@ -78,7 +120,38 @@ def create_model(name: str, **overrides: Any) -> SwinTransformerV2:
     Raises:
         UserError: an unknown name or override (the sentence lists the nearest), or a value that does not fit.
     """
-    _check_known("model", name, _MODELS)
-    for override in overrides:
-        _check_known(f"argument of {name}", override, inspect.signature(SwinTransformerV2).parameters)
-    return SwinTransformerV2(**(_MODELS[name] | overrides))
+    size = {} if img_size is None else {"img_size": img_size}
+    if name in _MODELS:
+        model_class, shape = _MODELS[name]
+        for override in overrides:
+            _check_known(f"argument of {name}", override, inspect.signature(model_class).parameters)
+        _check_types(model_class, overrides)
+        return model_class(**(shape | overrides | size))
+    if name.startswith(HUGGING_FACE):
+        assert isinstance(img_size, int), "the size of a Hugging Face model is resolved before it is built"
+        return HuggingFaceBackbone(Path(name.removeprefix(HUGGING_FACE)), img_size, overrides)
+    if not is_timm_model(name):
+        nearest = [*difflib.get_close_matches(name, _MODELS), *nearest_timm_names(name)] or list(_MODELS)
+        raise UserError(f"unknown model {name!r}; did you mean {', '.join(nearest)}; any model of timm is known too")
+    model = create_timm_model(name, overrides | (size if takes_img_size(name) else {}))
+    if isinstance(model, Beit):
+        use_fd_kernels(model)
+    return TimmBackbone(model, with_head)
+
+
+def _check_types(model_class: type, overrides: dict[str, Any]) -> None:
+    hints = get_type_hints(model_class.__init__)  # type: ignore[misc]
+    for name, value in overrides.items():
+        if not _is_a(value, hints[name]):
+            formatted = inspect.formatannotation(hints[name]).replace("collections.abc.", "")
+            raise UserError(f"model.overrides.{name}: got {value!r}, expected {formatted}")
+
+
+def _is_a(value: Any, hint: Any) -> bool:
+    if isinstance(hint, UnionType):
+        return any(_is_a(value, part) for part in get_args(hint))
+    if get_origin(hint) is Sequence:
+        return isinstance(value, list | tuple) and all(_is_a(item, get_args(hint)[0]) for item in value)
+    if isinstance(value, bool):
+        return hint is bool
+    return isinstance(value, int | float if hint is float else hint)

@@ -9,8 +9,8 @@ that owns it: recomputation and any number of ranks see the same model, whole or
 #   E = 3 * C (q, k, v), h = heads, N = tokens of a window, R = residual branches, two for each block
 
 import math
-from collections.abc import Sequence
-from typing import Literal, get_args
+from collections.abc import Mapping, Sequence
+from typing import Any, get_args
 
 import torch
 import torch.nn.functional as F
@@ -19,13 +19,13 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fd_scale.errors import UserError
+from fd_scale.models import layouts
+from fd_scale.models.backbone import Backbone, CheckpointingMode, resolve_layers
 from fd_scale.models.layers import INIT_STD, Linear, Mlp, PostNorm, at_least_fp32
 from fd_scale.models.position_bias import ContinuousPositionBias
 
 LOGIT_SCALE_INIT = math.log(10.0)
 LOGIT_SCALE_MAX = math.log(100.0)
-
-CheckpointingMode = Literal["none", "block"]
 
 
 class QKV(nn.Module):
@@ -199,7 +199,7 @@ class Stage(nn.Module):
         return x_BHWC
 
 
-class SwinTransformerV2(nn.Module):
+class SwinTransformerV2(Backbone):
     """Swin Transformer V2 without a head.
 
     Args:
@@ -255,16 +255,23 @@ class SwinTransformerV2(nn.Module):
         self.depths = tuple(depths)
         self.patch_size = patch_size
         self.in_chans = in_chans
+        self.embed_dim = embed_dim
+        self.num_heads = tuple(num_heads)
+        self.mlp_ratio = mlp_ratio
+        self.shared_bias = shared_bias
         self.num_features = embed_dim * 2 ** (num_stages - 1)
         self.activation_checkpointing: CheckpointingMode = "none"
         rates = [drop_path_rate * index / max(num_blocks - 1, 1) for index in range(num_blocks)]
         self.drop_path_rates = tuple(rate for rate in rates for _ in range(2))
 
         grid = self._patch_grid(*_repeat("img_size", img_size, 2))
+        self.patch_grid = grid
         window = _repeat("window_size", window_size, 2)
         if min(window) < 1:
             raise UserError(f"window_size is {window}; expected at least 1 token on each side")
+        self.window_size = window
         pretrained_windows = _repeat("pretrained_window_size", pretrained_window_size, num_stages)
+        self.pretrained_window_sizes = pretrained_windows
         self.patch_embed = PatchEmbed(patch_size, in_chans, embed_dim)
         self.layers = nn.ModuleList(
             Stage(
@@ -329,17 +336,79 @@ class SwinTransformerV2(nn.Module):
                 f"expected one of {', '.join(get_args(CheckpointingMode))}"
             )
 
+        return self.norm(self._stages(images_BCHW, drop_path_scale_RB)[-1]).flatten(1, 2)
+
+    def _stages(self, images_BCHW: Tensor, drop_path_scale_RB: Tensor | None = None) -> list[Tensor]:
         x_BHWC = self.patch_embed(images_BCHW)
         scales: Sequence[Tensor | None] = [None] * len(self.layers)
         if drop_path_scale_RB is not None:
             scales = torch.split(drop_path_scale_RB, [2 * depth for depth in self.depths])
+        outputs = []
         for stage, scale_RB in zip(self.layers, scales, strict=True):
             x_BHWC = stage(x_BHWC, scale_RB, self.activation_checkpointing)
-        return self.norm(x_BHWC).flatten(1, 2)
+            outputs.append(x_BHWC)
+        return outputs
+
+    def intermediates(self, images_BCHW: Tensor, layers: Sequence[int]) -> list[Tensor]:
+        """See `Backbone.intermediates`: the tokens after each chosen stage, before any final norm."""
+        outputs = self._stages(images_BCHW)
+        return [outputs[index].flatten(1, 2) for index in resolve_layers(layers, len(outputs))]
 
     def forward(self, images_BCHW: Tensor, drop_path_scale_RB: Tensor | None = None) -> Tensor:
         """Same as `forward_features`."""
         return self.forward_features(images_BCHW, drop_path_scale_RB)
+
+    def translate(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Tensors of any layout in `layouts.LAYOUTS` by this model's names; others come back as they are.
+
+        Raises:
+            UserError: the blocks of a stage have different position biases, and this model has one.
+        """
+        return layouts.from_layout(state, shared_bias=self.shared_bias)
+
+    def to_layout(self, state: Mapping[str, Tensor], layout: str) -> dict[str, Tensor]:
+        """Tensors of this model by the names of a layout in `layouts.LAYOUTS`.
+
+        Raises:
+            UserError: an unknown layout, or one that has no place for a part of this model.
+        """
+        return layouts.to_layout(state, layout)
+
+    def layout_config(self, layout: str) -> dict[str, Any]:
+        """For layout `hf`, the `config.json` of the `transformers.Swinv2Model` that computes the same.
+
+        Raises:
+            UserError: there is none: it has one square window, rounds odd grids down, and pads before it shifts.
+        """
+        if layout != "hf":
+            return {}
+        side = self.window_size[0]
+        for index, depth in enumerate(self.depths):
+            rows = self.patch_grid[0] // 2**index
+            theirs = (min(rows, side), side // 2 if rows > side else 0)
+            for grid, window in zip(_halved(self.patch_grid, index), self.window_size, strict=True):
+                ours = (min(grid, window), window // 2 if grid > window else 0)
+                if ours != theirs or (grid > window and depth > 1 and grid % window):
+                    raise UserError(
+                        f"layout hf: Transformers cannot put windows of {window} on stage {index} as this model does, "
+                        f"{grid} tokens a side; choose a square image whose grids are multiples of the window, "
+                        "or another layout"
+                    )
+        height, width = (side * self.patch_size for side in self.patch_grid)
+        return {
+            "architectures": ["Swinv2Model"],
+            "model_type": "swinv2",
+            "image_size": height if height == width else [height, width],
+            "patch_size": self.patch_size,
+            "num_channels": self.in_chans,
+            "embed_dim": self.embed_dim,
+            "depths": list(self.depths),
+            "num_heads": list(self.num_heads),
+            "window_size": side,
+            "pretrained_window_sizes": list(self.pretrained_window_sizes),
+            "mlp_ratio": self.mlp_ratio,
+            "drop_path_rate": self.drop_path_rates[-1],
+        }
 
     def _patch_grid(self, height: int, width: int) -> tuple[int, int]:
         if height < 1 or width < 1 or height % self.patch_size or width % self.patch_size:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fd_scale.config import ContrastiveConfig, ModelConfig, Recipe
-from fd_scale.data import Batch
+from fd_scale.data import Batch, TrainLoader
 from fd_scale.distributed import World
 from fd_scale.evaluation import Forward
 from fd_scale.models import build_model, drop_path_scale, dtype_of, normalize, undecayed_parameters
@@ -70,7 +70,6 @@ class ContrastiveModule(nn.Module):
 
     def __init__(self, model: ModelConfig, config: ContrastiveConfig, dtype: torch.dtype) -> None:
         super().__init__()
-        self.mean, self.std = model.mean, model.std
         self.temperature = config.temperature
         self.dtype = dtype
         self.backbone = build_model(model)
@@ -90,8 +89,9 @@ class ContrastiveModule(nn.Module):
             `loss`: sum over views, fp32 scalar.
         """
         views_BCHW = images_BVCHW.transpose(0, 1).flatten(0, 1)
-        pixels_BCHW = normalize(views_BCHW, self.mean, self.std).to(self.dtype)
-        pooled_BD = self.backbone(pixels_BCHW, drop_path_scale_RN).mean(1)
+        pixels_BCHW = normalize(views_BCHW, self.backbone.mean, self.backbone.std).to(self.dtype)
+        tokens_BLD = self.backbone(pixels_BCHW, drop_path_scale_RN)
+        pooled_BD = tokens_BLD[:, self.backbone.num_prefix_tokens :].mean(1)
         projected_VBP = self.projection(pooled_BD).unflatten(0, (2, len(images_BVCHW)))
         return {"loss": nt_xent_sum(projected_VBP, self.temperature)}
 
@@ -109,7 +109,7 @@ class ContrastiveTask:
         self.undecayed = undecayed_parameters(self.module)
         self.rates = self.module.backbone.drop_path_rates
 
-    def to(self, device: torch.device) -> None:
+    def prepare(self, world: World, loader: TrainLoader) -> None:
         """There is nothing beside the module."""
 
     def counts(self, batch: Batch) -> dict[str, float]:

@@ -1,5 +1,5 @@
 """Frozen models whose features are targets."""
 
-from fd_scale.teachers.teacher import Teacher
+from fd_scale.teachers.teacher import Target, Teacher
 
-__all__ = ["Teacher"]
+__all__ = ["Target", "Teacher"]

@@ -1,52 +1,105 @@
-"""A teacher: a model, frozen, with its own normalisation and input size.
+"""A teacher: a model, frozen, with its own normalisation, input size and targets.
 
-Shape legend: B = images, L = tokens, D = channels of the teacher, H, W = pixels.
+Shape legend: B = images, L = tokens, D = channels of a target, H, W = pixels.
 """
 
 from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fd_scale.config import TeacherConfig
-from fd_scale.models import build_model, normalize
+from fd_scale.models import Backbone, build_model, cls_and_patches, normalize, resolved_model
+
+
+@dataclass(frozen=True)
+class Target:
+    """One thing that a teacher gives: its shape."""
+
+    num_features: int
+    """D."""
+    grid: tuple[int, int] | None
+    """Rows and columns of its patch tokens; None for one feature an image."""
+    has_cls: bool
+    """Whether a CLS token comes before the patch tokens."""
 
 
 class Teacher:
     """A frozen backbone outside the trained module: in no checkpoint, seen by no optimizer.
 
     Args:
-        config: the model and its weights.
+        config: the model, its weights, and which of its features are targets.
         dtype: dtype of its forward pass.
+
+    Attributes:
+        targets: what `features` gives, in order.
+
+    Raises:
+        UserError: the model does not give such a target.
     """
 
     def __init__(self, config: TeacherConfig, dtype: torch.dtype) -> None:
-        self.config = config.model
+        self.config = config
         self.dtype = dtype
+        self.img_size = resolved_model(config.model).img_size or 0
         # eval() for good: DeepSpeed's coordinator also mistakes a teacher in train mode under no_grad.
-        self.model = build_model(config.model).to(dtype).eval().requires_grad_(False)
-        self.num_features: int = self.model.num_features
+        self.model = build_model(config.model, with_head=config.target != "feature_map")
+        self.model.to(dtype).eval().requires_grad_(False)
+        self.targets = _probe(config, self.img_size)
 
     def to(self, device: torch.device) -> None:
         """Moves the teacher to a device."""
         self.model.to(device)
 
     @torch.no_grad()
-    def features(self, images_BCHW: Tensor) -> Tensor:
-        """Returns the feature map after the teacher's own final norm.
+    def features(self, images_BCHW: Tensor) -> list[Tensor]:
+        """Returns the targets for a batch of views.
 
         Args:
             images_BCHW: uint8 views, as the student gets them; resized (bilinear) to the teacher's input
                 size where it differs.
 
         Returns:
-            tokens_BLD in the teacher's dtype, row-major.
+            For each of `targets` a tensor (B, L, D) in the teacher's dtype: the feature map after the teacher's
+            own final norm, CLS first where it has one and registers dropped; or L = 1, one feature an image.
 
         Source: arXiv 2205.14141, section 3.1.
         """
-        pixels_BCHW = normalize(images_BCHW, self.config.mean, self.config.std)
-        size = (self.config.img_size, self.config.img_size)
+        pixels_BCHW = normalize(images_BCHW, self.model.mean, self.model.std)
+        size = (self.img_size, self.img_size)
         if pixels_BCHW.shape[-2:] != size:
             pixels_BCHW = F.interpolate(pixels_BCHW, size=size, mode="bilinear", align_corners=False)
-        return self.model.forward_features(pixels_BCHW.to(self.dtype))
+        return _targets_of(self.model, self.config, pixels_BCHW.to(self.dtype))
+
+
+def _targets_of(model: Backbone, config: TeacherConfig, pixels_BCHW: Tensor) -> list[Tensor]:
+    if config.target == "pooled":
+        return [model.pooled(pixels_BCHW)[:, None]]
+    if config.target == "logits":
+        return [model.logits(pixels_BCHW)[:, None]]
+    if config.layers is None:
+        maps = [model(pixels_BCHW)]
+    else:
+        maps = model.intermediates(pixels_BCHW, config.layers)
+    return [cls_and_patches(tokens_BLD, model.num_prefix_tokens, model.has_cls) for tokens_BLD in maps]
+
+
+@torch.no_grad()
+def _probe(config: TeacherConfig, img_size: int) -> tuple[Target, ...]:
+    """Shapes of the targets, from a forward of the same model without weights, on the meta device."""
+    with torch.device("meta"):
+        model = build_model(replace(config.model, weights=None), with_head=config.target != "feature_map").eval()
+        targets = _targets_of(model, config, torch.zeros(1, 3, img_size, img_size))
+    if config.target != "feature_map":
+        return tuple(Target(tokens_BLD.shape[2], None, has_cls=False) for tokens_BLD in targets)
+    rows, columns = model.grid_size(img_size, img_size)
+    found = []
+    for tokens_BLD in targets:
+        num_patches = tokens_BLD.shape[1] - model.has_cls
+        scale = math.isqrt(num_patches // (rows * columns))  # earlier stages have larger grids
+        found.append(Target(tokens_BLD.shape[2], (rows * scale, columns * scale), model.has_cls))
+    return tuple(found)

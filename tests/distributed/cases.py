@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fd_scale import api, distributed, log
 from fd_scale.checkpoint import TrainState
-from fd_scale.config import Recipe, build_recipe
+from fd_scale.config import Recipe, build_recipe, load_recipe, to_dict
 from fd_scale.data import Batch, open_source
 from fd_scale.engine import Engine
 from fd_scale.errors import UserError
@@ -118,8 +118,10 @@ def plain_curve(recipe: Recipe) -> list[tuple[float, float]]:
     world = distributed.start("cpu", 60)
     trainer = api.build_trainer(recipe, world)  # for its task and loader; its engine is not used
     task, module = trainer.task, trainer.task.module
+    task.prepare(world, trainer.loader)
+    spared = ("cpb", "logit_scale", "cls_token", "pos_embed")
     decayed = [
-        p for n, p in module.named_parameters() if p.ndim > 1 and "cpb" not in n and "logit_scale" not in n
+        p for n, p in module.named_parameters() if p.ndim > 1 and not any(part in n for part in spared)
     ]
     others = [p for p in module.parameters() if all(p is not d for d in decayed)]
     optimizer = torch.optim.AdamW(
@@ -132,9 +134,9 @@ def plain_curve(recipe: Recipe) -> list[tuple[float, float]]:
         for group in optimizer.param_groups:
             group["lr"] = rates[step]
         optimizer.zero_grad()
-        counts = [task.counts(batch)["loss"] for batch in micro_batches]
-        terms = [module(**task.inputs(batch))["loss"] for batch in micro_batches]
-        loss = torch.stack(terms).sum() / sum(counts)
+        [batch] = micro_batches
+        outputs = module(**task.inputs(batch))
+        loss = torch.stack([outputs[name] / count for name, count in task.counts(batch).items()]).sum()
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(module.parameters(), recipe.optim.grad_clip)
         optimizer.step()
@@ -207,3 +209,23 @@ def train_partly_labelled(values: dict[str, Any]) -> TrainState:
 
     api.open_source = open_source_partly  # type: ignore[attr-defined]
     return train(values)
+
+
+def train_recipes(names: list[str], folder: str) -> dict[str, list[float]]:
+    """Takes two real steps of each recipe, with its own precision and ZeRO stage, on models made small."""
+    vit = {"embed_dim": 32, "depth": 2, "num_heads": 2}
+    swin = {"embed_dim": 16, "depths": [1, 1, 1, 1], "num_heads": [1, 2, 4, 8]}
+    found = {}
+    for name in names:
+        values = to_dict(load_recipe(name))
+        for model in (values["model"], *(teacher["model"] for teacher in values["distill"]["teachers"])):
+            model["weights"] = None
+            model["overrides"] |= swin if "swin" in model["name"] else vit
+        values["run_dir"] = f"{folder}/{name}"
+        values["data"] |= {"train": "digits:train", "evaluation": None, "num_workers": 0}
+        values["optim"]["warmup_epochs"] = 0.0
+        values["train"] |= {"device": "cpu", "global_batch": 4, "micro_batch": 2, "epochs": None, "steps": 2}
+        values["log"]["every_steps"] = 1
+        train(values)
+        found[name] = losses(values["run_dir"])
+    return found

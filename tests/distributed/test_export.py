@@ -11,6 +11,7 @@ import pytest
 import torch
 from ranks import run_ranks
 from safetensors.torch import load_file
+from transformers import Swinv2Model
 
 from fd_scale.api import export
 from fd_scale.models import build_model, create_model, load_weights
@@ -70,3 +71,23 @@ def test_an_exported_folder_is_a_starting_point_and_has_a_card(recipe_values: Va
     loaded = build_model(recipe.distill.teachers[0].model).state_dict()
     saved = load_file(tmp_path / "teacher" / "model.safetensors")
     assert all(torch.equal(loaded[name], tensor) for name, tensor in saved.items())
+
+
+def test_a_run_is_exported_by_other_names(recipe_values: Values, tmp_path: Path) -> None:
+    values = recipe_values("contrastive", train__micro_batch=16, train__steps=2)
+    run_ranks(cases.train, 1, values)
+    images, backbone = cases.probe_images(), cases.build_recipe(values).model
+    model = build_model(backbone)
+    load_weights(model, str(export(values["run_dir"], tmp_path / "ours")))
+    out = export(values["run_dir"], tmp_path / "hf", "hf")
+    theirs = Swinv2Model.from_pretrained(out).eval()
+    with torch.no_grad():
+        # fp32, the same sums in another order
+        torch.testing.assert_close(theirs(images).last_hidden_state, model(images), rtol=1e-4, atol=1e-5)
+    assert json.loads((out / "config.json").read_text())["model"]["name"] == backbone.name
+    assert "contrastive" in (out / "README.md").read_text()
+    for layout in ("fd", "official", "timm", "hf"):
+        again = build_model(backbone)
+        load_weights(again, str(export(values["run_dir"], tmp_path / layout, layout)))
+        state = again.state_dict()
+        assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())

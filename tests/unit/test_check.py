@@ -23,7 +23,7 @@ from fd_scale.config import ModelConfig, build_recipe
 from fd_scale.data import open_source
 from fd_scale.distributed import World
 from fd_scale.finetune import ClassificationTask
-from fd_scale.models import build, build_model
+from fd_scale.models import build_model, weights
 
 Values = Callable[..., dict[str, Any]]
 Check = Callable[..., dict[str, tuple[str, str]]]
@@ -96,7 +96,8 @@ def test_failures_do_not_hide_each_other(recipe_values: Values, check: Check, tm
         "model.name=swin_v2_tny", "data.train=imagefolder:/nowhere",
     )  # fmt: skip
     assert {name: verdict for name, (verdict, _) in rows.items() if name not in ("teacher", "driver")} == {
-        "recipe": "ok", "DeepSpeed JSON": "fails", "training data": "fails", "evaluation data": "fails",
+        "recipe": "ok", "DeepSpeed JSON": "fails", "network": "ok", "training data": "fails",
+        "evaluation data": "fails",
         "epoch": "skipped", "student": "fails", "task": "skipped", "run folder": "fails", "resume": "skipped",
         "disk": "skipped",
         "device": "ok", "Apex": "ok", "versions": "ok",
@@ -129,10 +130,13 @@ def test_a_step_larger_than_the_data(recipe_values: Values, check: Check) -> Non
     assert "1504 is larger than the data set of 1497 samples" in rows["epoch"][1]
 
 
-def test_grids_that_do_not_meet(recipe_values: Values, check: Check) -> None:
-    rows = check(recipe_values(), "model.img_size=48")
-    assert (rows["student"][0], rows["task"][0]) == ("ok", "fails")
-    assert "48 px make 6x6 tokens, the teacher's 24 px 3x3" in rows["task"][1]
+def test_a_pair_that_cannot_be_matched(recipe_values: Values, check: Check) -> None:
+    rows = check(recipe_values(), "distill.teachers.0.cls_weight=1")
+    assert (rows["student"][0], rows["teacher"][0], rows["task"][0]) == ("ok", "warning", "fails")
+    assert "swin_v2_tiny has no CLS token" in rows["task"][1]
+    rows = check(recipe_values(), "distill.teachers.0.target=logits")
+    assert rows["teacher"][0] == "fails"
+    assert "has no classifier" in rows["teacher"][1]
 
 
 def test_labels_are_wanted_where_they_are_learned(
@@ -167,7 +171,7 @@ def test_weights_are_compared_by_their_header_alone(
     teacher = build_model(ModelConfig(**values["distill"]["teachers"][0]["model"]))
     save_file(teacher.state_dict(), file)
     read = []
-    monkeypatch.setattr(build, "load_file", lambda path: read.append(path))
+    monkeypatch.setattr(weights, "load_file", lambda path: read.append(path))
     rows = check(values, f"distill.teachers.0.model.weights={file}", f"model.weights={file}")
     assert rows["teacher"][0] == "ok"
     assert f"{file} fits" in rows["teacher"][1]

@@ -10,6 +10,7 @@ import pytest
 
 from fd_scale.config import (
     Recipe,
+    SourceConfig,
     build_recipe,
     describe_keys,
     load_recipe,
@@ -29,6 +30,8 @@ def leaves(cls: type, prefix: str = "") -> set[str]:
         inner = [part for part in (hint, *get_args(hint)) if is_dataclass(part)]
         if name == "teachers":
             found |= {f"{prefix}teachers"} | leaves(inner[0], f"{prefix}teachers.0.")
+        elif (prefix, name) == ("data.", "train"):  # a string, or a list of these
+            found |= {"data.train"} | leaves(SourceConfig, "data.train.0.")
         elif inner and not prefix.startswith("distill.teachers"):  # a teacher's model is a model
             found |= leaves(inner[0], f"{prefix}{name}.")
         elif not inner:
@@ -119,15 +122,19 @@ def test_every_setting_is_described() -> None:
         ("train.timeout_s", 0), ("train.steps", 0),
         ("checkpoint.save_every_steps", 0), ("checkpoint.keep_last", 0),
         ("log.every_steps", 0), ("log.images_every_steps", -1), ("log.evaluate_every_steps", -1),
-        ("distill.beta", 0.0), ("contrastive.temperature", 0.0), ("contrastive.projection_dim", 0),
+        ("distill.beta", 0.0), ("distill.phi_s_images", 0), ("distill.teachers.0.weight", 0.0),
+        ("distill.teachers.0.share", 0.0), ("distill.teachers.0.share", 1.1), ("distill.teachers.0.cls_weight", -1.0),
+        ("distill.teachers.0.layers", []), ("contrastive.temperature", 0.0), ("contrastive.projection_dim", 0),
         ("classification.label_smoothing", 1.0),
     ],
 )  # fmt: skip
 def test_range(recipe_values: Values, key: str, value: Any) -> None:
-    section, name = key.split(".")
+    section, *_, name = key.split(".")
     task = section if section in ("distill", "contrastive", "classification") else "distill"
-    with pytest.raises(UserError, match=rf"recipe: .*{re.escape(key)}.*: got .*expected"):
-        build_recipe(recipe_values(task, **{f"{section}__{name}": value}))
+    values = recipe_values(task)
+    (values["distill"]["teachers"][0] if ".0." in key else values[section])[name] = value
+    with pytest.raises(UserError, match=rf"recipe: .*{re.escape(key.replace('.0.', '.'))}.*: got .*expected"):
+        build_recipe(values)
 
 
 def test_every_limit_is_in_the_table_above() -> None:
@@ -136,8 +143,10 @@ def test_every_limit_is_in_the_table_above() -> None:
     tested = {key for key, _ in marker.args[1]}
     free = {  # any value of the type is allowed, or its meaning is checked where it is used
         "task", "run_dir", "seed", "model.name", "model.mean", "model.weights", "model.license", "model.overrides",
-        "data.train", "data.evaluation", "train.epochs", "train.precision", "train.device", "train.ds_config",
-        "train.activation_checkpointing", "distill.teachers", "distill.teachers.0.precision", "contrastive.jitter",
+        "data.train", "data.train.0.source", "data.train.0.weight", "data.train.0.only", "data.train.0.without",
+        "data.evaluation", "train.epochs", "train.precision", "train.device", "train.ds_config",
+        "train.activation_checkpointing", "distill.teachers", "distill.teachers.0.precision",
+        "distill.teachers.0.target", "distill.teachers.0.projector", "distill.loss", "contrastive.jitter",
         "classification.head_init_scale",
     }  # fmt: skip
     assert tested | free == leaves(Recipe)
@@ -153,7 +162,7 @@ def test_every_limit_is_in_the_table_above() -> None:
             {"train__steps": None, "train__epochs": 1.0, "optim__warmup_steps": 1},
             "set optim.warmup_epochs instead",
         ),
-        ({"distill__teachers": []}, "distill.teachers: got 0 entries, expected a list of one"),
+        ({"distill__teachers": []}, "distill.teachers: got an empty list"),
         ({"contrastive": {}}, "this section belongs to task contrastive, the recipe's is distill"),
     ],
 )

@@ -12,12 +12,21 @@ import torch.nn.functional as F
 from torchvision.transforms.v2 import functional as transforms
 
 from fd_scale import distributed
-from fd_scale.config import ClassificationConfig, ModelConfig, Recipe
-from fd_scale.distill import DistillationModule
+from fd_scale.config import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    ClassificationConfig,
+    DistillConfig,
+    ModelConfig,
+    Recipe,
+    TeacherConfig,
+)
+from fd_scale.distill.losses import choose_loss
+from fd_scale.distill.module import DistillationModule, Objective
 from fd_scale.distributed import micro_batch_of_a_rank
 from fd_scale.errors import UserError
 from fd_scale.finetune.classification import ClassificationModule, require_same_classes
-from fd_scale.models import drop_path_scale, normalize
+from fd_scale.models import build_model, drop_path_scale, normalize
 from fd_scale.pretrain.contrastive import nt_xent_sum
 
 OVERRIDES = {"patch_size": 4, "embed_dim": 16, "depths": [1, 1], "num_heads": [1, 2], "window_size": 4}
@@ -54,14 +63,13 @@ def test_drop_path_is_a_function_of_seed_position_and_branch() -> None:
 
 def test_distillation_loss_is_the_papers() -> None:
     torch.manual_seed(0)
-    module = DistillationModule(MODEL, teacher_features=24, beta=2.0, dtype=torch.float32)
+    objective, loss = Objective(num_features=24), choose_loss(DistillConfig(teachers=[TeacherConfig(model=MODEL)]))
+    module = DistillationModule(build_model(MODEL), [objective], loss, dtype=torch.float32)
     images = torch.randint(0, 256, (3, 3, 16, 16), dtype=torch.uint8)
     target = 5 * torch.randn(3, 4, 24) + 1
-    outputs = module(images, target)
-    pixels = normalize(images, MODEL.mean, MODEL.std)
-    student = F.linear(
-        module.backbone.forward_features(pixels), module.projector.weight, module.projector.bias
-    )
+    outputs = module(images, [target], [None])
+    pixels = normalize(images, IMAGENET_MEAN, IMAGENET_STD)
+    student = module.projectors[0](module.backbone(pixels))
     expected = F.smooth_l1_loss(student, F.layer_norm(target, (24,)), beta=2.0)  # mean of all elements
     torch.testing.assert_close(outputs["loss"] / (3 * 4), expected, rtol=1e-5, atol=1e-7)
     torch.testing.assert_close(outputs["tokens"], student)

@@ -208,7 +208,7 @@ def test_parquet_fingerprint_follows_the_content_not_the_place(tmp_path: Path) -
         ("parquet:no_rows.parquet", "holds no rows"),
         ("parquet:no_images.parquet", "no image column .* its columns are: label: int64, text: string"),
         ("parquet:garbage.parquet", "is no parquet file"),
-        ("parquet:mixed", "several parts \\(test, train\\).*\\*\\*/train-\\*.parquet"),
+        ("parquet:mixed", "several parts \\(test, train\\).*\\*\\*/train\\*.parquet"),
         ("parquet:unlike", "b.parquet has no column 'label'"),
     ],
 )

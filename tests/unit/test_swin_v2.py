@@ -10,7 +10,7 @@ from timm.models.swin_transformer_v2 import SwinTransformerV2 as TimmSwinTransfo
 from torch import Tensor, nn
 
 from fd_scale.errors import UserError
-from fd_scale.models import SwinTransformerV2, from_timm_swin_v2
+from fd_scale.models import SwinTransformerV2
 
 SMALL: dict[str, Any] = {
     "img_size": 32,
@@ -150,7 +150,7 @@ def test_parity_with_timm(case: ParityCase, precision: Precision) -> None:
     model = SwinTransformerV2(
         **case.shape(), pretrained_window_size=case.pretrained_window_size, shared_bias=False
     )
-    assert_parity(model, build_timm(case), case.image, from_timm_swin_v2, precision)
+    assert_parity(model, build_timm(case), case.image, model.translate, precision)
 
 
 @both_precisions
@@ -165,12 +165,9 @@ def test_parity_with_timm_shared_bias_and_extra_norm(precision: Precision) -> No
     model = SwinTransformerV2(**case.shape(), extra_norm_period=2)
 
     def rename(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Our names, where a stage has the bias that timm's first block has."""
-        return {
-            name.replace("blocks.0.attn.position_bias", "position_bias"): tensor
-            for name, tensor in from_timm_swin_v2(tensors).items()
-            if "blocks.1.attn.position_bias" not in name
-        }
+        """The blocks share a module, whose gradients timm names once: those of a stage's first block."""
+        first = {name: tensor for name, tensor in tensors.items() if "blocks.1.attn.cpb_mlp" not in name}
+        return model.translate(first)
 
     assert_parity(model, timm_model, case.image, rename, precision)
 

@@ -1,0 +1,96 @@
+"""What every source of images has in common."""
+
+import glob
+import hashlib
+import os
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Protocol
+
+from PIL import Image
+
+from fd_scale import hub
+from fd_scale.errors import UserError
+
+UNLABELLED = -1
+IMAGE_SUFFIXES = frozenset(
+    {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".jp2", ".avif"}
+)
+
+# What distinguishes the files of one part of a data set: 7 in train-7.tar, 7-of-9 in train-7-of-9.parquet.
+_NUMBER = re.compile(r"([-_.]?\d+(-of-\d+.*)?)?\.\w+$")
+_PARTS = re.compile(r"(?<![a-z])(train|test|val|validation)(?![a-z])")
+
+
+class Source(Protocol):
+    """A data set with random access. It must be picklable: loader workers get a copy."""
+
+    @property
+    def class_names(self) -> list[str] | None:
+        """Name of each label, or None where the data set does not tell."""
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes; 0 where nothing is labelled."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of what identifies the content cheaply: file names, sizes, counts; no absolute path."""
+
+    def __len__(self) -> int: ...
+
+    def name(self, sample_id: int) -> str:
+        """What a person needs to find the sample: a path, or a file and its row."""
+
+    def key(self, sample_id: int) -> str:
+        """Name of the sample within its source, wherever that lies: what lists of samples hold, a line each."""
+
+    def read(self, sample_id: int) -> tuple[Image.Image, int]:
+        """Returns the image, 8-bit RGB, and its label, `UNLABELLED` (-1) where it has none.
+
+        Raises:
+            DecodeError: the image cannot be decoded.
+        """
+
+
+def data_files(kind: str, path: str) -> list[str]:
+    """Finds the files of a data set, sorted.
+
+    Args:
+        kind: "parquet" or "tar", which is the files' suffix as well.
+        path: a file, a folder, a glob, each with braces or not, or `hf://datasets/ORG/NAME/PATTERN`.
+
+    Raises:
+        UserError: there are none, one of a range is missing, or a folder holds several parts.
+    """
+    if path.startswith(hub.PREFIX):
+        return [str(file) for file in hub.cached(hub.dataset_files(path))]
+    if not os.path.isdir(path):
+        found = set()
+        for pattern in hub.expand_braces(path):
+            matches = glob.glob(pattern, recursive=True)
+            if not matches:
+                raise UserError(
+                    f"{kind}:{path}: {pattern} matches no file; give a file, a folder or a quoted glob"
+                )
+            found.update(matches)
+        return sorted(found)
+    files = sorted(str(file) for file in Path(path).rglob(f"*.{kind}"))
+    if not files:
+        raise UserError(f"{kind}:{path} is a folder without *.{kind} files; check the path")
+    parts = sorted({_NUMBER.sub("", os.path.basename(file)) for file in files})
+    if len(parts) > 1 and any(_PARTS.search(part) for part in parts):
+        raise UserError(
+            f"{kind}:{path} holds several parts ({', '.join(parts)}), which must not be mixed; "
+            f"choose one, like {kind}:{path.rstrip('/')}/**/{parts[-1]}*.{kind}"
+        )
+    return files
+
+
+def content_hash(items: Iterable[str]) -> str:
+    """Returns a hash of strings, in their order."""
+    digest = hashlib.blake2b(digest_size=16)
+    for item in items:
+        digest.update(os.fsencode(item) + b"\0")
+    return digest.hexdigest()

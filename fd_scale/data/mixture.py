@@ -1,0 +1,133 @@
+"""Sources made of sources: some images of one, and several with weights."""
+
+import logging
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from fd_scale.data.base import UNLABELLED, Source, content_hash
+from fd_scale.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+
+class Filtered:
+    """Those images of a source that a list keeps; where several have one key, the list means all of them."""
+
+    def __init__(self, source: Source, only: str | None, without: str | None) -> None:
+        """Reads the lists.
+
+        Args:
+            source: where the images are.
+            only: text file, a key a line: images to keep; none: all.
+            without: text file, a key a line: images to leave out; none: none.
+
+        Raises:
+            UserError: a list cannot be read, names an image that is not there, or leaves no image.
+        """
+        self.source = source
+        keys = [source.key(sample_id) for sample_id in range(len(source))]
+        kept_N = np.ones(len(keys), dtype=bool)
+        for file, keeps in ((only, True), (without, False)):
+            if file is not None:
+                kept_N &= _listed(file, keys) == keeps
+        self.sample_ids_N = np.flatnonzero(kept_N)
+        if len(self) == 0:
+            lists = ", ".join(filter(None, (only, without)))
+            raise UserError(f"{lists}: no image is left of {len(keys)}; check the lists of images")
+        self.class_names = source.class_names
+        self.num_classes = source.num_classes
+
+    @property
+    def fingerprint(self) -> str:
+        """See `Source`: that of the whole source, and which images are kept."""
+        return content_hash([self.source.fingerprint, self.sample_ids_N.tobytes().hex()])
+
+    def __len__(self) -> int:
+        return len(self.sample_ids_N)
+
+    def name(self, sample_id: int) -> str:
+        return self.source.name(int(self.sample_ids_N[sample_id]))
+
+    def key(self, sample_id: int) -> str:
+        return self.source.key(int(self.sample_ids_N[sample_id]))
+
+    def read(self, sample_id: int) -> tuple[Image.Image, int]:
+        return self.source.read(int(self.sample_ids_N[sample_id]))
+
+
+class Mixture:
+    """Several sources one after the other, each image as often as its source weighs.
+
+    Labels keep their meaning where all sources name the same classes; else no image has a label.
+    """
+
+    def __init__(self, sources: Sequence[Source], weights: Sequence[int]) -> None:
+        """Takes sources and, for each, how often its images appear in an epoch (1 or more)."""
+        assert len(sources) == len(weights) >= 1, weights
+        assert min(weights) >= 1, weights
+        self.sources = list(sources)
+        self.weights = list(weights)
+        self._ends = np.cumsum(
+            [len(source) * weight for source, weight in zip(sources, weights, strict=True)]
+        )
+        names = sources[0].class_names
+        self.labels_agree = len(sources) == 1 or (
+            names is not None and all(source.class_names == names for source in sources)
+        )
+        if not self.labels_agree:
+            logger.info("labels are not used: the %d sources do not name the same classes", len(sources))
+        self.class_names = names if self.labels_agree else None
+        self.num_classes = sources[0].num_classes if self.labels_agree else 0
+
+    @property
+    def fingerprint(self) -> str:
+        """See `Source`: those of the sources, and their weights."""
+        return content_hash(
+            f"{weight} {source.fingerprint}"
+            for source, weight in zip(self.sources, self.weights, strict=True)
+        )
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def name(self, sample_id: int) -> str:
+        source, inner_id = self._find(sample_id)
+        return source.name(inner_id)
+
+    def key(self, sample_id: int) -> str:
+        source, inner_id = self._find(sample_id)
+        return source.key(inner_id)
+
+    def read(self, sample_id: int) -> tuple[Image.Image, int]:
+        source, inner_id = self._find(sample_id)
+        image, label = source.read(inner_id)
+        return image, label if self.labels_agree else UNLABELLED
+
+    def _find(self, sample_id: int) -> tuple[Source, int]:
+        index = int(np.searchsorted(self._ends, sample_id, side="right"))
+        first = int(self._ends[index - 1]) if index else 0
+        source = self.sources[index]
+        return source, (sample_id - first) % len(source)
+
+
+def _listed(file: str, keys: list[str]) -> npt.NDArray[np.bool_]:
+    """Whether a list names each of the keys."""
+    try:
+        lines = os.fsdecode(Path(file).read_bytes()).splitlines()
+    except OSError as error:
+        raise UserError(
+            f"{file}: the list of images cannot be read: {error.strerror}; check the path"
+        ) from None
+    wanted = set(filter(None, lines))
+    unknown = sorted(wanted.difference(keys))
+    if unknown:
+        raise UserError(
+            f"{file}: {len(unknown)} of {len(wanted)} keys name no image: {', '.join(unknown[:3])}; a key is, for "
+            f"example, {keys[0]}"
+        )
+    return np.fromiter((key in wanted for key in keys), dtype=bool, count=len(keys))

@@ -1,0 +1,123 @@
+"""What the rest of the house knows of a model, whoever wrote it."""
+
+# Shape suffix legend
+#   B = images, L = tokens (prefix tokens first, CLS first of them, then patches row by row), D = channels,
+#   K = classes, R = residual branches
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from fd_scale.errors import UserError
+
+CheckpointingMode = Literal["none", "block"]
+
+
+class Backbone(nn.Module):
+    """A model without the parts that a task adds.
+
+    Attributes:
+        num_features: D, channels of the output tokens.
+        num_prefix_tokens: tokens before those of the patches: CLS, registers, distillation token.
+        has_cls: whether the first prefix token is a CLS token.
+        drop_path_rates: rate of each residual branch that can be dropped, R entries. The caller draws the masks.
+        activation_checkpointing: "block" recomputes each block in the backward pass, "none" stores all.
+        mean: mean of the RGB channels that it expects, in 0..1.
+        std: standard deviation of the RGB channels that it expects, in 0..1.
+    """
+
+    num_features: int
+    num_prefix_tokens: int = 0
+    has_cls: bool = False
+    drop_path_rates: tuple[float, ...] = ()
+    activation_checkpointing: CheckpointingMode
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+    def forward(self, images_BCHW: Tensor, drop_path_scale_RB: Tensor | None = None) -> Tensor:
+        """Tokens after the final norm.
+
+        Args:
+            images_BCHW: normalised images, floating point.
+            drop_path_scale_RB: factor of each residual branch and image, (len(drop_path_rates), B): 0 to
+                drop it, 1 / (1 - rate) to keep it. None keeps all as they are.
+
+        Returns:
+            tokens_BLD, L = num_prefix_tokens + rows * columns of `grid_size`.
+        """
+        raise NotImplementedError
+
+    def grid_size(self, height: int, width: int) -> tuple[int, int]:
+        """Rows and columns of the patch tokens for images of `height` x `width` pixels."""
+        raise NotImplementedError
+
+    def no_weight_decay_names(self) -> set[str]:
+        """Names of parameters without weight decay, besides those with one dimension."""
+        raise NotImplementedError
+
+    def pooled(self, images_BCHW: Tensor) -> Tensor:
+        """One feature for each image, (B, D): the mean of its patch tokens, where the model says nothing else."""
+        return self(images_BCHW)[:, self.num_prefix_tokens :].mean(1)
+
+    def logits(self, images_BCHW: Tensor) -> Tensor:
+        """Class scores, (B, K).
+
+        Raises:
+            UserError: the model has no classifier.
+        """
+        raise UserError(f"{type(self).__name__} has no classifier; choose target feature_map or pooled")
+
+    def intermediates(self, images_BCHW: Tensor, layers: Sequence[int]) -> list[Tensor]:
+        """Tokens after chosen blocks (of hierarchical models: stages), in the order of `layers`.
+
+        Returns:
+            For each layer (B, L, D of that layer); prefix tokens as in `forward`.
+
+        Raises:
+            UserError: there is no such layer.
+        """
+        raise UserError(f"{type(self).__name__} gives no intermediate layers; remove `layers`")
+
+    def translate(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Returns the weights of any layout that the model knows, by the model's own names."""
+        raise NotImplementedError
+
+    def to_layout(self, state: Mapping[str, Tensor], layout: str) -> dict[str, Tensor]:
+        """Returns weights by the model's own names in a published layout.
+
+        Raises:
+            UserError: the layout has no place for some of them.
+        """
+        raise NotImplementedError
+
+    def layout_config(self, layout: str) -> dict[str, Any]:
+        """Returns what a published layout's `config.json` says of the model, where it has one.
+
+        Raises:
+            UserError: it cannot say what this model is.
+        """
+        return {}
+
+
+def cls_and_patches(tokens_BLD: Tensor, num_prefix_tokens: int, with_cls: bool) -> Tensor:
+    """Drops the prefix tokens, but the first where `with_cls` is set."""
+    patches_BLD = tokens_BLD[:, num_prefix_tokens:]
+    return torch.cat([tokens_BLD[:, :1], patches_BLD], dim=1) if with_cls else patches_BLD
+
+
+def resolve_layers(layers: Sequence[int], num_layers: int) -> list[int]:
+    """Returns layer numbers from 0, for numbers that may count from the end.
+
+    Raises:
+        UserError: there is no such layer.
+    """
+    for layer in layers:
+        if not -num_layers <= layer < num_layers:
+            raise UserError(
+                f"layer {layer} is none of the model's {num_layers}; give 0 to {num_layers - 1}, or -1 and below"
+            )
+    return [layer % num_layers for layer in layers]

@@ -1,0 +1,180 @@
+"""Vision models of Hugging Face Transformers as backbones."""
+
+# Shape suffix legend: B = images, H, W = pixels, L = tokens, D = channels, R = residual branches
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fd_scale.errors import UserError
+from fd_scale.models.backbone import Backbone, CheckpointingMode, resolve_layers
+
+# Final norms that these models leave to their pooler.
+_NORMS_BEHIND_POOLING = {"clip_vision_model": "post_layernorm", "convnext": "layernorm"}
+
+
+class HuggingFaceBackbone(Backbone):
+    """The vision part of a Transformers model.
+
+    It trains without its dropout and drop path, which would draw from a global generator.
+
+    Args:
+        folder: local folder with a `config.json`.
+        img_size: side of the images in pixels.
+        overrides: settings that differ from the `config.json`.
+
+    Raises:
+        UserError: Transformers is not installed, or does not build a vision model from the folder.
+    """
+
+    def __init__(self, folder: Path, img_size: int, overrides: dict[str, Any]) -> None:
+        super().__init__()
+        transformers = _transformers()
+        config = read_config(folder)
+        unknown = [name for name in overrides if not hasattr(config, name)]
+        if unknown:
+            raise UserError(f"model.overrides: {folder}/config.json has no setting {', '.join(unknown)}")
+        config.update({"image_size": img_size, **overrides})
+        try:
+            self.model = transformers.AutoModel.from_config(config).eval()
+        except (ValueError, KeyError, AttributeError) as error:
+            raise UserError(
+                f"hf:{folder}: Transformers builds no model from it: {' '.join(str(error).split())}"
+            ) from None
+        self.config = config
+        self._mode: CheckpointingMode = "none"
+        norm_name = _NORMS_BEHIND_POOLING.get(config.model_type)
+        self.norm_name = norm_name
+        self.num_features, self.grid, num_tokens = self._probe(img_size)
+        self.num_prefix_tokens = num_tokens - self.grid[0] * self.grid[1]
+        self.has_cls = self.num_prefix_tokens > 0
+        self.reduction = img_size // self.grid[0]
+
+    def train(self, mode: bool = True) -> HuggingFaceBackbone:
+        """Sets the mode of the wrapper alone, see the class."""
+        self.training = mode
+        return self
+
+    @property
+    def activation_checkpointing(self) -> CheckpointingMode:  # type: ignore[override]
+        """See `Backbone`."""
+        return self._mode
+
+    @activation_checkpointing.setter
+    def activation_checkpointing(self, mode: CheckpointingMode) -> None:
+        if mode == "block":
+            raise UserError("train.activation_checkpointing: models of Hugging Face run without; set it to none")
+        self._mode = mode
+
+    def forward(self, images_BCHW: Tensor, drop_path_scale_RB: Tensor | None = None) -> Tensor:
+        """See `Backbone.forward`."""
+        return self._tokens(self._outputs(images_BCHW).last_hidden_state, normalise=True)
+
+    def pooled(self, images_BCHW: Tensor) -> Tensor:
+        """The model's own pooled feature, (B, D), or the mean of its patch tokens where it has none."""
+        pooled: Tensor | None = getattr(self._outputs(images_BCHW), "pooler_output", None)
+        return super().pooled(images_BCHW) if pooled is None else pooled.flatten(1)
+
+    def intermediates(self, images_BCHW: Tensor, layers: Sequence[int]) -> list[Tensor]:
+        """See `Backbone.intermediates`."""
+        hidden = self._outputs(images_BCHW, output_hidden_states=True).hidden_states[1:]
+        return [self._tokens(hidden[index], normalise=False) for index in resolve_layers(layers, len(hidden))]
+
+    def grid_size(self, height: int, width: int) -> tuple[int, int]:
+        """See `Backbone.grid_size`."""
+        return -(-height // self.reduction), -(-width // self.reduction)
+
+    def no_weight_decay_names(self) -> set[str]:
+        """Embeddings and learnt scales."""
+        kept = ("cls_token", "class_embedding", "position_embedding", "register_tokens", "logit_scale", "bias_mlp")
+        return {name for name, _ in self.named_parameters() if any(part in name for part in kept)}
+
+    def translate(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Knows our names and those of the model itself."""
+        return {name if name.startswith("model.") else f"model.{name}": tensor for name, tensor in state.items()}
+
+    def to_layout(self, state: Mapping[str, Tensor], layout: str) -> dict[str, Tensor]:
+        """Ours, or Hugging Face's."""
+        if layout == "ours":
+            return dict(state)
+        if layout == "hf":
+            return {name.removeprefix("model."): tensor for name, tensor in state.items()}
+        raise UserError(f"--format {layout}: {type(self.model).__name__} has the formats ours and hf")
+
+    def layout_config(self, layout: str) -> dict[str, Any]:
+        """`config.json` of layout `hf`."""
+        return self.config.to_dict() if layout == "hf" else {}
+
+    def load_published(self, folder: Path) -> None:
+        """Loads the folder's weights by Transformers' own rules (renamed keys, shards, parts that are not ours).
+
+        Raises:
+            UserError: weights are missing or of other shapes.
+        """
+        if next(self.model.parameters()).is_meta:
+            return
+        try:
+            model, report = type(self.model).from_pretrained(
+                folder, config=self.config, local_files_only=True, output_loading_info=True, use_safetensors=True
+            )
+        except (OSError, RuntimeError, ValueError) as error:
+            raise UserError(f"hf:{folder}: cannot be loaded: {' '.join(str(error).split())[:300]}") from None
+        missing = sorted(str(name) for name in report["missing_keys"])
+        if missing:
+            raise UserError(
+                f"hf:{folder}: weights of another architecture: {', '.join(missing[:3])} missing"
+                f"{f' and {len(missing) - 3} more' if len(missing) > 3 else ''}"
+            )
+        self.model.load_state_dict(model.state_dict())
+
+    def _outputs(self, images_BCHW: Tensor, **options: Any) -> Any:
+        weight = next(self.model.parameters())
+        return self.model(pixel_values=images_BCHW.to(weight.dtype), **options)
+
+    def _tokens(self, hidden: Tensor, normalise: bool) -> Tensor:
+        tokens_BLD = hidden.flatten(2).transpose(1, 2) if hidden.dim() == 4 else hidden
+        if normalise and self.norm_name is not None:
+            tokens_BLD = self.model.get_submodule(self.norm_name)(tokens_BLD)
+        return tokens_BLD
+
+    def _probe(self, img_size: int) -> tuple[int, tuple[int, int], int]:
+        """Channels, patch grid and number of tokens: no setting of Transformers names them for all models."""
+        device = next(self.model.parameters()).device
+        with torch.no_grad():
+            hidden = self._outputs(torch.zeros(1, 3, img_size, img_size, device=device)).last_hidden_state
+        if hidden.dim() == 4:
+            return hidden.shape[1], (hidden.shape[2], hidden.shape[3]), hidden.shape[2] * hidden.shape[3]
+        num_tokens = hidden.shape[1]
+        side = img_size // getattr(self.config, "patch_size", 1)
+        if side * side > num_tokens:  # a hierarchical model: no prefix tokens
+            side = math.isqrt(num_tokens)
+        return hidden.shape[2], (side, side), num_tokens
+
+
+def read_config(folder: Path) -> Any:
+    """Returns the configuration of the vision part that a folder describes."""
+    transformers = _transformers()
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(
+            f"hf:{folder}: no configuration that Transformers knows: {' '.join(str(error).split())[:300]}"
+        ) from None
+    return getattr(config, "vision_config", config)
+
+
+def _transformers() -> Any:
+    try:
+        import transformers
+    except ImportError:
+        raise UserError("hf: needs Transformers, which is not installed; run: pip install 'fd-scale[hf]'") from None
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    return transformers
+

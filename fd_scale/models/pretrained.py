@@ -1,0 +1,133 @@
+"""What a model's name says before it is built: its input, its licence, and where its published weights are."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import timm
+
+from fd_scale import hub
+from fd_scale.config import IMAGENET_MEAN, IMAGENET_STD, ModelConfig, Recipe
+from fd_scale.errors import UserError
+from fd_scale.models.huggingface import read_config
+from fd_scale.models.registry import HUGGING_FACE, default_img_size
+from fd_scale.models.timm_backbone import is_timm_model
+
+PRETRAINED = "pretrained"
+TEACHER = "teacher"
+
+
+def resolved(recipe: Recipe) -> Recipe:
+    """Returns the recipe with the models' own input sizes, means, standard deviations and licences filled in."""
+    recipe = replace(recipe, model=resolved_model(recipe.model))
+    if recipe.distill is None:
+        return recipe
+    teachers = [
+        replace(teacher, model=resolved_model(teacher.model)) for teacher in recipe.distill.teachers
+    ]
+    return replace(recipe, distill=replace(recipe.distill, teachers=teachers))
+
+
+def resolved_model(config: ModelConfig) -> ModelConfig:
+    """Returns the section with what it leaves open, as the model's name says it.
+
+    Raises:
+        UserError: an `hf:` folder that is not there.
+    """
+    own = _own_input(config.name)
+    given = {key: getattr(config, key) for key in ("img_size", "mean", "std")}
+    filled = {key: own[key] if value is None else value for key, value in given.items()}
+    return replace(
+        config, **filled, license=own["license"] if config.license == "unknown" else config.license
+    )
+
+
+def _own_input(name: str) -> dict[str, Any]:
+    own = {"img_size": default_img_size(name), "mean": IMAGENET_MEAN, "std": IMAGENET_STD, "license": "unknown"}
+    if name.startswith(HUGGING_FACE):
+        folder = hugging_face_folder(name)
+        own["img_size"] = getattr(read_config(folder), "image_size", None) or 224
+        processor = folder / "preprocessor_config.json"
+        values = json.loads(processor.read_text(encoding="utf-8")) if processor.is_file() else {}
+        own["mean"] = tuple(values.get("image_mean", IMAGENET_MEAN))
+        own["std"] = tuple(values.get("image_std", IMAGENET_STD))
+    elif is_timm_model(name):
+        published = _published(name)
+        own["img_size"] = published.input_size[-1]
+        own["mean"], own["std"] = tuple(published.mean), tuple(published.std)
+        own["license"] = published.license or "unknown"
+    return own
+
+
+def _published(name: str) -> Any:
+    """timm's description of a name's published weights."""
+    try:
+        published = timm.get_pretrained_cfg(name)
+    except RuntimeError as error:  # an unknown tag
+        raise UserError(f"model.name: {name}: {error}; known: {', '.join(_tags(name))}") from None
+    assert published is not None, name
+    return published
+
+
+def _tags(name: str) -> list[str]:
+    architecture = name.split(".")[0]
+    return [known for known in timm.list_pretrained() if known.split(".")[0] == architecture]
+
+
+def hub_files(config: ModelConfig) -> hub.HubFiles | None:
+    """Returns what a model section needs from the Hugging Face hub; none where all is local.
+
+    Raises:
+        UserError: `weights: pretrained` for a name of which no weights are published.
+    """
+    if config.name.startswith(HUGGING_FACE):
+        place = config.name.removeprefix(HUGGING_FACE)
+        if Path(place).is_dir():
+            return None
+        return _repository(place)
+    if config.weights != PRETRAINED:
+        return None
+    if not is_timm_model(config.name):
+        raise UserError(
+            f"model.weights: no weights of {config.name} are published; give a file or folder, or leave it out"
+        )
+    published = _published(config.name)
+    if not published.hf_hub_id:
+        known = ", ".join(_tags(config.name)) or "none"
+        raise UserError(f"model.weights: timm has no weights of {config.name} on the hub; names that have: {known}")
+    file = published.hf_hub_filename or "model.safetensors"
+    return hub.HubFiles(repo=published.hf_hub_id, kind="model", patterns=(file,))
+
+
+def hugging_face_folder(name: str) -> Path:
+    """Returns the local folder of an `hf:` name: itself, or the fetched copy of the repository.
+
+    Raises:
+        UserError: it is neither a folder nor fetched.
+    """
+    place = Path(name.removeprefix(HUGGING_FACE))
+    if place.is_dir():
+        return place
+    return hub.cached(_repository(str(place)))[0].parent
+
+
+def _repository(place: str) -> hub.HubFiles:
+    return hub.HubFiles(repo=place, kind="model", patterns=("config.json", "*.json", "*.safetensors"))
+
+
+def weights_path(config: ModelConfig) -> str | None:
+    """Returns the local file or folder of a model section's weights; none for random or the teacher's ones.
+
+    Raises:
+        UserError: published weights that were not fetched.
+    """
+    if config.weights != PRETRAINED:
+        return None if config.weights == TEACHER else config.weights
+    if config.name.startswith(HUGGING_FACE):
+        return str(hugging_face_folder(config.name))
+    files = hub_files(config)
+    assert files is not None, "published weights of a timm name are on the hub"
+    return str(hub.cached(files)[0])

@@ -1,0 +1,252 @@
+"""Any timm model as a backbone: one token layout, drop path without a generator, weights by timm's names."""
+
+# Shape suffix legend
+#   B = images, H, W = pixels or token grid, C, D = channels, L = tokens, K = classes, R = residual branches
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import inspect
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import timm
+import torch
+from timm.layers import DropPath, to_2tuple
+from torch import Tensor, nn
+
+from fd_scale.errors import UserError
+from fd_scale.models.backbone import Backbone, CheckpointingMode, resolve_layers
+
+# Names under which timm keeps the norm of models that pool before they normalise.
+_NORMS_BEHIND_POOLING = ("fc_norm", "head.norm")
+# What published files hold besides the backbone.
+_NOT_BACKBONE = ("decoder.", "feature_model.", "ln_tgt.", "mask_token", "projection_head.")
+_HEADS = ("head.", "head_dist.", "fc.", "classifier.", "fc_norm.", "attn_pool.")
+_BUFFERS = ("relative_position_index", "attn_mask", "relative_coords_table")
+
+
+def is_timm_model(name: str) -> bool:
+    """True for the name of a timm model, with or without the tag of its weights."""
+    return timm.is_model(name)
+
+
+def takes_img_size(name: str) -> bool:
+    """True where a timm model is built for one input size (its positions, its windows); others take any."""
+    published = timm.get_pretrained_cfg(name)
+    return published is not None and bool(published.fixed_input_size)
+
+
+def nearest_timm_names(name: str) -> list[str]:
+    """Returns names of timm models, with tags where `name` has one, that resemble it."""
+    known = timm.list_pretrained() if "." in name else timm.list_models()
+    return difflib.get_close_matches(name, known)
+
+
+class DropPathByScale(nn.Module):
+    """Stands in for timm's DropPath, which draws from a global generator: the factors are handed in."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale_B: Tensor | None = None
+
+    def forward(self, residual: Tensor) -> Tensor:
+        """Multiplies each image's residual, (B, ...), by its factor."""
+        if self.scale_B is None:
+            return residual
+        return residual * self.scale_B.to(residual.dtype).view(-1, *[1] * (residual.dim() - 1))
+
+
+class TimmBackbone(Backbone):
+    """A timm model without its classifier, or with it where a teacher's pooled feature or logits are wanted.
+
+    Args:
+        model: a model built by timm; its DropPath modules are replaced.
+        with_head: whether pooling and classifier stay.
+
+    Source: layouts of tokens and heads as in timm 1.0.
+    """
+
+    def __init__(self, model: nn.Module, with_head: bool = False) -> None:
+        super().__init__()
+        timm_model: Any = model
+        self.with_head = with_head
+        if not with_head:
+            timm_model.reset_classifier(0, "")
+        # The outermost forward is called as a module, so that ZeRO-3's hooks gather what it owns (cls_token).
+        timm_model.forward = timm_model.forward_features
+        self.model = timm_model
+        self.num_features = timm_model.num_features
+        self.has_cls = getattr(timm_model, "cls_token", None) is not None  # not all models have the attributes
+        self.num_prefix_tokens = getattr(timm_model, "num_prefix_tokens", 0)
+        self.reduction = to_2tuple(timm_model.feature_info[-1]["reduction"])
+        self.norm_name = _norm_behind_pooling(timm_model)
+        self._mode: CheckpointingMode = "none"
+        self.drop_paths, self.drop_path_rates = _replace_drop_paths(timm_model)
+
+    @property
+    def activation_checkpointing(self) -> CheckpointingMode:  # type: ignore[override]
+        """See `Backbone`."""
+        return self._mode
+
+    @activation_checkpointing.setter
+    def activation_checkpointing(self, mode: CheckpointingMode) -> None:
+        try:
+            self.model.set_grad_checkpointing(mode == "block")
+        except AssertionError:
+            raise UserError(
+                f"train.activation_checkpointing: timm's {type(self.model).__name__} cannot recompute its blocks; "
+                "set it to none"
+            ) from None
+        self._mode = mode
+
+    def forward(self, images_BCHW: Tensor, drop_path_scale_RB: Tensor | None = None) -> Tensor:
+        """See `Backbone.forward`."""
+        scales = [None] * len(self.drop_paths) if drop_path_scale_RB is None else drop_path_scale_RB.unbind()
+        for drop_path, scale_B in zip(self.drop_paths, scales, strict=True):
+            drop_path.scale_B = scale_B
+        features = self._features(images_BCHW)
+        if self.norm_name is not None:
+            features = self.model.get_submodule(self.norm_name)(features)
+        rows, columns = self.grid_size(*images_BCHW.shape[-2:])
+        tokens_BLD = self._as_tokens(features)
+        if tokens_BLD.shape[1] != self.num_prefix_tokens + rows * columns:
+            raise UserError(
+                f"timm's {type(self.model).__name__} makes {tokens_BLD.shape[1]} tokens of "
+                f"{tuple(images_BCHW.shape[-2:])} px; expected {self.num_prefix_tokens} + {rows} x {columns}: "
+                "it has no token grid, choose target pooled"
+            )
+        return tokens_BLD
+
+    def _features(self, images_BCHW: Tensor) -> Tensor:
+        weight = next(self.model.parameters())
+        return self.model(images_BCHW.to(weight.dtype))
+
+    def _as_tokens(self, features: Tensor) -> Tensor:
+        if features.dim() == 4:
+            channels_last = getattr(self.model, "output_fmt", "NCHW") == "NHWC"
+            features = features.flatten(1, 2) if channels_last else features.flatten(2).transpose(1, 2)
+        elif features.dim() != 3:
+            raise UserError(
+                f"timm's {type(self.model).__name__} gives features of shape {tuple(features.shape)}, no token grid; "
+                "choose target pooled"
+            )
+        return features
+
+    def pooled(self, images_BCHW: Tensor) -> Tensor:
+        """The feature that timm's classifier reads, (B, D)."""
+        if not self.with_head:
+            return super().pooled(images_BCHW)
+        return self.model.forward_head(self._features(images_BCHW), pre_logits=True)
+
+    def logits(self, images_BCHW: Tensor) -> Tensor:
+        """See `Backbone.logits`."""
+        assert self.with_head, "a teacher whose logits are wanted keeps its head"
+        if self.model.num_classes < 1:
+            raise UserError(
+                f"timm's {type(self.model).__name__} of this name has no classifier; "
+                "choose target feature_map or pooled, or a name whose weights have one"
+            )
+        return self.model.forward_head(self._features(images_BCHW))
+
+    def intermediates(self, images_BCHW: Tensor, layers: Sequence[int]) -> list[Tensor]:
+        """See `Backbone.intermediates`."""
+        indices = resolve_layers(layers, len(self.model.feature_info))
+        method = getattr(self.model, "forward_intermediates", None)
+        known = inspect.signature(method).parameters if method is not None else {}
+        options: dict[str, Any] = {"output_fmt": "NCHW", "intermediates_only": True}
+        if self.num_prefix_tokens:
+            options["return_prefix_tokens"] = True
+        if method is None or not set(options) <= set(known):
+            return super().intermediates(images_BCHW, layers)
+        weight = next(self.model.parameters())
+        found = method(images_BCHW.to(weight.dtype), indices=sorted(set(indices)), **options)
+        by_index = dict(zip(sorted(set(indices)), found, strict=True))
+        return [self._layer_tokens(by_index[index]) for index in indices]
+
+    def _layer_tokens(self, layer: Tensor | tuple[Tensor, Tensor]) -> Tensor:
+        map_BDHW, prefix_BPD = layer if isinstance(layer, tuple) else (layer, None)
+        patches_BLD = map_BDHW.flatten(2).transpose(1, 2)
+        return patches_BLD if prefix_BPD is None else torch.cat([prefix_BPD, patches_BLD], dim=1)
+
+    def grid_size(self, height: int, width: int) -> tuple[int, int]:
+        """See `Backbone.grid_size`."""
+        return -(-height // self.reduction[0]), -(-width // self.reduction[1])
+
+    def no_weight_decay_names(self) -> set[str]:
+        """What timm spares: embeddings, CLS token, tables of relative position."""
+        timm_names = self.model.no_weight_decay() if callable(getattr(self.model, "no_weight_decay", None)) else ()
+        names = {name for name, _ in self.named_parameters()}
+        return {f"model.{name}" for name in timm_names} & names
+
+    def translate(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Knows our names, timm's, and the published layouts that timm's own filter knows; heads are dropped."""
+        found = dict(state)
+        for prefix in ("backbone.", "encoder.", "model."):
+            if any(name.startswith(prefix) for name in found):
+                found = {
+                    name.removeprefix(prefix): found[name] for name in found if name.startswith(prefix)
+                }
+        found = {
+            name: tensor
+            for name, tensor in found.items()
+            if not name.startswith(_NOT_BACKBONE) and not name.endswith(_BUFFERS)
+        }
+        filter_fn = getattr(sys.modules[type(self.model).__module__], "checkpoint_filter_fn", None)
+        if filter_fn is not None:
+            # The filters trip over keys that their model has not; the caller names those.
+            with contextlib.suppress(AttributeError, KeyError, RuntimeError):
+                found = filter_fn(found, self.model)
+        own = set(self.model.state_dict())
+        return {
+            f"model.{name}": tensor
+            for name, tensor in found.items()
+            if name in own or not name.startswith(_HEADS)
+        }
+
+    def to_layout(self, state: Mapping[str, Tensor], layout: str) -> dict[str, Tensor]:
+        """Ours, or timm's."""
+        if layout == "ours":
+            return dict(state)
+        if layout == "timm":
+            return {name.removeprefix("model."): tensor for name, tensor in state.items()}
+        raise UserError(f"--format {layout}: {type(self.model).__name__} has the formats ours and timm")
+
+
+def create_timm_model(name: str, overrides: dict[str, Any]) -> nn.Module:
+    """Builds a timm model with fresh weights.
+
+    Raises:
+        UserError: an unknown tag, or an argument that the model does not take.
+    """
+    try:
+        return timm.create_model(name, pretrained=False, **overrides)
+    except (TypeError, RuntimeError, AssertionError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"timm does not build {name} with {overrides or 'its own settings'}: {reason}; "
+            f"names like it: {', '.join(nearest_timm_names(name)) or 'none'}"
+        ) from None
+
+
+def _norm_behind_pooling(model: Any) -> str | None:
+    """Name of the final norm, where `forward_features` of a timm model leaves it to the head."""
+    modules = dict(model.named_modules())
+    if not isinstance(modules.get("norm", nn.Identity()), nn.Identity):
+        return None
+    for name in _NORMS_BEHIND_POOLING:
+        if not isinstance(modules.get(name, nn.Identity()), nn.Identity):
+            return name
+    return None
+
+
+def _replace_drop_paths(model: nn.Module) -> tuple[list[DropPathByScale], tuple[float, ...]]:
+    found = [(name, module) for name, module in model.named_modules() if isinstance(module, DropPath)]
+    replacements = []
+    for name, _ in found:
+        parent, _, child = name.rpartition(".")
+        replacements.append(DropPathByScale())
+        setattr(model.get_submodule(parent), child, replacements[-1])
+    return replacements, tuple(float(module.drop_prob) for _, module in found)

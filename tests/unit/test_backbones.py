@@ -1,0 +1,218 @@
+"""Models of timm and Transformers as backbones: their own tokens, in one layout."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from torch import Tensor, nn
+
+from fd_scale.config import ModelConfig
+from fd_scale.errors import UserError
+from fd_scale.models import Backbone, build_model, create_model, load_tensors, resolved_model
+
+VIT = {"embed_dim": 32, "depth": 2, "num_heads": 2}
+
+
+def images(size: int) -> Tensor:
+    return torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
+
+
+def shake(model: nn.Module) -> None:
+    """Moves every parameter off its initial value, so that a norm left out shows."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+
+
+Expected = Callable[[Any, Tensor], Tensor]
+
+
+def as_it_is(model: Any, x: Tensor) -> Tensor:
+    return model.forward_features(x)
+
+
+def normed_behind_pooling(model: Any, x: Tensor) -> Tensor:
+    return model.fc_norm(model.forward_features(x))
+
+
+def rows_last(model: Any, x: Tensor) -> Tensor:
+    return model.forward_features(x).flatten(1, 2)
+
+
+def channels_first(model: Any, x: Tensor) -> Tensor:
+    return model.head.norm(model.forward_features(x)).flatten(2).transpose(1, 2)
+
+
+TIMM: dict[str, tuple[int, dict[str, Any], int, bool, Expected]] = {
+    "vit_base_patch16_224.dino": (32, VIT, 1, True, as_it_is),
+    "vit_base_patch16_224.mae": (32, VIT, 1, True, as_it_is),
+    "deit_base_distilled_patch16_224.fb_in1k": (32, VIT, 2, True, as_it_is),
+    "vit_base_patch16_clip_224.openai": (32, VIT, 1, True, as_it_is),
+    "vit_base_patch16_siglip_256.v2_webli": (32, VIT, 0, False, as_it_is),
+    "vit_base_patch14_reg4_dinov2.lvd142m": (28, VIT, 5, True, as_it_is),
+    "vit_base_patch16_dinov3.lvd1689m": (32, VIT, 5, True, as_it_is),
+    "beit_base_patch16_224.in22k_ft_in22k": (32, VIT, 1, True, normed_behind_pooling),
+    "eva02_base_patch14_224.mim_in22k": (28, VIT, 1, True, normed_behind_pooling),
+    "swin_base_patch4_window7_224": (56, {"embed_dim": 8, "depths": [1, 1, 2, 1]}, 0, False, rows_last),
+    "convnext_base.fb_in22k_ft_in1k": (64, {"dims": [8, 8, 16, 16], "depths": [1, 1, 1, 1]}, 0, False, channels_first),
+}
+
+
+@pytest.mark.parametrize("name", TIMM)
+def test_tokens_are_timms_after_its_final_norm(name: str) -> None:
+    size, shape, num_prefix_tokens, has_cls, expected_tokens = TIMM[name]
+    model = build_model(ModelConfig(name=name, img_size=size, overrides=shape)).eval()
+    shake(model)
+    theirs = timm.create_model(name, **shape, **({} if "convnext" in name else {"img_size": size})).eval()
+    theirs.load_state_dict(model.model.state_dict(), strict=False)
+    with torch.no_grad():
+        tokens, expected = model(images(size)), expected_tokens(theirs, images(size))
+    # Equal but for BEiT, whose attention is ours: fp32 sums in another order.
+    torch.testing.assert_close(tokens, expected, rtol=1e-5, atol=1e-5)
+    rows, columns = model.grid_size(size, size)
+    assert (model.num_prefix_tokens, model.has_cls) == (num_prefix_tokens, has_cls)
+    assert tokens.shape == (2, num_prefix_tokens + rows * columns, model.num_features)
+    unused = [
+        name
+        for name, parameter in model.named_parameters()
+        if torch.autograd.grad(model(images(size)).sum(), parameter, allow_unused=True)[0] is None
+    ]
+    assert not unused, "ZeRO would wait for the gradients of parameters that nothing reads"
+    last, first = model.intermediates(images(size), [-1, 0])
+    assert last.shape[1] == tokens.shape[1]
+    assert first.shape[1] >= tokens.shape[1]
+
+
+def test_own_input_of_published_weights() -> None:
+    clip = resolved_model(ModelConfig(name="vit_base_patch16_clip_224.openai"))
+    assert clip.img_size == 224
+    assert clip.mean == pytest.approx((0.48145466, 0.4578275, 0.40821073))
+    assert clip.license == "apache-2.0"
+    given = ModelConfig(name="vit_base_patch16_clip_224.openai", img_size=64, mean=(0.1, 0.2, 0.3), license="mine")
+    assert resolved_model(given).mean == (0.1, 0.2, 0.3)
+    assert (resolved_model(given).img_size, resolved_model(given).license) == (64, "mine")
+    assert resolved_model(ModelConfig(name="swin_v2_giant")).img_size == 192
+    assert resolved_model(resolved_model(clip)) == clip
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides", "words"),
+    [
+        ("vit_base_patch16_cilp_224", {}, "unknown model 'vit_base_patch16_cilp_224'.*vit_base_patch16_clip_224"),
+        ("vit_base_patch16_clip_224.opneai", {}, "vit_base_patch16_clip_224.openai"),
+        ("fd_vit_bsae_patch16", {}, "fd_vit_base_patch16"),
+        ("vit_tiny_patch16_224", {"depht": 2}, "timm does not build vit_tiny_patch16_224.*depht"),
+        ("vit_tiny_patch16_224", {"img_size": 32}, "the input size is model.img_size"),
+        ("hf:/nowhere", {}, "is not in the cache|not a repository"),
+    ],
+)
+def test_unknown_models(name: str, overrides: dict[str, Any], words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        build_model(ModelConfig(name=name, overrides=overrides))
+
+
+def test_a_model_without_a_token_grid_is_refused() -> None:
+    model = create_model("resnetv2_50", img_size=32).eval()  # has a grid: nothing to refuse
+    assert model(images(64)).shape[1] == 4
+    vgg: Any = create_model("vit_tiny_patch16_224", img_size=32, **VIT)
+    vgg.model.forward = lambda x: x.mean((2, 3))
+    with pytest.raises(UserError, match="no token grid; choose target pooled"):
+        vgg(images(32))
+    with pytest.raises(UserError, match="layer 2 is none of the model's 2"):
+        create_model("vit_tiny_patch16_224", img_size=32, **VIT).intermediates(images(32), [2])
+
+
+def test_published_positions_are_resampled_by_timm() -> None:
+    """DINOv2's 37 x 37 positions in a model of 4 x 4."""
+    large = create_model("vit_base_patch14_reg4_dinov2.lvd142m", **VIT)
+    small: Any = create_model("vit_base_patch14_reg4_dinov2.lvd142m", img_size=56, **VIT)
+    state = large.to_layout(large.state_dict(), "timm") | {"head.weight": torch.zeros(1), "mask_token": torch.zeros(1)}
+    assert state["pos_embed"].shape[1] == 37 * 37
+    load_tensors(small, state, "DINOv2")
+    assert small.model.pos_embed.shape[1] == 16
+    assert torch.equal(small.model.blocks[1].mlp.fc1.weight, state["blocks.1.mlp.fc1.weight"])
+    load_tensors(small, small.to_layout(small.state_dict(), "timm"), "again")
+
+
+def test_official_swin_v1_keys() -> None:
+    """EsViT and SimMIM: patch merging at the end of a stage, buffers, heads, a prefix."""
+    shape = {"embed_dim": 8, "depths": [1, 1], "num_heads": [1, 2]}
+    source: Any = create_model("swin_base_patch4_window7_224", img_size=56, **shape)
+    shake(source)
+    official = {}
+    for name, tensor in source.model.state_dict().items():
+        name = name.replace("layers.1.downsample", "layers.0.downsample")
+        official[f"encoder.{name}"] = tensor
+    official |= {"encoder.mask_token": torch.zeros(1), "decoder.0.weight": torch.zeros(1)}
+    official["encoder.layers.0.blocks.0.attn.relative_position_index"] = torch.zeros(49, 49)
+    official["encoder.head.weight"] = torch.zeros(10, 16)
+    target = create_model("swin_base_patch4_window7_224", img_size=56, **shape)
+    load_tensors(target, official, "official")
+    torch.testing.assert_close(target(images(56)), source(images(56)))
+
+
+def transformers_models() -> dict[str, Callable[[Any], tuple[Any, int, bool]]]:
+    small = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    patches = small | {"image_size": 32, "patch_size": 8}
+    return {
+        "vit": lambda t: (t.ViTModel(t.ViTConfig(**patches)), 1, True),
+        "siglip": lambda t: (t.SiglipVisionModel(t.SiglipVisionConfig(**patches)), 0, False),
+        "dinov2_registers": lambda t: (
+            t.Dinov2WithRegistersModel(t.Dinov2WithRegistersConfig(**patches, num_register_tokens=4)), 5, True),
+        "swinv2": lambda t: (
+            t.Swinv2Model(t.Swinv2Config(image_size=32, embed_dim=8, depths=[1, 1], num_heads=[1, 2], window_size=4)),
+            0, False),
+        "clip": lambda t: (
+            t.CLIPModel(t.CLIPConfig(vision_config=patches, text_config=small | {
+                "vocab_size": 9, "eos_token_id": 1, "bos_token_id": 0, "pad_token_id": 2})), 1, True),
+        "convnext": lambda t: (
+            t.ConvNextModel(t.ConvNextConfig(image_size=64, hidden_sizes=[8, 8, 8, 16], depths=[1, 1, 1, 1])), 0, False),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", transformers_models())
+def test_a_hugging_face_folder(kind: str, tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers", reason="needs the extra hf")
+    torch.manual_seed(0)
+    theirs, num_prefix_tokens, has_cls = transformers_models()[kind](transformers)
+    shake(theirs)
+    theirs.eval().save_pretrained(tmp_path)
+    (tmp_path / "preprocessor_config.json").write_text('{"image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6]}')
+    model: Backbone = build_model(ModelConfig(name=f"hf:{tmp_path}", weights="pretrained"))
+    assert model.mean == (0.1, 0.2, 0.3)
+    size = 64 if kind == "convnext" else 32
+    vision = theirs.vision_model if kind == "clip" else theirs
+    with torch.no_grad():
+        expected = vision(pixel_values=images(size)).last_hidden_state
+        if kind == "clip":
+            expected = vision.post_layernorm(expected)
+        elif kind == "convnext":
+            expected = vision.layernorm(expected.flatten(2).transpose(1, 2))
+        torch.testing.assert_close(model.train()(images(size)), expected)  # no dropout, in train mode too
+    rows, columns = model.grid_size(size, size)
+    assert expected.shape == (2, num_prefix_tokens + rows * columns, model.num_features)
+    assert (model.num_prefix_tokens, model.has_cls) == (num_prefix_tokens, has_cls)
+    assert len(model.intermediates(images(size), [0, -1])) == 2
+    again = build_model(ModelConfig(name=f"hf:{tmp_path}"))
+    load_tensors(again, model.to_layout(model.state_dict(), "hf"), "hf names")
+    torch.testing.assert_close(again(images(size)), expected)
+
+
+def test_a_hugging_face_folder_without_weights_is_refused(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers", reason="needs the extra hf")
+    theirs, *_ = transformers_models()["vit"](transformers)
+    theirs.config.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="cannot be loaded"):
+        build_model(ModelConfig(name=f"hf:{tmp_path}", weights="pretrained"))
+    theirs.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="config.json has no setting hiden_size"):
+        build_model(ModelConfig(name=f"hf:{tmp_path}", overrides={"hiden_size": 3}))
+    with pytest.raises(UserError, match="another architecture|cannot be loaded"):
+        build_model(ModelConfig(name=f"hf:{tmp_path}", weights="pretrained", overrides={"num_hidden_layers": 3}))
+    (tmp_path / "config.json").write_text('{"model_type": "nothing"}')
+    with pytest.raises(UserError, match="no configuration that Transformers knows"):
+        build_model(ModelConfig(name=f"hf:{tmp_path}"))
