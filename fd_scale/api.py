@@ -28,7 +28,8 @@ from fd_scale.distributed import Preemption, World
 from fd_scale.engine import Engine
 from fd_scale.errors import UserError
 from fd_scale.evaluation import EvaluationSet
-from fd_scale.export import export
+from fd_scale.export import convert, export, interpolate
+from fd_scale.fetch import fetch
 from fd_scale.finetune import ClassificationTask
 from fd_scale.metrics import Recorder
 from fd_scale.models import resolved
@@ -37,7 +38,7 @@ from fd_scale.pretrain import ContrastiveTask
 from fd_scale.randomness import hash64
 from fd_scale.trainer import Task, Trainer
 
-__all__ = ["build_task", "build_trainer", "export", "load_recipe", "train"]
+__all__ = ["build_task", "build_trainer", "convert", "export", "fetch", "interpolate", "load_recipe", "train"]
 
 logger = logging.getLogger(__name__)
 
@@ -123,7 +124,7 @@ def build_task(recipe: Recipe, source: Source) -> Task:
     if recipe.data.evaluation is not None:
         evaluation = EvaluationSet(
             source=open_source(recipe.data.evaluation),
-            transform=evaluation_transform(recipe.model.img_size),
+            transform=evaluation_transform(recipe.model.size),
             batch_size=recipe.train.micro_batch,
             num_workers=recipe.data.num_workers,
         )
@@ -143,16 +144,15 @@ def build_task(recipe: Recipe, source: Source) -> Task:
 def training_transform(recipe: Recipe) -> Transform:
     """Returns how a training view is cut for the recipe's task."""
     recipe = resolved(recipe)
-    data, img_size = recipe.data, recipe.model.img_size
-    assert img_size is not None, "resolved"
+    data = recipe.data
     if recipe.contrastive is not None:
         return contrastive_transform(
-            img_size,
+            recipe.model.size,
             crop_scale=data.crop_scale,
             crop_ratio=data.crop_ratio,
             flip=data.flip,
             colour_jitter=recipe.contrastive.jitter,
         )
     return distillation_transform(
-        img_size, crop_scale=data.crop_scale, crop_ratio=data.crop_ratio, flip=data.flip
+        recipe.model.size, crop_scale=data.crop_scale, crop_ratio=data.crop_ratio, flip=data.flip
     )

@@ -175,7 +175,7 @@ def _evaluation_data(subject: _Subject) -> str:
     source = open_source(recipe.data.evaluation)
     batches = evaluation_batches(
         source,
-        evaluation_transform(recipe.model.img_size),
+        evaluation_transform(recipe.model.size),
         batch_size=recipe.train.micro_batch,
         rank=0,
         world_size=subject.num_ranks,
@@ -193,7 +193,7 @@ def _length(subject: _Subject) -> str:
     recipe = subject.recipe
     loader = TrainLoader(
         subject.source,
-        evaluation_transform(recipe.model.img_size),
+        evaluation_transform(recipe.model.size),
         seed=recipe.seed,
         global_batch=recipe.train.global_batch,
         micro_batch=subject.resolved["train_micro_batch_size_per_gpu"],
@@ -208,8 +208,7 @@ def _student(subject: _Subject) -> str:
     config = subject.recipe.model
     with torch.device("meta"):
         model = build_model(config)  # of weights, the header is compared
-        size = config.img_size or 0
-        model(torch.zeros(1, 3, size, size))
+        model(torch.zeros(1, 3, config.size, config.size))
     return _described(config, model)
 
 
@@ -229,12 +228,11 @@ def _teacher(subject: _Subject) -> str:
 
 def _described(config: ModelConfig, model: Backbone) -> str:
     millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
-    size = config.img_size or 0
-    rows, columns = model.grid_size(size, size)
+    rows, columns = model.grid_size(config.size, config.size)
     weights = {None: "random weights", TEACHER: "the teacher's weights"}.get(
         config.weights, f"{config.weights} fits"
     )
-    return f"{config.name}: {millions:.2f} M parameters, {size} px make {rows}x{columns} tokens; {weights}"
+    return f"{config.name}: {millions:.2f} M parameters, {config.size} px make {rows}x{columns} tokens; {weights}"
 
 
 def _task(subject: _Subject) -> str:

@@ -47,8 +47,16 @@ class ModelConfig:
     """Arguments of the model's constructor that differ from those of its name."""
 
     def __post_init__(self) -> None:
-        _require(self.img_size is None or self.img_size > 0, "model.img_size", self.img_size, "more than 0 pixels")
+        _require(
+            self.img_size is None or self.img_size > 0, "model.img_size", self.img_size, "more than 0 pixels"
+        )
         _require(self.std is None or min(self.std) > 0, "model.std", self.std, "three positive numbers")
+
+    @property
+    def size(self) -> int:
+        """`img_size` of a resolved section (`fd_scale.models.resolved`)."""
+        assert self.img_size is not None, f"{self.name} is not resolved"
+        return self.img_size
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -248,7 +256,9 @@ class TeacherConfig:
             "0 or more",
         )
         if self.layers is not None:
-            _require(len(self.layers) > 0, "distill.teachers.layers", self.layers, "at least one layer, or none")
+            _require(
+                len(self.layers) > 0, "distill.teachers.layers", self.layers, "at least one layer, or none"
+            )
             if self.target != "feature_map":
                 raise UserError(
                     f"distill.teachers.layers: chosen layers have a feature map alone, target is {self.target}; "

@@ -17,7 +17,7 @@ from fd_scale.data.base import IMAGE_SUFFIXES, UNLABELLED, content_hash, data_fi
 from fd_scale.data.decode import DecodeError, decode
 from fd_scale.errors import UserError
 
-# Some, since a network disk answers late; few, since they compute one at a time: 80 us an image on a local disk.
+# Some, since a network disk answers late; few, since they compute one at a time.
 _NUM_SCAN_THREADS = 4
 # A thousand shards are usual, and a thousand open files are what a process may have.
 _MAX_OPEN_SHARDS = 256

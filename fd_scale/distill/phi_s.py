@@ -54,7 +54,9 @@ class PhiS:
         covariance_DD = self.products_DD / self.count - mean_D[:, None] * mean_D
         variances_D, vectors_DD = torch.linalg.eigh(covariance_DD)
         if not float(variances_D.sum()) > 0:
-            raise UserError("distill.loss: phi_s: the teacher gives the same feature everywhere; check its weights")
+            raise UserError(
+                "distill.loss: phi_s: the teacher gives the same feature everywhere; check its weights"
+            )
         # The sign of an eigenvector is the solver's whim: the largest entry decides it.
         signs_D = vectors_DD.gather(0, vectors_DD.abs().argmax(0, keepdim=True)).sign()
         rotation_DD = self.hadamard_DD @ (vectors_DD * signs_D).T / variances_D.mean().sqrt()
@@ -78,7 +80,8 @@ def hadamard(size: int) -> Tensor:
         core, doublings = core // 2, doublings + 1
     if core != 1 and not _has_paley_matrix(core):
         raise UserError(
-            f"distill.loss: phi_s needs a Hadamard matrix, and none of {size} channels is known here; choose another loss"
+            f"distill.loss: phi_s needs a Hadamard matrix, and none of {size} channels is known here; "
+            "choose another loss"
         )
     matrix = torch.ones(1, 1, dtype=torch.float64) if core == 1 else _paley(core - 1)
     for _ in range(doublings):
@@ -93,7 +96,9 @@ def _has_paley_matrix(size: int) -> bool:
 
 def _paley(q: int) -> Tensor:
     residues = {i * i % q for i in range(1, q)}
-    character = torch.tensor([0.0] + [1.0 if i in residues else -1.0 for i in range(1, q)], dtype=torch.float64)
+    character = torch.tensor(
+        [0.0] + [1.0 if i in residues else -1.0 for i in range(1, q)], dtype=torch.float64
+    )
     index = torch.arange(q)
     matrix = torch.eye(q + 1, dtype=torch.float64)
     matrix[0, 1:], matrix[1:, 0] = 1, -1

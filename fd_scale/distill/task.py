@@ -48,23 +48,21 @@ class DistillationTask:
     best_metric = ("loss", -1)
 
     def __init__(self, recipe: Recipe, evaluation: EvaluationSet | None) -> None:
-        assert recipe.distill is not None, "a recipe of task distill has its section"
         recipe = resolved(recipe)
-        self.config = recipe.distill
+        assert recipe.distill is not None, "a recipe of task distill has its section"
+        self.config = config = recipe.distill
         self.seed = recipe.seed
         self.evaluation = evaluation
         self.teachers = [
-            Teacher(config, dtype_of(config.precision or recipe.train.precision))
-            for config in self.config.teachers
+            Teacher(teacher, dtype_of(teacher.precision or recipe.train.precision))
+            for teacher in config.teachers
         ]
         student = build_model(recipe.model)
         if recipe.model.weights == TEACHER:
             first = self.teachers[0]
             load_tensors(student, first.model.state_dict(), f"teacher {first.config.model.name}")
         student.activation_checkpointing = recipe.train.activation_checkpointing
-        size = recipe.model.img_size
-        assert size is not None, "resolved"
-        self.grid = student.grid_size(size, size)
+        self.grid = student.grid_size(recipe.model.size, recipe.model.size)
         # Teacher and target of each objective.
         self.places = [
             (index, number)
@@ -77,10 +75,10 @@ class DistillationTask:
             for objective in objectives
         }
         self.phi_s: list[PhiS] = []
-        if self.config.loss == "phi_s":
+        if config.loss == "phi_s":
             self.phi_s = [PhiS(objective.num_features) for objective in objectives]
         self.module = DistillationModule(
-            student, objectives, choose_loss(self.config), dtype_of(recipe.train.precision)
+            student, objectives, choose_loss(config), dtype_of(recipe.train.precision)
         )
         self.undecayed = undecayed_parameters(self.module)
         self.rates = student.drop_path_rates
@@ -88,10 +86,10 @@ class DistillationTask:
     def _objective(self, student: Backbone, index: int, number: int) -> Objective:
         teacher = self.teachers[index]
         target = teacher.targets[number]
-        if target.grid not in (None, self.grid):
+        if target.grid is not None and target.grid != self.grid:
             logger.info(
-                "%s gives %s x %s tokens, the student %s x %s: they are interpolated",
-                teacher.config.model.name, *(target.grid or ()), *self.grid,
+                "%s gives %d x %d tokens, the student %d x %d: they are interpolated",
+                teacher.config.model.name, *target.grid, *self.grid,
             )  # fmt: skip
         return Objective(
             loss="loss" if len(self.teachers) == 1 else f"loss_{index}",
@@ -168,7 +166,9 @@ class DistillationTask:
         target_BLD = self._standardised(self._targets(images, first))[0]
         with_cls = objective.cls_weight > 0
         tokens_BLD = outputs["tokens"][:NUM_PICTURES]
-        return {"features": side_by_side(images, target_BLD[:, with_cls:], tokens_BLD[:, with_cls:], self.grid)}
+        return {
+            "features": side_by_side(images, target_BLD[:, with_cls:], tokens_BLD[:, with_cls:], self.grid)
+        }
 
     def _rows(self, index: int, batch: Batch) -> Tensor | None:
         """Which images of a batch a teacher sees, None for all: a function of seed and position."""

@@ -43,7 +43,6 @@ def build_model(config: ModelConfig, with_head: bool = False) -> Backbone:
         UserError: an unknown model or override, or weights that do not fit.
     """
     config = resolved_model(config)
-    assert config.img_size is not None, "resolved"
     assert config.mean is not None, "resolved"
     assert config.std is not None, "resolved"
     if "img_size" in config.overrides:
@@ -51,7 +50,7 @@ def build_model(config: ModelConfig, with_head: bool = False) -> Backbone:
     name = config.name
     if name.startswith(HUGGING_FACE):
         name = f"{HUGGING_FACE}{hugging_face_folder(name)}"
-    model = create_model(name, img_size=config.img_size, with_head=with_head, **config.overrides)
+    model = create_model(name, img_size=config.size, with_head=with_head, **config.overrides)
     model.mean, model.std = config.mean, config.std
     path = weights_path(config)
     if path is not None and isinstance(model, HuggingFaceBackbone) and config.weights == PRETRAINED:

@@ -62,14 +62,16 @@ class HuggingFaceBackbone(Backbone):
         return self
 
     @property
-    def activation_checkpointing(self) -> CheckpointingMode:  # type: ignore[override]
+    def activation_checkpointing(self) -> CheckpointingMode:
         """See `Backbone`."""
         return self._mode
 
     @activation_checkpointing.setter
     def activation_checkpointing(self, mode: CheckpointingMode) -> None:
         if mode == "block":
-            raise UserError("train.activation_checkpointing: models of Hugging Face run without; set it to none")
+            raise UserError(
+                "train.activation_checkpointing: models of Hugging Face run without; set it to none"
+            )
         self._mode = mode
 
     def forward(self, images_BCHW: Tensor, drop_path_scale_RB: Tensor | None = None) -> Tensor:
@@ -92,12 +94,21 @@ class HuggingFaceBackbone(Backbone):
 
     def no_weight_decay_names(self) -> set[str]:
         """Embeddings and learnt scales."""
-        kept = ("cls_token", "class_embedding", "position_embedding", "register_tokens", "logit_scale", "bias_mlp")
+        kept = (
+            "cls_token",
+            "class_embedding",
+            "position_embedding",
+            "register_tokens",
+            "logit_scale",
+            "bias_mlp",
+        )
         return {name for name, _ in self.named_parameters() if any(part in name for part in kept)}
 
     def translate(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Knows our names and those of the model itself."""
-        return {name if name.startswith("model.") else f"model.{name}": tensor for name, tensor in state.items()}
+        return {
+            name if name.startswith("model.") else f"model.{name}": tensor for name, tensor in state.items()
+        }
 
     def to_layout(self, state: Mapping[str, Tensor], layout: str) -> dict[str, Tensor]:
         """Ours, or Hugging Face's."""
@@ -121,7 +132,11 @@ class HuggingFaceBackbone(Backbone):
             return
         try:
             model, report = type(self.model).from_pretrained(
-                folder, config=self.config, local_files_only=True, output_loading_info=True, use_safetensors=True
+                folder,
+                config=self.config,
+                local_files_only=True,
+                output_loading_info=True,
+                use_safetensors=True,
             )
         except (OSError, RuntimeError, ValueError) as error:
             raise UserError(f"hf:{folder}: cannot be loaded: {' '.join(str(error).split())[:300]}") from None
@@ -173,8 +188,9 @@ def _transformers() -> Any:
     try:
         import transformers
     except ImportError:
-        raise UserError("hf: needs Transformers, which is not installed; run: pip install 'fd-scale[hf]'") from None
+        raise UserError(
+            "hf: needs Transformers, which is not installed; run: pip install 'fd-scale[hf]'"
+        ) from None
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     return transformers
-

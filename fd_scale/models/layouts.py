@@ -69,7 +69,7 @@ LAYOUTS = {
     "ours": Layout(
         prefixes=("", "backbone."),
         marks=("{any}.position_bias.cpb_mlp.{rest}",),
-        beside=("projector.{rest}", "projection.{rest}", "norm.{rest}", "head.{rest}"),
+        beside=("projectors.{rest}", "projection.{rest}", "norm.{rest}", "head.{rest}"),
         has_stage_bias=True,
         has_extra_norm=True,
     ),

@@ -25,9 +25,7 @@ def resolved(recipe: Recipe) -> Recipe:
     recipe = replace(recipe, model=resolved_model(recipe.model))
     if recipe.distill is None:
         return recipe
-    teachers = [
-        replace(teacher, model=resolved_model(teacher.model)) for teacher in recipe.distill.teachers
-    ]
+    teachers = [replace(teacher, model=resolved_model(teacher.model)) for teacher in recipe.distill.teachers]
     return replace(recipe, distill=replace(recipe.distill, teachers=teachers))
 
 
@@ -46,7 +44,12 @@ def resolved_model(config: ModelConfig) -> ModelConfig:
 
 
 def _own_input(name: str) -> dict[str, Any]:
-    own = {"img_size": default_img_size(name), "mean": IMAGENET_MEAN, "std": IMAGENET_STD, "license": "unknown"}
+    own = {
+        "img_size": default_img_size(name),
+        "mean": IMAGENET_MEAN,
+        "std": IMAGENET_STD,
+        "license": "unknown",
+    }
     if name.startswith(HUGGING_FACE):
         folder = hugging_face_folder(name)
         own["img_size"] = getattr(read_config(folder), "image_size", None) or 224
@@ -63,7 +66,7 @@ def _own_input(name: str) -> dict[str, Any]:
 
 
 def _published(name: str) -> Any:
-    """timm's description of a name's published weights."""
+    """What timm says of a name's published weights."""
     try:
         published = timm.get_pretrained_cfg(name)
     except RuntimeError as error:  # an unknown tag
@@ -97,7 +100,9 @@ def hub_files(config: ModelConfig) -> hub.HubFiles | None:
     published = _published(config.name)
     if not published.hf_hub_id:
         known = ", ".join(_tags(config.name)) or "none"
-        raise UserError(f"model.weights: timm has no weights of {config.name} on the hub; names that have: {known}")
+        raise UserError(
+            f"model.weights: timm has no weights of {config.name} on the hub; names that have: {known}"
+        )
     file = published.hf_hub_filename or "model.safetensors"
     return hub.HubFiles(repo=published.hf_hub_id, kind="model", patterns=(file,))
 
@@ -111,7 +116,8 @@ def hugging_face_folder(name: str) -> Path:
     place = Path(name.removeprefix(HUGGING_FACE))
     if place.is_dir():
         return place
-    return hub.cached(_repository(str(place)))[0].parent
+    files = hub.cached(_repository(str(place)))
+    return min((file.parent for file in files if file.name == "config.json"), key=lambda folder: len(folder.parts))
 
 
 def _repository(place: str) -> hub.HubFiles:

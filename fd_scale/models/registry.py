@@ -132,7 +132,9 @@ def create_model(
         return HuggingFaceBackbone(Path(name.removeprefix(HUGGING_FACE)), img_size, overrides)
     if not is_timm_model(name):
         nearest = [*difflib.get_close_matches(name, _MODELS), *nearest_timm_names(name)] or list(_MODELS)
-        raise UserError(f"unknown model {name!r}; did you mean {', '.join(nearest)}; any model of timm is known too")
+        raise UserError(
+            f"unknown model {name!r}; did you mean {', '.join(nearest)}; any model of timm is known too"
+        )
     model = create_timm_model(name, overrides | (size if takes_img_size(name) else {}))
     if isinstance(model, Beit):
         use_fd_kernels(model)

@@ -79,7 +79,9 @@ class TimmBackbone(Backbone):
         timm_model.forward = timm_model.forward_features
         self.model = timm_model
         self.num_features = timm_model.num_features
-        self.has_cls = getattr(timm_model, "cls_token", None) is not None  # not all models have the attributes
+        self.has_cls = (
+            getattr(timm_model, "cls_token", None) is not None
+        )  # not all models have the attributes
         self.num_prefix_tokens = getattr(timm_model, "num_prefix_tokens", 0)
         self.reduction = to_2tuple(timm_model.feature_info[-1]["reduction"])
         self.norm_name = _norm_behind_pooling(timm_model)
@@ -87,7 +89,7 @@ class TimmBackbone(Backbone):
         self.drop_paths, self.drop_path_rates = _replace_drop_paths(timm_model)
 
     @property
-    def activation_checkpointing(self) -> CheckpointingMode:  # type: ignore[override]
+    def activation_checkpointing(self) -> CheckpointingMode:
         """See `Backbone`."""
         return self._mode
 
@@ -177,7 +179,9 @@ class TimmBackbone(Backbone):
 
     def no_weight_decay_names(self) -> set[str]:
         """What timm spares: embeddings, CLS token, tables of relative position."""
-        timm_names = self.model.no_weight_decay() if callable(getattr(self.model, "no_weight_decay", None)) else ()
+        timm_names = (
+            self.model.no_weight_decay() if callable(getattr(self.model, "no_weight_decay", None)) else ()
+        )
         names = {name for name, _ in self.named_parameters()}
         return {f"model.{name}" for name in timm_names} & names
 
@@ -186,9 +190,7 @@ class TimmBackbone(Backbone):
         found = dict(state)
         for prefix in ("backbone.", "encoder.", "model."):
             if any(name.startswith(prefix) for name in found):
-                found = {
-                    name.removeprefix(prefix): found[name] for name in found if name.startswith(prefix)
-                }
+                found = {name.removeprefix(prefix): found[name] for name in found if name.startswith(prefix)}
         found = {
             name: tensor
             for name, tensor in found.items()

@@ -21,7 +21,7 @@ from fd_scale.models.timm_backbone import TimmBackbone
 logger = logging.getLogger(__name__)
 
 
-class BiasedAttention(BeitAttention):
+class BiasedAttention(BeitAttention):  # type: ignore[misc]  # timm is untyped here
     """timm's BEiT attention on `fd_kernels`: same parameters, same names, same numbers."""
 
     def forward(self, x_BNC: Tensor, shared_rel_pos_bias: Tensor | None = None) -> Tensor:
@@ -29,7 +29,9 @@ class BiasedAttention(BeitAttention):
         biases = [shared_rel_pos_bias] if shared_rel_pos_bias is not None else []
         if self.relative_position_bias_table is not None:
             biases.append(self._get_rel_pos_bias()[0])
-        bias_hNN = torch.stack(biases).sum(0) if biases else x_BNC.new_zeros(self.num_heads, *[x_BNC.shape[1]] * 2)
+        bias_hNN = (
+            torch.stack(biases).sum(0) if biases else x_BNC.new_zeros(self.num_heads, *[x_BNC.shape[1]] * 2)
+        )
         qkv_BNE = self.qkv(x_BNC)  # called as a module: ZeRO-3 gathers its weight there
         if self.q_bias is not None:
             qkv_BNE = qkv_BNE + torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
@@ -122,7 +124,9 @@ class VisionTransformer(TimmBackbone):
             for gamma in ("gamma_1", "gamma_2"):
                 found[f"{stem}{gamma}"] = torch.ones_like(found[f"{stem}attn.q_bias"])
         if len(found) > len(state):
-            logger.warning("weights of a plain ViT: their absolute position embedding is dropped, relative ones are 0")
+            logger.warning(
+                "weights of a plain ViT: their absolute position embedding is dropped, relative ones are 0"
+            )
             found = {name: tensor for name, tensor in found.items() if not name.endswith("pos_embed")}
             prefix = stem.partition("blocks.")[0]
             found |= {

@@ -45,7 +45,7 @@ class Teacher:
     def __init__(self, config: TeacherConfig, dtype: torch.dtype) -> None:
         self.config = config
         self.dtype = dtype
-        self.img_size = resolved_model(config.model).img_size or 0
+        self.img_size = resolved_model(config.model).size
         # eval() for good: DeepSpeed's coordinator also mistakes a teacher in train mode under no_grad.
         self.model = build_model(config.model, with_head=config.target != "feature_map")
         self.model.to(dtype).eval().requires_grad_(False)
@@ -81,10 +81,8 @@ def _targets_of(model: Backbone, config: TeacherConfig, pixels_BCHW: Tensor) -> 
         return [model.pooled(pixels_BCHW)[:, None]]
     if config.target == "logits":
         return [model.logits(pixels_BCHW)[:, None]]
-    if config.layers is None:
-        maps = [model(pixels_BCHW)]
-    else:
-        maps = model.intermediates(pixels_BCHW, config.layers)
+    layers = config.layers
+    maps = [model(pixels_BCHW)] if layers is None else model.intermediates(pixels_BCHW, layers)
     return [cls_and_patches(tokens_BLD, model.num_prefix_tokens, model.has_cls) for tokens_BLD in maps]
 
 
@@ -92,7 +90,9 @@ def _targets_of(model: Backbone, config: TeacherConfig, pixels_BCHW: Tensor) -> 
 def _probe(config: TeacherConfig, img_size: int) -> tuple[Target, ...]:
     """Shapes of the targets, from a forward of the same model without weights, on the meta device."""
     with torch.device("meta"):
-        model = build_model(replace(config.model, weights=None), with_head=config.target != "feature_map").eval()
+        model = build_model(
+            replace(config.model, weights=None), with_head=config.target != "feature_map"
+        ).eval()
         targets = _targets_of(model, config, torch.zeros(1, 3, img_size, img_size))
     if config.target != "feature_map":
         return tuple(Target(tokens_BLD.shape[2], None, has_cls=False) for tokens_BLD in targets)

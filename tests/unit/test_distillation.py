@@ -50,7 +50,9 @@ def recipe_of(recipe_values: Callable[..., dict[str, Any]]) -> Callable[..., Rec
     """Returns a function that makes a recipe from a student and the section `distill`."""
 
     def make(student: dict[str, Any] = STUDENT, **distill: Any) -> Recipe:
-        return build_recipe(recipe_values(model=student, distill={"teachers": [{"model": TEACHER}]} | distill))
+        return build_recipe(
+            recipe_values(model=student, distill={"teachers": [{"model": TEACHER}]} | distill)
+        )
 
     return make
 
@@ -73,9 +75,12 @@ def test_other_targets() -> None:
     pooled = teacher(target="pooled")
     assert pooled.targets == (Target(32, None, has_cls=False),)
     timm_model: Any = pooled.model.model
-    pixels = F.interpolate(normalize(views(), pooled.model.mean, pooled.model.std), size=(28, 28), mode="bilinear")
+    pixels = F.interpolate(
+        normalize(views(), pooled.model.mean, pooled.model.std), size=(28, 28), mode="bilinear"
+    )
     torch.testing.assert_close(
-        pooled.features(views())[0][:, 0], timm_model.forward_head(timm_model.forward_features(pixels), pre_logits=True)
+        pooled.features(views())[0][:, 0],
+        timm_model.forward_head(timm_model.forward_features(pixels), pre_logits=True),
     )
     layers = teacher(layers=[0, -1])
     assert layers.targets == (Target(32, (2, 2), has_cls=True),) * 2
@@ -152,7 +157,9 @@ def test_losses_are_torchs() -> None:
         torch.testing.assert_close(mean(name, weight) + mean(name, 1 - weight), mean(name))
 
 
-@pytest.mark.parametrize("size", [1, 2, 4, 12, 24, 48, 96, 192, 384, 512, 768, 1000, 1024, 1152, 1280, 1408, 1664])
+@pytest.mark.parametrize(
+    "size", [1, 2, 4, 12, 24, 48, 96, 192, 384, 512, 768, 1000, 1024, 1152, 1280, 1408, 1664]
+)
 def test_hadamard_matrices(size: int) -> None:
     matrix = hadamard(size)
     torch.testing.assert_close(matrix.abs(), torch.full_like(matrix, size**-0.5))
@@ -232,7 +239,9 @@ def test_a_cls_token_that_one_side_lacks(recipe_of: Callable[..., Recipe]) -> No
         (STUDENT, SWIN, "the teacher swin_v2_tiny"),
     ):
         with pytest.raises(UserError, match=f"{lacking} has no CLS token"):
-            DistillationTask(recipe_of(student=student, teachers=[{"model": teacher_model, "cls_weight": 1.0}]), None)
+            DistillationTask(
+                recipe_of(student=student, teachers=[{"model": teacher_model, "cls_weight": 1.0}]), None
+            )
 
 
 def test_two_teachers(recipe_of: Callable[..., Recipe]) -> None:
@@ -251,10 +260,15 @@ def test_two_teachers(recipe_of: Callable[..., Recipe]) -> None:
                                   inputs["drop_path_scale_RB"])  # fmt: skip
     loss = choose_loss(both.config)
     expected_0 = 2.0 * loss(both.module.projectors[0](tokens), both.teachers[0].features(given.images)[0])
-    expected_1 = loss(both.module.projectors[1](tokens[seen, :1]), both.teachers[1].features(given.images[seen])[0])
+    expected_1 = loss(
+        both.module.projectors[1](tokens[seen, :1]), both.teachers[1].features(given.images[seen])[0]
+    )
     torch.testing.assert_close(outputs["loss_0"], expected_0)
     torch.testing.assert_close(outputs["loss_1"], expected_1)
-    halves = [Batch(given.images[part], given.labels[part], given.positions[part], 0) for part in (slice(8), slice(8, 16))]
+    halves = [
+        Batch(given.images[part], given.labels[part], given.positions[part], 0)
+        for part in (slice(8), slice(8, 16))
+    ]
     assert sum(both.counts(half)["loss_1"] for half in halves) == len(seen), "no matter how the batch is cut"
     assert both.pictures(given, outputs)["features"].shape == (8, 32, 96, 3)
 
@@ -264,7 +278,9 @@ def test_a_share_is_met_and_an_empty_one_trains(recipe_of: Callable[..., Recipe]
     many = batch(0)._replace(positions=torch.arange(4000))
     # Five standard deviations of a binomial with p = 0.25.
     assert len(task._rows(1, many)) == pytest.approx(1000, abs=5 * math.sqrt(4000 * 0.25 * 0.75))
-    position = next(p for p in range(100) if not len(task._rows(1, batch(1)._replace(positions=torch.tensor([p])))))
+    position = next(
+        p for p in range(100) if not len(task._rows(1, batch(1)._replace(positions=torch.tensor([p]))))
+    )
     alone = batch(1)._replace(positions=torch.tensor([position]))
     outputs = task.module(**task.inputs(alone))
     assert float(outputs["loss_1"]) == 0
@@ -288,7 +304,11 @@ def test_the_student_may_start_from_its_teacher(recipe_of: Callable[..., Recipe]
 
 
 def test_any_timm_model_is_a_student(recipe_of: Callable[..., Recipe]) -> None:
-    student = {"name": "vit_base_patch16_dinov3.lvd1689m", "img_size": 32, "overrides": VIT}  # RoPE, registers
+    student = {
+        "name": "vit_base_patch16_dinov3.lvd1689m",
+        "img_size": 32,
+        "overrides": VIT,
+    }  # RoPE, registers
     task = DistillationTask(recipe_of(student=student), None)
     assert create_model("vit_base_patch16_dinov3.lvd1689m", img_size=32, **VIT).num_prefix_tokens == 5
     assert task.counts(batch()) == {"loss": 16 * 5}

@@ -266,7 +266,7 @@ def test_layouts_are_told_apart(layout: str) -> None:
 
 def test_our_modules_weights_load() -> None:
     state = ours().state_dict()
-    held = prefixed(state, "backbone.", projector__weight=torch.zeros(2), norm__weight=torch.ones(64))
+    held = prefixed(state, "backbone.", projectors__weight=torch.zeros(2), norm__weight=torch.ones(64))
     assert from_layout(held, shared_bias=False).keys() == state.keys()
 
 

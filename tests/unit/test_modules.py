@@ -63,7 +63,10 @@ def test_drop_path_is_a_function_of_seed_position_and_branch() -> None:
 
 def test_distillation_loss_is_the_papers() -> None:
     torch.manual_seed(0)
-    objective, loss = Objective(num_features=24), choose_loss(DistillConfig(teachers=[TeacherConfig(model=MODEL)]))
+    objective, loss = (
+        Objective(num_features=24),
+        choose_loss(DistillConfig(teachers=[TeacherConfig(model=MODEL)])),
+    )
     module = DistillationModule(build_model(MODEL), [objective], loss, dtype=torch.float32)
     images = torch.randint(0, 256, (3, 3, 16, 16), dtype=torch.uint8)
     target = 5 * torch.randn(3, 4, 24) + 1

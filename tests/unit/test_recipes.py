@@ -15,7 +15,9 @@ IMAGENET = sorted(name for name in packaged_recipes() if name.startswith("imagen
 
 def without_weights(recipe: Recipe) -> Recipe:
     assert recipe.distill is not None
-    teachers = [replace(teacher, model=replace(teacher.model, weights=None)) for teacher in recipe.distill.teachers]
+    teachers = [
+        replace(teacher, model=replace(teacher.model, weights=None)) for teacher in recipe.distill.teachers
+    ]
     return resolved(replace(recipe, distill=replace(recipe.distill, teachers=teachers)))
 
 
@@ -23,8 +25,7 @@ def without_weights(recipe: Recipe) -> Recipe:
 def test_a_step_of_shapes(name: str) -> None:
     """On the meta device: all shapes and dtypes of a step, no arithmetic, up to the 3 billion parameters."""
     recipe = without_weights(load_recipe(name))
-    size = recipe.model.img_size
-    assert size is not None
+    size = recipe.model.size
     with torch.device("meta"):
         task = DistillationTask(recipe, None)
         task.module.to(torch.bfloat16)
@@ -52,7 +53,12 @@ def test_the_published_values() -> None:
         rate = recipe.model.overrides["drop_path_rate"]
         assert (optim.lr, optim.warmup_lr, optim.min_lr, rate) == values
         assert (recipe.train.global_batch, recipe.train.epochs, optim.warmup_epochs) == (2048, 300, 10)
-        assert (optim.weight_decay, optim.grad_clip, optim.betas, optim.eps) == (0.05, 3.0, (0.9, 0.999), 1e-8)
+        assert (optim.weight_decay, optim.grad_clip, optim.betas, optim.eps) == (
+            0.05,
+            3.0,
+            (0.9, 0.999),
+            1e-8,
+        )
         assert recipe.distill is not None
         assert (recipe.distill.loss, recipe.distill.beta) == ("whitened_smooth_l1", 2.0)
 

@@ -31,7 +31,9 @@ def randomise(model: nn.Module) -> None:
 
 
 def images(size: int = 32, dtype: torch.dtype = torch.float64) -> Tensor:
-    return torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(dtype)
+    return torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(
+        dtype
+    )
 
 
 @pytest.mark.parametrize("shared_bias", [True, False])
@@ -85,7 +87,9 @@ def test_drop_path_multiplies_both_branches_of_an_image() -> None:
     dropped = model(images(), scale)
     torch.testing.assert_close(dropped[0], plain[0])
     shallow = build(depth=1).double()
-    shallow.load_state_dict({name: tensor for name, tensor in model.state_dict().items() if name in shallow.state_dict()})
+    shallow.load_state_dict(
+        {name: tensor for name, tensor in model.state_dict().items() if name in shallow.state_dict()}
+    )
     torch.testing.assert_close(dropped[1], shallow(images())[1])
     assert torch.equal(model.eval()(images()), model.train()(images())), "nothing is drawn in a forward"
 
@@ -104,7 +108,9 @@ def test_weights_of_a_plain_vit_give_its_tokens() -> None:
 def test_the_authors_keys() -> None:
     source, ours = build(), build()
     randomise(source)
-    theirs = {f"encoder.{name.removeprefix('model.')}": tensor for name, tensor in source.state_dict().items()}
+    theirs = {
+        f"encoder.{name.removeprefix('model.')}": tensor for name, tensor in source.state_dict().items()
+    }
     theirs["encoder.rel_pos_bias.relative_position_index"] = torch.zeros(17, 17)
     theirs |= {"decoder.0.weight": torch.zeros(1), "feature_model.visual.proj": torch.zeros(1)}
     load_tensors(ours, theirs, "the authors")
@@ -122,7 +128,7 @@ def test_a_shared_table_is_copied_into_blocks_that_have_their_own() -> None:
 
 def test_what_does_not_fit_is_refused() -> None:
     clip = timm.create_model("vit_base_patch16_clip_224.openai", **SMALL, num_classes=0)
-    with pytest.raises(UserError, match="norm_pre.weight is unknown"):
+    with pytest.raises(UserError, match=r"norm_pre\.weight is unknown"):
         load_tensors(build(), clip.state_dict(), "CLIP")
     with pytest.raises(UserError, match=r"rel_pos_bias.relative_position_bias_table is missing"):
         load_tensors(build(), build(shared_bias=False).state_dict(), "per block")

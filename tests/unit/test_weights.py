@@ -308,7 +308,9 @@ def test_the_command_line_refuses(
     assert not (tmp_path / "out").exists()
 
 
-def test_settings_beside_the_tensors_are_read_as_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_settings_beside_the_tensors_are_read_as_data(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Published checkpoints hold yacs' and argparse's objects; neither library needs to be there."""
     yacs = ModuleType("yacs.config")
     yacs.CfgNode = type("CfgNode", (dict,), {"__module__": "yacs.config"})  # type: ignore[attr-defined]

@@ -15,9 +15,7 @@ def biased_attention_reference(qkv_BNE: Tensor, bias_hNN: Tensor) -> Tensor:
     heads = len(bias_hNN)
     D = E // (3 * heads)
     compute_dtype = torch.promote_types(qkv_BNE.dtype, torch.float32)
-    q_BhND, k_BhND, v_BhND = (
-        qkv_BNE.to(compute_dtype).view(B, N, 3, heads, D).permute(2, 0, 3, 1, 4).unbind()
-    )
+    q_BhND, k_BhND, v_BhND = qkv_BNE.to(compute_dtype).view(B, N, 3, heads, D).permute(2, 0, 3, 1, 4).unbind()
     # Autocast would lower the two products; the meta device has no autocast to switch off.
     device_type = qkv_BNE.device.type
     autocast = torch.amp.is_autocast_available(device_type)
