@@ -23,7 +23,7 @@ from rich.text import Text
 
 from fd_scale import ds_config, hub, run_folder
 from fd_scale.checkpoint import read_manifest, refuse_other_identity
-from fd_scale.config import ModelConfig, Recipe, SourceConfig, load_recipe
+from fd_scale.config import TEACHER, ModelConfig, Recipe, SourceConfig, load_recipe
 from fd_scale.data import Source, TrainLoader, evaluation_batches, evaluation_transform, open_source
 from fd_scale.data.decode import DecodeError
 from fd_scale.distill import DistillationTask
@@ -31,7 +31,7 @@ from fd_scale.distributed import choose_device
 from fd_scale.errors import UserError
 from fd_scale.fetch import named_files
 from fd_scale.finetune import ClassificationTask
-from fd_scale.models import TEACHER, Backbone, build_model, resolved
+from fd_scale.models import Backbone, build_model, resolved
 from fd_scale.optim import apex_is_importable
 from fd_scale.pretrain import ContrastiveTask
 from fd_scale.teachers import Teacher

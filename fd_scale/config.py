@@ -22,6 +22,11 @@ from fd_scale.errors import UserError
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
+PRETRAINED = "pretrained"
+"""As `model.weights`: the published ones of the model's name."""
+TEACHER = "teacher"
+"""As a student's `model.weights`: those of the first teacher."""
+
 TASKS = ("distill", "contrastive", "classification")
 
 
@@ -284,6 +289,12 @@ class DistillConfig:
         _require(len(self.teachers) > 0, "distill.teachers", "an empty list", "at least one teacher")
         _require(self.beta > 0, "distill.beta", self.beta, "a positive number")
         _require(self.phi_s_images > 0, "distill.phi_s_images", self.phi_s_images, "a positive whole number")
+        for index, teacher in enumerate(self.teachers):
+            if teacher.model.weights == TEACHER:
+                raise UserError(
+                    f"distill.teachers.{index}.model.weights: `{TEACHER}` is for a student; name the teacher's file, "
+                    f"or write ./{TEACHER} for a folder of that name"
+                )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -352,6 +363,11 @@ class Recipe:
                 raise UserError(
                     f"{name}: task {name} needs a section of this name; `{name}: {{}}` takes the defaults"
                 )
+        if self.distill is None and self.model.weights == TEACHER:
+            raise UserError(
+                f"model.weights: task {self.task} has no teacher; name a file, or write ./{TEACHER} for a folder of "
+                "that name"
+            )
         if self.contrastive is not None and self.data.evaluation is not None:
             raise UserError(
                 "data.evaluation: a contrastive loss depends on which images share a batch and is no metric of a "

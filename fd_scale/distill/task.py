@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fd_scale.config import Recipe, TeacherConfig
+from fd_scale.config import TEACHER, Recipe, TeacherConfig
 from fd_scale.data import Batch, TrainLoader
 from fd_scale.distill.losses import choose_loss
 from fd_scale.distill.module import DistillationModule, Objective
@@ -25,7 +25,6 @@ from fd_scale.distributed import World
 from fd_scale.errors import UserError
 from fd_scale.evaluation import EvaluationSet, Forward, mean_over_source
 from fd_scale.models import (
-    TEACHER,
     Backbone,
     build_model,
     drop_path_scale,

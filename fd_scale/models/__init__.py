@@ -9,14 +9,13 @@ from fd_scale.models.build import (
     normalize,
     undecayed_parameters,
 )
-from fd_scale.models.pretrained import TEACHER, hub_files, resolved, resolved_model, weights_path
+from fd_scale.models.pretrained import hub_files, resolved, resolved_model, weights_path
 from fd_scale.models.registry import create_model
 from fd_scale.models.swin_v2 import SwinTransformerV2
 from fd_scale.models.weights import interpolate, load_tensors, load_weights, read_weights, weights_sha256
 
 __all__ = [
     "BACKBONE",
-    "TEACHER",
     "Backbone",
     "SwinTransformerV2",
     "build_model",

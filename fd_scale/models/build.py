@@ -12,11 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fd_scale.config import ModelConfig
+from fd_scale.config import PRETRAINED, ModelConfig
 from fd_scale.errors import UserError
 from fd_scale.models.backbone import Backbone
 from fd_scale.models.huggingface import HuggingFaceBackbone
-from fd_scale.models.pretrained import PRETRAINED, hugging_face_folder, resolved_model, weights_path
+from fd_scale.models.pretrained import hugging_face_folder, resolved_model, weights_path
 from fd_scale.models.registry import HUGGING_FACE, create_model
 from fd_scale.models.weights import load_weights
 from fd_scale.randomness import uniform
@@ -47,12 +47,12 @@ def build_model(config: ModelConfig, with_head: bool = False) -> Backbone:
     assert config.std is not None, "resolved"
     if "img_size" in config.overrides:
         raise UserError("model.overrides.img_size: the input size is model.img_size; set it there")
+    path = weights_path(config)  # before minutes are spent on a large model
     name = config.name
     if name.startswith(HUGGING_FACE):
         name = f"{HUGGING_FACE}{hugging_face_folder(name)}"
     model = create_model(name, img_size=config.size, with_head=with_head, **config.overrides)
     model.mean, model.std = config.mean, config.std
-    path = weights_path(config)
     if path is not None and isinstance(model, HuggingFaceBackbone) and config.weights == PRETRAINED:
         model.load_published(Path(path))
     elif path is not None:

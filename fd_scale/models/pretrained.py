@@ -10,14 +10,11 @@ from typing import Any
 import timm
 
 from fd_scale import hub
-from fd_scale.config import IMAGENET_MEAN, IMAGENET_STD, ModelConfig, Recipe
+from fd_scale.config import IMAGENET_MEAN, IMAGENET_STD, PRETRAINED, TEACHER, ModelConfig, Recipe
 from fd_scale.errors import UserError
 from fd_scale.models.huggingface import read_config
 from fd_scale.models.registry import HUGGING_FACE, default_img_size
 from fd_scale.models.timm_backbone import is_timm_model
-
-PRETRAINED = "pretrained"
-TEACHER = "teacher"
 
 
 def resolved(recipe: Recipe) -> Recipe:

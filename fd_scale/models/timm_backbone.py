@@ -75,8 +75,6 @@ class TimmBackbone(Backbone):
         self.with_head = with_head
         if not with_head:
             timm_model.reset_classifier(0, "")
-        # The outermost forward is called as a module, so that ZeRO-3's hooks gather what it owns (cls_token).
-        timm_model.forward = timm_model.forward_features
         self.model = timm_model
         self.num_features = timm_model.num_features
         self.has_cls = (
@@ -124,7 +122,7 @@ class TimmBackbone(Backbone):
 
     def _features(self, images_BCHW: Tensor) -> Tensor:
         weight = next(self.model.parameters())
-        return self.model(images_BCHW.to(weight.dtype))
+        return self.model.forward_features(images_BCHW.to(weight.dtype))
 
     def _as_tokens(self, features: Tensor) -> Tensor:
         if features.dim() == 4:

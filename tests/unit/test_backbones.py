@@ -131,7 +131,7 @@ def test_a_model_without_a_token_grid_is_refused() -> None:
     model = create_model("resnetv2_50", img_size=32).eval()  # has a grid: nothing to refuse
     assert model(images(64)).shape[1] == 4
     vgg: Any = create_model("vit_tiny_patch16_224", img_size=32, **VIT)
-    vgg.model.forward = lambda x: x.mean((2, 3))
+    vgg.model.forward_features = lambda x: x.mean((2, 3))
     with pytest.raises(UserError, match="no token grid; choose target pooled"):
         vgg(images(32))
     with pytest.raises(UserError, match="layer 2 is none of the model's 2"):

@@ -163,6 +163,10 @@ def test_every_limit_is_in_the_table_above() -> None:
             "set optim.warmup_epochs instead",
         ),
         ({"distill__teachers": []}, "distill.teachers: got an empty list"),
+        (
+            {"distill__teachers": [{"model": {"name": "swin_v2_tiny", "weights": "teacher"}}]},
+            "distill.teachers.0.model.weights: `teacher` is for a student",
+        ),
         ({"contrastive": {}}, "this section belongs to task contrastive, the recipe's is distill"),
     ],
 )
@@ -185,6 +189,11 @@ def test_configs_are_frozen(recipe_values: Values) -> None:
         if is_dataclass(part):
             with pytest.raises(AttributeError):
                 setattr(part, fields(part)[0].name, 1)
+
+
+def test_a_task_without_teachers_has_no_teachers_weights(recipe_values: Values) -> None:
+    with pytest.raises(UserError, match=r"task contrastive has no teacher; .* write \./teacher"):
+        build_recipe(recipe_values("contrastive", model__weights="teacher"))
 
 
 def test_a_contrastive_run_has_no_evaluation(recipe_values: Values) -> None:

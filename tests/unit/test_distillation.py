@@ -132,6 +132,9 @@ def test_unequal_grids_are_interpolated() -> None:
     torch.testing.assert_close(inside[..., 0], expected_rows[1:-1, 2:-2])
     torch.testing.assert_close(inside[..., 1], expected_columns[1:-1, 2:-2])
     assert torch.equal(to_grid(patches, Target(2, (8, 4), has_cls=False), (8, 4), with_cls=False), patches)
+    stripes = torch.tensor([1.0, 0, 0, 1]).repeat(2)[:, None].expand(8, 4).reshape(1, 32, 1)
+    coarse = to_grid(stripes, Target(1, (8, 4), has_cls=False), (2, 4), with_cls=False)
+    assert float(coarse.min()) > 0.2, "every token of the finer grid counts, not the nearest ones alone"
 
 
 def test_losses_are_torchs() -> None:
@@ -265,12 +268,30 @@ def test_two_teachers(recipe_of: Callable[..., Recipe]) -> None:
     )
     torch.testing.assert_close(outputs["loss_0"], expected_0)
     torch.testing.assert_close(outputs["loss_1"], expected_1)
-    halves = [
-        Batch(given.images[part], given.labels[part], given.positions[part], 0)
-        for part in (slice(8), slice(8, 16))
-    ]
-    assert sum(both.counts(half)["loss_1"] for half in halves) == len(seen), "no matter how the batch is cut"
+    seen_positions = []
+    for part in (slice(8), slice(8, 16)):
+        half = Batch(given.images[part], given.labels[part], given.positions[part], 0)
+        seen_positions += half.positions[both.inputs(half)["rows"][1]].tolist()
+    assert seen_positions == seen.tolist(), "no matter how the batch is cut"
     assert both.pictures(given, outputs)["features"].shape == (8, 32, 96, 3)
+
+
+def test_the_loss_of_chosen_layers_is_their_mean(recipe_of: Callable[..., Recipe]) -> None:
+    torch.manual_seed(0)
+    task = DistillationTask(recipe_of(teachers=[{"model": TEACHER, "layers": [0, 1], "weight": 3.0}]), None)
+    inputs = task.inputs(batch())
+    tokens = task.module.backbone(
+        normalize(batch().images, task.module.backbone.mean, task.module.backbone.std),
+        inputs["drop_path_scale_RB"],
+    )
+    loss = choose_loss(task.config)
+    each = [
+        loss(projector(tokens), target)
+        for projector, target in zip(task.module.projectors, inputs["targets"], strict=True)
+    ]
+    assert len(each) == 2
+    torch.testing.assert_close(task.module(**inputs)["loss"], 3.0 * (each[0] + each[1]) / 2)
+    assert task.counts(batch()) == {"loss": 16 * 5}
 
 
 def test_a_share_is_met_and_an_empty_one_trains(recipe_of: Callable[..., Recipe]) -> None:

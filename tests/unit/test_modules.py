@@ -16,6 +16,7 @@ from fd_scale.config import (
     IMAGENET_MEAN,
     IMAGENET_STD,
     ClassificationConfig,
+    ContrastiveConfig,
     DistillConfig,
     ModelConfig,
     Recipe,
@@ -27,7 +28,7 @@ from fd_scale.distributed import micro_batch_of_a_rank
 from fd_scale.errors import UserError
 from fd_scale.finetune.classification import ClassificationModule, require_same_classes
 from fd_scale.models import build_model, drop_path_scale, normalize
-from fd_scale.pretrain.contrastive import nt_xent_sum
+from fd_scale.pretrain.contrastive import ContrastiveModule, nt_xent_sum
 
 OVERRIDES = {"patch_size": 4, "embed_dim": 16, "depths": [1, 1], "num_heads": [1, 2], "window_size": 4}
 MODEL = ModelConfig(name="swin_v2_tiny", img_size=16, overrides=OVERRIDES)
@@ -106,6 +107,26 @@ def test_classification_ignores_the_unlabelled_and_keeps_logits_whole() -> None:
         outputs["logits"][[0, 2, 3]], labels[[0, 2, 3]], label_smoothing=0.1, reduction="sum"
     )
     torch.testing.assert_close(outputs["loss"].detach(), expected)
+
+
+def test_tasks_take_the_mean_of_the_patches_alone() -> None:
+    """Without the CLS token, which a model may have or not."""
+    vit = ModelConfig(
+        name="fd_vit_tiny_patch16", img_size=32, overrides={"embed_dim": 16, "depth": 1, "num_heads": 1}
+    )
+    torch.manual_seed(0)
+    images = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8)
+    module = ClassificationModule(vit, ClassificationConfig(head_init_scale=1.0), 7, torch.float32)
+    patches = module.backbone(normalize(images, IMAGENET_MEAN, IMAGENET_STD))[:, 1:]
+    assert patches.shape == (3, 4, 16)
+    logits = module(images, torch.zeros(3, dtype=torch.int64))["logits"]
+    torch.testing.assert_close(logits, module.head(module.norm(patches.mean(1))).detach())
+    distributed.start("cpu", 60)
+    contrastive = ContrastiveModule(vit, ContrastiveConfig(projection_dim=4), torch.float32)
+    loss = contrastive(torch.stack([images, images.flip(-1)], 1))["loss"]
+    views = [normalize(view, IMAGENET_MEAN, IMAGENET_STD) for view in (images, images.flip(-1))]
+    projected = torch.stack([contrastive.projection(contrastive.backbone(view)[:, 1:].mean(1)) for view in views])
+    torch.testing.assert_close(loss, nt_xent_sum(projected, 0.2))
 
 
 def test_an_evaluation_source_with_other_classes_is_refused(make_recipe: Callable[..., Recipe]) -> None:

@@ -74,6 +74,7 @@ def test_initialisation_is_feature_distillations() -> None:
             assert float(weight.std()) == pytest.approx(0.0108 / divisor, rel=0.04)
             assert float(weight.abs().max()) <= 0.02 / divisor + 1e-7
     assert not any(name.endswith("k_bias") for name, _ in model.named_parameters()), "the keys have no bias"
+    assert build().no_weight_decay_names() == {"model.cls_token"}, "the table of positions decays"
 
 
 def test_drop_path_multiplies_both_branches_of_an_image() -> None:
