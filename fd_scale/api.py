@@ -10,6 +10,7 @@ import logging
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from fd_scale import distributed, ds_config, log, run_folder
 from fd_scale.checkpoint import Checkpoints, TrainState, refuse_other_identity
@@ -87,6 +88,9 @@ def build_trainer(recipe: Recipe, world: World) -> Trainer:
             f"train.epochs: {recipe.train.epochs} epochs of {loader.steps_per_epoch} steps are no step; raise it"
         )
     task = build_task(recipe, source)
+    if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in task.module.modules()):
+        logger.warning("the model has BatchNorm, whose statistics are those of a rank's micro-batch: on another number "
+                       "of ranks it trains otherwise")  # fmt: skip
     num_parameters = sum(parameter.numel() for parameter in task.module.parameters())
     run_dir = Path(recipe.run_dir)
     stage = ds_config.zero_stage(engine_config)

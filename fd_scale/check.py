@@ -229,10 +229,14 @@ def _teacher(subject: _Subject) -> str:
 def _described(config: ModelConfig, model: Backbone) -> str:
     millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
     rows, columns = model.grid_size(config.size, config.size)
+    rate = max(model.drop_path_rates, default=0.0)
     weights = {None: "random weights", TEACHER: "the teacher's weights"}.get(
         config.weights, f"{config.weights} fits"
     )
-    return f"{config.name}: {millions:.2f} M parameters, {config.size} px make {rows}x{columns} tokens; {weights}"
+    return (
+        f"{config.name}: {millions:.2f} M parameters, {config.size} px make {rows}x{columns} tokens; {weights}"
+        + (f"; drop path up to {rate:g}" if rate else "")
+    )
 
 
 def _task(subject: _Subject) -> str:

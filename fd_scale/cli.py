@@ -238,6 +238,9 @@ def _convert(options: argparse.Namespace) -> None:
 
 def _values(items: list[str]) -> dict[str, Any]:
     """Arguments of a model from `key=value`, values as in YAML."""
+    for item in items:
+        if "=" not in item:
+            raise UserError(f"--set {item}: an argument is written key=value, e.g. depth=12")
     try:
         values = OmegaConf.to_container(OmegaConf.from_dotlist(items))
     except YAMLError as error:

@@ -45,14 +45,27 @@ class HubFiles:
         return f"{self.kind} {self.repo}@{self.revision} ({shown})"
 
 
+def settings_errors() -> tuple[type[Exception], ...]:
+    """Returns what Transformers raises at a setting of a wrong type."""
+    from huggingface_hub.errors import StrictDataclassError
+
+    return (StrictDataclassError,)
+
+
 def expand_braces(pattern: str) -> list[str]:
-    """Returns a pattern for each value of its braces, as webdataset writes shards: `train-{0000..0146}.tar`."""
+    """Returns a pattern for each value of its braces, as webdataset writes shards: `train-{0000..0146}.tar`.
+
+    Raises:
+        UserError: a range is empty.
+    """
     match = _BRACES.search(pattern)
     if match is None:
         return [pattern]
     first, last, alternatives = match.groups()
     if alternatives is None:
         values = [f"{number:0{len(first)}d}" for number in range(int(first), int(last) + 1)]
+        if not values:
+            raise UserError(f"{pattern!r}: the range in braces is empty; write it {{first..last}}")
     else:
         values = alternatives.split(",")
     head, tails = pattern[: match.start()], expand_braces(pattern[match.end() :])
@@ -72,10 +85,7 @@ def dataset_files(uri: str) -> HubFiles:
             "hf://datasets/ORG/NAME@REVISION/PATTERN"
         )
     repo, revision, pattern = match.groups()
-    patterns = tuple(expand_braces(pattern))
-    if not patterns:
-        raise UserError(f"{uri!r}: the range in braces is empty; write it {{first..last}}")
-    return HubFiles(repo, "dataset", patterns, revision or "main")
+    return HubFiles(repo, "dataset", tuple(expand_braces(pattern)), revision or "main")
 
 
 def fetch(files: HubFiles) -> list[Path]:

@@ -18,7 +18,7 @@ import torch
 from fd_scale.checkpoint import write_atomically
 from fd_scale.config import Recipe, load_recipe, to_dict, to_yaml
 from fd_scale.errors import UserError
-from fd_scale.models import weights_path, weights_sha256
+from fd_scale.models import model_identity, weights_path, weights_sha256
 
 _PACKAGES = ("fd-scale", "torch", "torchvision", "triton", "deepspeed", "timm", "numpy")
 
@@ -121,10 +121,16 @@ def identity(recipe: Recipe, data_fingerprint: str, stage: int, world_size: int)
     for index, teacher in enumerate(recipe.distill.teachers if recipe.distill is not None else []):
         path = weights_path(teacher.model)
         settings[f"distill.teachers.{index}.model.weights"] = path and weights_sha256(path)
+        settings[f"distill.teachers.{index}.model.name"] = model_identity(teacher.model)
+    settings["model.name"] = model_identity(recipe.model)
+    free_settings = set(_FREE_SETTINGS)
+    if recipe.distill is not None and recipe.distill.loss == "phi_s":
+        # The rounding of a teacher's features would move its close eigenvalues, and with them the target.
+        free_settings -= {"train.micro_batch", "train.device"}
     kept = {
         key: value
         for key, value in settings.items()
-        if not any(key == free or key.startswith(free + ".") for free in _FREE_SETTINGS)
+        if not any(key == free or key.startswith(free + ".") for free in free_settings)
         and not key.endswith(".license")
     }
     return kept | {"data_fingerprint": data_fingerprint, "zero_stage": stage, "world_size": world_size}

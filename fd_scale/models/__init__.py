@@ -9,7 +9,7 @@ from fd_scale.models.build import (
     normalize,
     undecayed_parameters,
 )
-from fd_scale.models.pretrained import hub_files, resolved, resolved_model, weights_path
+from fd_scale.models.pretrained import hub_files, model_identity, resolved, resolved_model, weights_path
 from fd_scale.models.registry import create_model
 from fd_scale.models.swin_v2 import SwinTransformerV2
 from fd_scale.models.weights import interpolate, load_tensors, load_weights, read_weights, weights_sha256
@@ -27,6 +27,7 @@ __all__ = [
     "interpolate",
     "load_tensors",
     "load_weights",
+    "model_identity",
     "normalize",
     "read_weights",
     "resolved",

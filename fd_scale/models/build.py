@@ -32,12 +32,12 @@ def dtype_of(precision: str) -> torch.dtype:
     return _DTYPES[precision]
 
 
-def build_model(config: ModelConfig, with_head: bool = False) -> Backbone:
+def build_model(config: ModelConfig, target: str = "feature_map") -> Backbone:
     """Builds a backbone; initial weights come from torch's global generator, then from `config.weights`.
 
     Args:
         config: the recipe's section; what it leaves open is the model's own.
-        with_head: whether pooling and classifier of a timm model stay (a teacher's pooled feature or logits).
+        target: what a teacher is asked for; `pooled` and `logits` keep the parts of a timm model for it.
 
     Raises:
         UserError: an unknown model or override, or weights that do not fit.
@@ -51,8 +51,12 @@ def build_model(config: ModelConfig, with_head: bool = False) -> Backbone:
     name = config.name
     if name.startswith(HUGGING_FACE):
         name = f"{HUGGING_FACE}{hugging_face_folder(name)}"
-    model = create_model(name, img_size=config.size, with_head=with_head, **config.overrides)
+    model = create_model(name, img_size=config.size, target=target, **config.overrides)
     model.mean, model.std = config.mean, config.std
+    if not all(0 <= rate < 1 for rate in model.drop_path_rates):
+        raise UserError(
+            f"model.overrides.drop_path_rate: got {max(model.drop_path_rates)}, expected 0 <= rate < 1"
+        )
     if path is not None and isinstance(model, HuggingFaceBackbone) and config.weights == PRETRAINED:
         model.load_published(Path(path))
     elif path is not None:

@@ -10,13 +10,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from fd_scale import hub
 from fd_scale.errors import UserError
 from fd_scale.models.backbone import Backbone, CheckpointingMode, resolve_layers
 
 # Final norms that these models leave to their pooler.
-_NORMS_BEHIND_POOLING = {"clip_vision_model": "post_layernorm", "convnext": "layernorm"}
+_NORMS_BEHIND_POOLING = {
+    "clip_vision_model": "post_layernorm",
+    "convnext": "layernorm",
+    "convnextv2": "layernorm",
+    "beit": "pooler.layernorm",
+    "data2vec-vision": "pooler.layernorm",
+}
 
 
 class HuggingFaceBackbone(Backbone):
@@ -40,18 +47,26 @@ class HuggingFaceBackbone(Backbone):
         unknown = [name for name in overrides if not hasattr(config, name)]
         if unknown:
             raise UserError(f"model.overrides: {folder}/config.json has no setting {', '.join(unknown)}")
-        config.update({"image_size": img_size, **overrides})
-        try:
-            self.model = transformers.AutoModel.from_config(config).eval()
-        except (ValueError, KeyError, AttributeError) as error:
-            raise UserError(
-                f"hf:{folder}: Transformers builds no model from it: {' '.join(str(error).split())}"
-            ) from None
+        in_a_list = isinstance(getattr(config, "image_size", None), list | tuple)
         self.config = config
         self._mode: CheckpointingMode = "none"
-        norm_name = _NORMS_BEHIND_POOLING.get(config.model_type)
-        self.norm_name = norm_name
-        self.num_features, self.grid, num_tokens = self._probe(img_size)
+        known_errors: tuple[type[Exception], ...] = hub.settings_errors()
+        known_errors += (ValueError, KeyError, AttributeError, TypeError, RuntimeError)
+        try:
+            config.update({"image_size": [img_size, img_size] if in_a_list else img_size, **overrides})
+            self.model = transformers.AutoModel.from_config(config).eval()
+            norm_name = _NORMS_BEHIND_POOLING.get(config.model_type)
+            norm = dict(self.model.named_modules()).get(norm_name)
+            self.norm_name = None if norm is None or isinstance(norm, nn.Identity) else norm_name
+            self.num_features, self.grid, num_tokens = self._probe(img_size)
+        except UserError:
+            raise
+        except known_errors as error:
+            reason = " ".join(str(error).split())[:300]
+            raise UserError(
+                f"hf:{folder}: Transformers makes no features of {img_size} px images with it: {reason}; "
+                "choose a vision model, or other settings"
+            ) from None
         self.num_prefix_tokens = num_tokens - self.grid[0] * self.grid[1]
         self.has_cls = self.num_prefix_tokens > 0
         self.reduction = img_size // self.grid[0]
@@ -86,7 +101,17 @@ class HuggingFaceBackbone(Backbone):
     def intermediates(self, images_BCHW: Tensor, layers: Sequence[int]) -> list[Tensor]:
         """See `Backbone.intermediates`."""
         hidden = self._outputs(images_BCHW, output_hidden_states=True).hidden_states[1:]
-        return [self._tokens(hidden[index], normalise=False) for index in resolve_layers(layers, len(hidden))]
+        found = [
+            self._tokens(hidden[index], normalise=False) for index in resolve_layers(layers, len(hidden))
+        ]
+        for tokens_BLD in found:
+            num_patches = tokens_BLD.shape[1] - self.num_prefix_tokens
+            if num_patches < 1 or math.isqrt(num_patches) ** 2 != num_patches:
+                raise UserError(
+                    f"{type(self.model).__name__} gives {tokens_BLD.shape[1]} tokens between its layers, no grid with "
+                    f"{self.num_prefix_tokens} prefix tokens; remove `layers`"
+                )
+        return found
 
     def grid_size(self, height: int, width: int) -> tuple[int, int]:
         """See `Backbone.grid_size`."""
@@ -166,9 +191,15 @@ class HuggingFaceBackbone(Backbone):
         if hidden.dim() == 4:
             return hidden.shape[1], (hidden.shape[2], hidden.shape[3]), hidden.shape[2] * hidden.shape[3]
         num_tokens = hidden.shape[1]
-        side = img_size // getattr(self.config, "patch_size", 1)
+        patch_size = getattr(self.config, "patch_size", 1)
+        side = img_size // patch_size if isinstance(patch_size, int) else img_size
         if side * side > num_tokens:  # a hierarchical model: no prefix tokens
             side = math.isqrt(num_tokens)
+            if side * side != num_tokens:
+                raise UserError(
+                    f"hf: {type(self.model).__name__} makes {num_tokens} tokens of {img_size} px, no token grid; "
+                    "choose another model (one that masks patches at random is none)"
+                )
         return hidden.shape[2], (side, side), num_tokens
 
 

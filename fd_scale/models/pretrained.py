@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -49,7 +50,8 @@ def _own_input(name: str) -> dict[str, Any]:
     }
     if name.startswith(HUGGING_FACE):
         folder = hugging_face_folder(name)
-        own["img_size"] = getattr(read_config(folder), "image_size", None) or 224
+        size = getattr(read_config(folder), "image_size", None) or 224
+        own["img_size"] = size if isinstance(size, int) else size[0]
         processor = folder / "preprocessor_config.json"
         values = json.loads(processor.read_text(encoding="utf-8")) if processor.is_file() else {}
         own["mean"] = tuple(values.get("image_mean", IMAGENET_MEAN))
@@ -114,11 +116,21 @@ def hugging_face_folder(name: str) -> Path:
     if place.is_dir():
         return place
     files = hub.cached(_repository(str(place)))
-    return min((file.parent for file in files if file.name == "config.json"), key=lambda folder: len(folder.parts))
+    return min(
+        (file.parent for file in files if file.name == "config.json"), key=lambda folder: len(folder.parts)
+    )
 
 
 def _repository(place: str) -> hub.HubFiles:
     return hub.HubFiles(repo=place, kind="model", patterns=("config.json", "*.json", "*.safetensors"))
+
+
+def model_identity(config: ModelConfig) -> str:
+    """Returns a model's name; of a local `hf:` folder, which may be moved, the hash of what it says."""
+    place = Path(config.name.removeprefix(HUGGING_FACE))
+    if not config.name.startswith(HUGGING_FACE) or not place.is_dir():
+        return config.name
+    return HUGGING_FACE + hashlib.sha256((place / "config.json").read_bytes()).hexdigest()
 
 
 def weights_path(config: ModelConfig) -> str | None:

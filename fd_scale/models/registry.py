@@ -18,7 +18,6 @@ from fd_scale.models.timm_backbone import (
     create_timm_model,
     is_timm_model,
     nearest_timm_names,
-    takes_img_size,
 )
 from fd_scale.models.vit import VisionTransformer, use_fd_kernels
 
@@ -103,7 +102,7 @@ def default_img_size(name: str) -> int:
 
 
 def create_model(
-    name: str, *, img_size: int | Sequence[int] | None = None, with_head: bool = False, **overrides: Any
+    name: str, *, img_size: int | Sequence[int] | None = None, target: str = "feature_map", **overrides: Any
 ) -> Backbone:
     """Build a model with fresh weights, drawn from torch's global generator (seed it first).
 
@@ -111,7 +110,7 @@ def create_model(
         name: one of ours (`swin_v2_base`, `fd_vit_base_patch16`), any timm model
             (`vit_base_patch16_clip_224.openai`), or `hf:FOLDER` with a `config.json` of Transformers.
         img_size: side of the images in pixels; None takes the model's own.
-        with_head: whether pooling and classifier of a timm model stay.
+        target: `pooled` or `logits` keep what a timm model needs for them, see `TimmBackbone`.
         overrides: arguments of the model's constructor that replace or add to the named configuration.
 
     Returns:
@@ -135,10 +134,11 @@ def create_model(
         raise UserError(
             f"unknown model {name!r}; did you mean {', '.join(nearest)}; any model of timm is known too"
         )
-    model = create_timm_model(name, overrides | (size if takes_img_size(name) else {}))
+    assert img_size is None or isinstance(img_size, int), "timm's models take square images here"
+    model = create_timm_model(name, img_size, overrides)
     if isinstance(model, Beit):
         use_fd_kernels(model)
-    return TimmBackbone(model, with_head)
+    return TimmBackbone(model, target)
 
 
 def _check_types(model_class: type, overrides: dict[str, Any]) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import inspect
+import logging
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -20,11 +21,28 @@ from torch import Tensor, nn
 from fd_scale.errors import UserError
 from fd_scale.models.backbone import Backbone, CheckpointingMode, resolve_layers
 
+logger = logging.getLogger(__name__)
+
 # Names under which timm keeps the norm of models that pool before they normalise.
 _NORMS_BEHIND_POOLING = ("fc_norm", "head.norm")
 # What published files hold besides the backbone.
 _NOT_BACKBONE = ("decoder.", "feature_model.", "ln_tgt.", "mask_token", "projection_head.")
 _HEADS = ("head.", "head_dist.", "fc.", "classifier.", "fc_norm.", "attn_pool.")
+# Arguments of timm that would change what a backbone is, or draw from a global generator.
+_NOT_OVERRIDES = frozenset(
+    {
+        "in_chans",
+        "num_classes",
+        "global_pool",
+        "features_only",
+        "scriptable",
+        "exportable",
+        "no_jit",
+        "cache_dir",
+    }
+    | {"pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "pretrained_strict", "checkpoint_path"}
+    | {"drop_rate", "pos_drop_rate", "patch_drop_rate", "proj_drop_rate", "attn_drop_rate"}
+)
 _BUFFERS = ("relative_position_index", "attn_mask", "relative_coords_table")
 
 
@@ -56,25 +74,38 @@ class DropPathByScale(nn.Module):
         """Multiplies each image's residual, (B, ...), by its factor."""
         if self.scale_B is None:
             return residual
-        return residual * self.scale_B.to(residual.dtype).view(-1, *[1] * (residual.dim() - 1))
+        # Some models fold windows or patches into the batch: then an image has several rows, one after the other.
+        scale = self.scale_B.repeat_interleave(len(residual) // len(self.scale_B))
+        return residual * scale.to(residual.dtype).view(-1, *[1] * (residual.dim() - 1))
 
 
 class TimmBackbone(Backbone):
-    """A timm model without its classifier, or with it where a teacher's pooled feature or logits are wanted.
+    """A timm model as far as a target of `config.TeacherConfig` needs it: with pooling, or with its classifier.
 
     Args:
-        model: a model built by timm; its DropPath modules are replaced.
-        with_head: whether pooling and classifier stay.
+        model: a model built by timm. Its DropPath modules are replaced and its dropout is switched off.
+        target: `feature_map` drops pooling and classifier, `pooled` the classifier alone, `logits` nothing.
+
+    Raises:
+        UserError: the model cannot do without its pooling.
 
     Source: layouts of tokens and heads as in timm 1.0.
     """
 
-    def __init__(self, model: nn.Module, with_head: bool = False) -> None:
+    def __init__(self, model: nn.Module, target: str = "feature_map") -> None:
         super().__init__()
         timm_model: Any = model
-        self.with_head = with_head
-        if not with_head:
-            timm_model.reset_classifier(0, "")
+        self.target = target
+        try:
+            if target == "feature_map":
+                timm_model.reset_classifier(0, "")
+            elif target == "pooled":
+                timm_model.reset_classifier(0)
+        except (AssertionError, NotImplementedError, TypeError, ValueError) as error:
+            raise UserError(
+                f"timm's {type(model).__name__} cannot do without its pooling ({error}): it has no token grid; "
+                "as a teacher it can give target pooled"
+            ) from None
         self.model = timm_model
         self.num_features = timm_model.num_features
         self.has_cls = (
@@ -84,6 +115,9 @@ class TimmBackbone(Backbone):
         self.reduction = to_2tuple(timm_model.feature_info[-1]["reduction"])
         self.norm_name = _norm_behind_pooling(timm_model)
         self._mode: CheckpointingMode = "none"
+        for module in timm_model.modules():
+            if isinstance(module, nn.modules.dropout._DropoutNd):
+                module.p = 0.0  # it would draw from a global generator, and some models have it unasked
         self.drop_paths, self.drop_path_rates = _replace_drop_paths(timm_model)
 
     @property
@@ -108,6 +142,10 @@ class TimmBackbone(Backbone):
         for drop_path, scale_B in zip(self.drop_paths, scales, strict=True):
             drop_path.scale_B = scale_B
         features = self._features(images_BCHW)
+        if not isinstance(features, Tensor):
+            raise UserError(
+                f"timm's {type(self.model).__name__} gives several feature maps; as a teacher it can give target pooled"
+            )
         if self.norm_name is not None:
             features = self.model.get_submodule(self.norm_name)(features)
         rows, columns = self.grid_size(*images_BCHW.shape[-2:])
@@ -115,12 +153,12 @@ class TimmBackbone(Backbone):
         if tokens_BLD.shape[1] != self.num_prefix_tokens + rows * columns:
             raise UserError(
                 f"timm's {type(self.model).__name__} makes {tokens_BLD.shape[1]} tokens of "
-                f"{tuple(images_BCHW.shape[-2:])} px; expected {self.num_prefix_tokens} + {rows} x {columns}: "
-                "it has no token grid, choose target pooled"
+                f"{tuple(images_BCHW.shape[-2:])} px; expected {self.num_prefix_tokens} + {rows} x {columns}; "
+                "choose another img_size, or, for a teacher without a token grid, target pooled"
             )
         return tokens_BLD
 
-    def _features(self, images_BCHW: Tensor) -> Tensor:
+    def _features(self, images_BCHW: Tensor) -> Any:
         weight = next(self.model.parameters())
         return self.model.forward_features(images_BCHW.to(weight.dtype))
 
@@ -131,19 +169,19 @@ class TimmBackbone(Backbone):
         elif features.dim() != 3:
             raise UserError(
                 f"timm's {type(self.model).__name__} gives features of shape {tuple(features.shape)}, no token grid; "
-                "choose target pooled"
+                "as a teacher it can give target pooled"
             )
         return features
 
     def pooled(self, images_BCHW: Tensor) -> Tensor:
         """The feature that timm's classifier reads, (B, D)."""
-        if not self.with_head:
+        if self.target == "feature_map":
             return super().pooled(images_BCHW)
         return self.model.forward_head(self._features(images_BCHW), pre_logits=True)
 
     def logits(self, images_BCHW: Tensor) -> Tensor:
         """See `Backbone.logits`."""
-        assert self.with_head, "a teacher whose logits are wanted keeps its head"
+        assert self.target == "logits", "a teacher whose logits are wanted keeps its head"
         if self.model.num_classes < 1:
             raise UserError(
                 f"timm's {type(self.model).__name__} of this name has no classifier; "
@@ -160,7 +198,9 @@ class TimmBackbone(Backbone):
         if self.num_prefix_tokens:
             options["return_prefix_tokens"] = True
         if method is None or not set(options) <= set(known):
-            return super().intermediates(images_BCHW, layers)
+            raise UserError(
+                f"timm's {type(self.model).__name__} gives no intermediate layers; remove `layers`"
+            )
         weight = next(self.model.parameters())
         found = method(images_BCHW.to(weight.dtype), indices=sorted(set(indices)), **options)
         by_index = dict(zip(sorted(set(indices)), found, strict=True))
@@ -198,7 +238,12 @@ class TimmBackbone(Backbone):
         if filter_fn is not None:
             # The filters trip over keys that their model has not; the caller names those.
             with contextlib.suppress(AttributeError, KeyError, RuntimeError):
-                found = filter_fn(found, self.model)
+                fitted = filter_fn(found, self.model)
+                for name in fitted.keys() & found.keys():
+                    if fitted[name].shape != found[name].shape:
+                        before, after = tuple(found[name].shape), tuple(fitted[name].shape)
+                        logger.warning("weights: %s is resampled from %s to %s", name, before, after)
+                found = fitted
         own = set(self.model.state_dict())
         return {
             f"model.{name}": tensor
@@ -215,20 +260,38 @@ class TimmBackbone(Backbone):
         raise UserError(f"--format {layout}: {type(self.model).__name__} has the formats ours and timm")
 
 
-def create_timm_model(name: str, overrides: dict[str, Any]) -> nn.Module:
+def create_timm_model(name: str, img_size: int | None, overrides: dict[str, Any]) -> nn.Module:
     """Builds a timm model with fresh weights.
 
     Raises:
-        UserError: an unknown tag, or an argument that the model does not take.
+        UserError: an unknown tag, or an argument that the model does not take or that is not for a backbone.
     """
+    refused = sorted(set(overrides) & _NOT_OVERRIDES)
+    if refused:
+        raise UserError(
+            f"model.overrides.{refused[0]}: not for a backbone here: images have three channels, heads belong to "
+            "tasks, weights to model.weights, and of the random layers there is drop_path_rate alone"
+        )
+    if img_size is not None and takes_img_size(name):
+        overrides = overrides | {"img_size": img_size}
     try:
-        return timm.create_model(name, pretrained=False, **overrides)
+        model = timm.create_model(name, pretrained=False, **overrides)
     except (TypeError, RuntimeError, AssertionError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise UserError(
             f"timm does not build {name} with {overrides or 'its own settings'}: {reason}; "
             f"names like it: {', '.join(nearest_timm_names(name)) or 'none'}"
         ) from None
+    patch_size = getattr(getattr(model, "patch_embed", None), "patch_size", None)
+    if "img_size" in overrides and patch_size is not None:
+        patch = to_2tuple(patch_size)[0]
+        if overrides["img_size"] % patch:
+            low = max(overrides["img_size"] // patch, 1) * patch
+            raise UserError(
+                f"model.img_size: {overrides['img_size']} is not a multiple of the patch size {patch} of {name}; "
+                f"the nearest are {low} and {low + patch}"
+            )
+    return model
 
 
 def _norm_behind_pooling(model: Any) -> str | None:

@@ -47,7 +47,7 @@ class Teacher:
         self.dtype = dtype
         self.img_size = resolved_model(config.model).size
         # eval() for good: DeepSpeed's coordinator also mistakes a teacher in train mode under no_grad.
-        self.model = build_model(config.model, with_head=config.target != "feature_map")
+        self.model = build_model(config.model, config.target)
         self.model.to(dtype).eval().requires_grad_(False)
         self.targets = _probe(config, self.img_size)
 
@@ -90,9 +90,7 @@ def _targets_of(model: Backbone, config: TeacherConfig, pixels_BCHW: Tensor) -> 
 def _probe(config: TeacherConfig, img_size: int) -> tuple[Target, ...]:
     """Shapes of the targets, from a forward of the same model without weights, on the meta device."""
     with torch.device("meta"):
-        model = build_model(
-            replace(config.model, weights=None), with_head=config.target != "feature_map"
-        ).eval()
+        model = build_model(replace(config.model, weights=None), config.target).eval()
         targets = _targets_of(model, config, torch.zeros(1, 3, img_size, img_size))
     if config.target != "feature_map":
         return tuple(Target(tokens_BLD.shape[2], None, has_cls=False) for tokens_BLD in targets)

@@ -13,6 +13,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from fd_scale.config import load_recipe
+from fd_scale.models import resolved
 from fd_scale.run_folder import read_recipe
 
 
@@ -46,7 +47,7 @@ def test_two_ranks_from_the_command_line(
     assert "distill step 4/4" in done.stderr, "plain lines where there is no terminal"
     assert done.stderr.count("distill step 4/4  loss") == 1, "rank 0 alone speaks"
 
-    assert read_recipe(run) == load_recipe(file, ["train.steps=4"])
+    assert read_recipe(run) == resolved(load_recipe(file, ["train.steps=4"]))
     start = json.loads((run / "environment.json").read_text())[0]
     assert "distill" in start["command"]
     assert start["versions"]["deepspeed"]

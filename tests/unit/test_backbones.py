@@ -132,13 +132,81 @@ def test_a_model_without_a_token_grid_is_refused() -> None:
     assert model(images(64)).shape[1] == 4
     vgg: Any = create_model("vit_tiny_patch16_224", img_size=32, **VIT)
     vgg.model.forward_features = lambda x: x.mean((2, 3))
-    with pytest.raises(UserError, match="no token grid; choose target pooled"):
+    with pytest.raises(UserError, match="no token grid; as a teacher it can give target pooled"):
         vgg(images(32))
     with pytest.raises(UserError, match="layer 2 is none of the model's 2"):
         create_model("vit_tiny_patch16_224", img_size=32, **VIT).intermediates(images(32), [2])
 
 
-def test_published_positions_are_resampled_by_timm() -> None:
+@pytest.mark.parametrize(
+    ("name", "size", "overrides", "words"),
+    [
+        (
+            "vit_tiny_patch16_224",
+            30,
+            VIT,
+            "30 is not a multiple of the patch size 16 .*; the nearest are 16 and 32",
+        ),
+        (
+            "vit_tiny_patch16_224",
+            32,
+            VIT | {"drop_rate": 0.5},
+            r"drop_rate: not for a backbone.*drop_path_rate alone",
+        ),
+        (
+            "vit_tiny_patch16_224",
+            32,
+            VIT | {"in_chans": 1},
+            r"model\.overrides\.in_chans: not for a backbone",
+        ),
+        ("vit_tiny_patch16_224", 32, VIT | {"checkpoint_path": "a"}, "weights to model.weights"),
+        (
+            "vit_tiny_patch16_224",
+            32,
+            VIT | {"drop_path_rate": 1.0},
+            "drop_path_rate: got 1.0, expected 0 <= rate < 1",
+        ),
+        ("crossvit_tiny_240", 240, {}, "CrossVit cannot do without its pooling.*target pooled"),
+    ],
+)
+def test_what_is_no_setting_of_a_backbone(
+    name: str, size: int, overrides: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(UserError, match=words):
+        build_model(ModelConfig(name=name, img_size=size, overrides=overrides))
+
+
+def test_pooling_without_a_token_grid_and_without_a_classifier() -> None:
+    """Also of weights that we exported: they have no classifier."""
+    with torch.device("meta"):
+        assert (
+            build_model(ModelConfig(name="crossvit_tiny_240"), "pooled").pooled(images(240).to("meta")).dim()
+            == 2
+        )
+    pooled = build_model(ModelConfig(name="deit_tiny_patch16_224", img_size=32, overrides=VIT), "pooled")
+    exported = create_model("deit_tiny_patch16_224", img_size=32, **VIT)
+    load_tensors(pooled, exported.state_dict(), "our export")
+    assert pooled.pooled(images(32)).shape == (2, 32)
+
+
+@pytest.mark.parametrize(
+    "name", ["vit_relpos_small_patch16_224", "tnt_s_legacy_patch16_224", "swin_s3_tiny_224"]
+)
+def test_nothing_is_drawn_in_a_training_forward(name: str) -> None:
+    """Models with dropout unasked, and with patches or windows folded into the batch of a residual."""
+    model = create_model(name, img_size=224, drop_path_rate=0.3).train()
+    assert model.drop_path_rates
+    assert max(model.drop_path_rates) == pytest.approx(0.3)
+    scale = torch.ones(len(model.drop_path_rates), 2)
+    scale[:, 1] = 0
+    with torch.no_grad():
+        plain, first, second = model(images(224)), model(images(224), scale), model(images(224), scale)
+    assert torch.equal(first, second)
+    torch.testing.assert_close(first[0], plain[0], rtol=1e-4, atol=1e-4)  # a batch's sums in another order
+    assert not torch.equal(first[1], plain[1])
+
+
+def test_published_positions_are_resampled_by_timm(caplog: pytest.LogCaptureFixture) -> None:
     """DINOv2's 37 x 37 positions in a model of 4 x 4."""
     large = create_model("vit_base_patch14_reg4_dinov2.lvd142m", **VIT)
     small: Any = create_model("vit_base_patch14_reg4_dinov2.lvd142m", img_size=56, **VIT)
@@ -148,6 +216,7 @@ def test_published_positions_are_resampled_by_timm() -> None:
     }
     assert state["pos_embed"].shape[1] == 37 * 37
     load_tensors(small, state, "DINOv2")
+    assert "pos_embed is resampled from (1, 1369, 32) to (1, 16, 32)" in caplog.text
     assert small.model.pos_embed.shape[1] == 16
     assert torch.equal(small.model.blocks[1].mlp.fc1.weight, state["blocks.1.mlp.fc1.weight"])
     load_tensors(small, small.to_layout(small.state_dict(), "timm"), "again")
@@ -184,6 +253,10 @@ def transformers_models() -> dict[str, Callable[[Any], tuple[Any, int, bool]]]:
         "clip": lambda t: (
             t.CLIPModel(t.CLIPConfig(vision_config=patches, text_config=small | {
                 "vocab_size": 9, "eos_token_id": 1, "bos_token_id": 0, "pad_token_id": 2})), 1, True),
+        "beit": lambda t: (t.BeitModel(t.BeitConfig(**patches)), 1, True),
+        "convnextv2": lambda t: (
+            t.ConvNextV2Model(t.ConvNextV2Config(image_size=64, hidden_sizes=[8, 8, 8, 16], depths=[1, 1, 1, 1])),
+            0, False),
         "convnext": lambda t: (
             t.ConvNextModel(t.ConvNextConfig(image_size=64, hidden_sizes=[8, 8, 8, 16], depths=[1, 1, 1, 1])),
             0, False),
@@ -202,13 +275,15 @@ def test_a_hugging_face_folder(kind: str, tmp_path: Path) -> None:
     )
     model: Backbone = build_model(ModelConfig(name=f"hf:{tmp_path}", weights="pretrained"))
     assert model.mean == (0.1, 0.2, 0.3)
-    size = 64 if kind == "convnext" else 32
+    size = 64 if "convnext" in kind else 32
     vision = theirs.vision_model if kind == "clip" else theirs
     with torch.no_grad():
         expected = vision(pixel_values=images(size)).last_hidden_state
         if kind == "clip":
             expected = vision.post_layernorm(expected)
-        elif kind == "convnext":
+        elif kind == "beit":
+            expected = vision.pooler.layernorm(expected)
+        elif "convnext" in kind:
             expected = vision.layernorm(expected.flatten(2).transpose(1, 2))
         torch.testing.assert_close(model.train()(images(size)), expected)  # no dropout, in train mode too
     rows, columns = model.grid_size(size, size)
@@ -233,6 +308,32 @@ def test_a_hugging_face_folder_without_weights_is_refused(tmp_path: Path) -> Non
         build_model(
             ModelConfig(name=f"hf:{tmp_path}", weights="pretrained", overrides={"num_hidden_layers": 3})
         )
+    with pytest.raises(UserError, match=r"makes no features of 32 px images.*hidden_size"):
+        build_model(ModelConfig(name=f"hf:{tmp_path}", overrides={"hidden_size": "a"}))
     (tmp_path / "config.json").write_text('{"model_type": "nothing"}')
     with pytest.raises(UserError, match="no configuration that Transformers knows"):
         build_model(ModelConfig(name=f"hf:{tmp_path}"))
+
+
+def test_folders_that_make_no_grid_of_tokens(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers", reason="needs the extra hf")
+    small = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+    for config, words in (
+        (transformers.BertConfig(**small), "choose a vision model"),
+        (transformers.ViTMAEConfig(**small, image_size=32, patch_size=8), "5 tokens of 32 px, no token grid"),
+    ):
+        config.save_pretrained(tmp_path)
+        with pytest.raises(UserError, match=words):
+            build_model(ModelConfig(name=f"hf:{tmp_path}", img_size=32))
+
+
+def test_an_image_size_of_two_sides(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers", reason="needs the extra hf")
+    transformers.HieraConfig(
+        image_size=[64, 64], embed_dim=8, depths=[1, 1], num_heads=[1, 2], query_stride=[2, 2], num_query_pool=1,
+        masked_unit_size=[4, 4],
+    ).save_pretrained(tmp_path)  # fmt: skip
+    assert resolved_model(ModelConfig(name=f"hf:{tmp_path}")).img_size == 64
+    model = build_model(ModelConfig(name=f"hf:{tmp_path}"))
+    rows, columns = model.grid_size(64, 64)
+    assert model(images(64)).shape == (2, rows * columns, 16)

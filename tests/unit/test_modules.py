@@ -125,7 +125,9 @@ def test_tasks_take_the_mean_of_the_patches_alone() -> None:
     contrastive = ContrastiveModule(vit, ContrastiveConfig(projection_dim=4), torch.float32)
     loss = contrastive(torch.stack([images, images.flip(-1)], 1))["loss"]
     views = [normalize(view, IMAGENET_MEAN, IMAGENET_STD) for view in (images, images.flip(-1))]
-    projected = torch.stack([contrastive.projection(contrastive.backbone(view)[:, 1:].mean(1)) for view in views])
+    projected = torch.stack(
+        [contrastive.projection(contrastive.backbone(view)[:, 1:].mean(1)) for view in views]
+    )
     torch.testing.assert_close(loss, nt_xent_sum(projected, 0.2))
 
 

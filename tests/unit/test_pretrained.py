@@ -27,8 +27,10 @@ def test_a_timm_name(local_hub: LocalHub) -> None:
     config = ModelConfig(name=name, img_size=32, overrides=VIT, weights="pretrained")
     torch.manual_seed(0)
     source = create_model(name, img_size=32, **VIT)
-    local_hub.files = {f"timm/{name}": {"model.safetensors": save(source.to_layout(source.state_dict(), "timm"))}}
-    with pytest.raises(UserError, match="is not in the cache.*fd-scale fetch"):
+    local_hub.files = {
+        f"timm/{name}": {"model.safetensors": save(source.to_layout(source.state_dict(), "timm"))}
+    }
+    with pytest.raises(UserError, match=r"is not in the cache.*fd-scale fetch"):
         build_model(config)
     fetch(config)
     local_hub.requests.clear()
@@ -49,7 +51,7 @@ def test_a_hugging_face_repository(local_hub: LocalHub, tmp_path: Path) -> None:
     files = {path.name: path.read_bytes() for path in (tmp_path / "model").iterdir()}
     local_hub.files = {"org/vit": files | {"another/config.json": b"{}"}}
     config = ModelConfig(name="hf:org/vit", weights="pretrained")
-    with pytest.raises(UserError, match="is not in the cache.*fd-scale fetch"):
+    with pytest.raises(UserError, match=r"is not in the cache.*fd-scale fetch"):
         build_model(config)
     fetch(config)
     local_hub.requests.clear()

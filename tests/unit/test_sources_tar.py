@@ -220,6 +220,7 @@ def test_samples_that_are_refused(tmp_path: Path, members: list[Member], message
     ("spec", "message"),
     [
         ("missing.tar", "matches no file"),
+        ("train-{3..1}.tar", "the range in braces is empty"),
         ("train-{0..3}.tar", "train-2.tar matches no file"),
         ("empty", "without \\*.tar files"),
         ("mixed", "several parts \\(imagenet-train, imagenet-validation\\)"),
