@@ -111,8 +111,8 @@ def fetch(files: HubFiles) -> list[Path]:
     )
     from huggingface_hub.hf_api import RepoFile
 
+    api = HfApi()
     try:
-        api = HfApi()
         commit = str(api.repo_info(files.repo, repo_type=files.kind, revision=files.revision).sha)
         tree = api.list_repo_tree(files.repo, recursive=True, repo_type=files.kind, revision=commit)
         sizes = _matching(files, {item.path: item.size for item in tree if isinstance(item, RepoFile)})
@@ -120,7 +120,7 @@ def fetch(files: HubFiles) -> list[Path]:
             files.repo, repo_type=files.kind, revision=commit, allow_patterns=list(files.patterns)
         )
     except GatedRepoError:  # first: it is a RepositoryNotFoundError as well
-        page = f"https://huggingface.co/{'datasets/' if files.kind == 'dataset' else ''}{files.repo}"
+        page = f"{api.endpoint}/{'datasets/' if files.kind == 'dataset' else ''}{files.repo}"
         raise UserError(
             f"{files}: is gated; accept its terms at {page}, log in with `hf auth login` and fetch again"
         ) from None

@@ -31,6 +31,8 @@ class Backbone(nn.Module):
     """
 
     num_features: int
+    inner_layout: str = ""
+    """Layout of a wrapped model (our names without `model.`)."""
     num_prefix_tokens: int = 0
     has_cls: bool = False
     drop_path_rates: tuple[float, ...] = ()
@@ -90,9 +92,15 @@ class Backbone(nn.Module):
         """Returns weights by the model's own names in a published layout.
 
         Raises:
-            UserError: the layout has no place for some of them.
+            UserError: an unknown layout, or one that has no place for some of them.
         """
-        raise NotImplementedError
+        if layout == "ours":
+            return dict(state)
+        if layout == self.inner_layout:
+            return {name.removeprefix("model."): tensor for name, tensor in state.items()}
+        raise UserError(
+            f"--format {layout}: {type(self).__name__} has the formats ours and {self.inner_layout}"
+        )
 
     def layout_config(self, layout: str) -> dict[str, Any]:
         """Returns what a published layout's `config.json` says of the model, where it has one.

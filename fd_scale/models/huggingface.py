@@ -40,6 +40,8 @@ class HuggingFaceBackbone(Backbone):
         UserError: Transformers is not installed, or does not build a vision model from the folder.
     """
 
+    inner_layout = "hf"
+
     def __init__(self, folder: Path, img_size: int, overrides: dict[str, Any]) -> None:
         super().__init__()
         transformers = _transformers()
@@ -134,14 +136,6 @@ class HuggingFaceBackbone(Backbone):
         return {
             name if name.startswith("model.") else f"model.{name}": tensor for name, tensor in state.items()
         }
-
-    def to_layout(self, state: Mapping[str, Tensor], layout: str) -> dict[str, Tensor]:
-        """Ours, or Hugging Face's."""
-        if layout == "ours":
-            return dict(state)
-        if layout == "hf":
-            return {name.removeprefix("model."): tensor for name, tensor in state.items()}
-        raise UserError(f"--format {layout}: {type(self.model).__name__} has the formats ours and hf")
 
     def layout_config(self, layout: str) -> dict[str, Any]:
         """`config.json` of layout `hf`."""

@@ -92,6 +92,8 @@ class TimmBackbone(Backbone):
     Source: layouts of tokens and heads as in timm 1.0.
     """
 
+    inner_layout = "timm"
+
     def __init__(self, model: nn.Module, target: str = "feature_map") -> None:
         super().__init__()
         timm_model: Any = model
@@ -250,14 +252,6 @@ class TimmBackbone(Backbone):
             for name, tensor in found.items()
             if name in own or not name.startswith(_HEADS)
         }
-
-    def to_layout(self, state: Mapping[str, Tensor], layout: str) -> dict[str, Tensor]:
-        """Ours, or timm's."""
-        if layout == "ours":
-            return dict(state)
-        if layout == "timm":
-            return {name.removeprefix("model."): tensor for name, tensor in state.items()}
-        raise UserError(f"--format {layout}: {type(self.model).__name__} has the formats ours and timm")
 
 
 def create_timm_model(name: str, img_size: int | None, overrides: dict[str, Any]) -> nn.Module:
