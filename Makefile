@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 # A company's certificates count too.
 export UV_SYSTEM_CERTS := 1
 
-.PHONY: help setup demo test lint bench gpu-check lock clean
+.PHONY: help setup demo test lint bench gpu-check aot lock clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -40,6 +40,9 @@ bench: setup  ## our step against a bare loop, and the loader
 
 gpu-check: setup  ## the tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu --require-gpu
+
+aot: setup  ## compiles the Triton kernels with no GPU: registers, spills, tensor cores
+	$(BIN)/python -m fd_kernels.aot
 
 lock:  ## writes requirements.lock anew (needs uv)
 	uv pip compile --quiet --universal --generate-hashes --no-emit-index-url --all-extras \

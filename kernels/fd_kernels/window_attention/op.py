@@ -3,9 +3,16 @@
 # Shape suffix legend
 #   B = images, H, W = token grid, C = channels, E = 3 * C (q, k, v), h = heads, N = tokens of a window
 
+from collections.abc import Sequence
+from typing import Any
+
+import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from fd_kernels.checks import check_floating, check_shape
+from fd_kernels.dispatch import use_triton
+from fd_kernels.window_attention import launch
 from fd_kernels.window_attention.reference import window_attention_reference
 
 
@@ -39,8 +46,12 @@ def window_attention(
     Returns:
         out_BHWC, (B, H, W, C), in the dtype of `qkv_BHWE`.
 
+    On CUDA a Triton kernel runs where it serves the call (fp32, bf16 or fp16; head dim 32; windows of
+    up to 24 x 24; contiguous tensors), elsewhere the PyTorch reference: see `fd_kernels.dispatch`.
+
     Raises:
-        ValueError: a shape, dtype, window or shift does not fit, or `pad_qkv_E` is missing.
+        ValueError: a shape, dtype, window or shift does not fit, or `pad_qkv_E` is missing; or the kernel is asked
+            for by name and does not serve the call.
 
     Source: Liu et al. 2022 (arXiv:2111.09883), equation 2; shift: Liu et al. 2021 (arXiv:2103.14030).
     """
@@ -73,6 +84,152 @@ def window_attention(
             raise ValueError(
                 f"pad_qkv_E has dtype {pad_qkv_E.dtype}; expected {qkv_BHWE.dtype}, that of qkv_BHWE"
             )
-    return window_attention_reference(
-        qkv_BHWE, bias_hNN, scale_h, window_size=window_size, shift_size=shift_size, pad_qkv_E=pad_qkv_E
+    tensors = [qkv_BHWE, bias_hNN, scale_h]
+    if H % window_size[0] or W % window_size[1]:
+        assert pad_qkv_E is not None, "checked above"
+        tensors.append(pad_qkv_E)
+    if not use_triton("window_attention", *tensors, served=_not_served(tensors, window_size)):
+        return window_attention_reference(
+            qkv_BHWE, bias_hNN, scale_h, window_size=window_size, shift_size=shift_size, pad_qkv_E=pad_qkv_E
+        )
+    out_BHWC, _ = _forward(
+        *tensors[:3], tensors[3] if tensors[3:] else None, list(window_size), list(shift_size)
     )
+    return out_BHWC
+
+
+def _not_served(tensors: list[Tensor], window_size: tuple[int, int]) -> str | None:
+    """Why the kernel does not serve a call, with what it got and expected, or None."""
+    qkv_BHWE, bias_hNN, scale_h, *_ = tensors
+    head_dim = qkv_BHWE.shape[-1] // (3 * len(bias_hNN))
+    if qkv_BHWE.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"qkv_BHWE has dtype {qkv_BHWE.dtype}; expected float32, bfloat16 or float16"
+    if bias_hNN.dtype != torch.float32 or scale_h.dtype != torch.float32:
+        return f"bias_hNN and scale_h have dtypes {bias_hNN.dtype} and {scale_h.dtype}; expected float32"
+    if head_dim not in launch.HEAD_DIMS:
+        return f"a head has {head_dim} channels; expected one of {launch.HEAD_DIMS}"
+    if window_size[0] * window_size[1] > launch.LARGEST_WINDOW:
+        return f"a window has {window_size} tokens; expected {launch.LARGEST_WINDOW} in all at most"
+    if len(tensors) > 3 and window_size[0] * window_size[1] > launch.LARGEST_PADDED_WINDOW:
+        return (
+            f"windows of {window_size} tokens are padded; expected {launch.LARGEST_PADDED_WINDOW} in all at most, or a "
+            "window that divides the grid"
+        )
+    if not all(tensor.is_contiguous() for tensor in tensors):
+        strides = ", ".join(str(tensor.stride()) for tensor in tensors)
+        return f"the tensors have strides {strides}; expected contiguous ones"
+    if qkv_BHWE[0].numel() >= 2**31 or qkv_BHWE.shape[1] * qkv_BHWE.shape[2] >= launch.PAD_OFFSET:
+        return (
+            f"an image has shape {tuple(qkv_BHWE.shape[1:])}; expected fewer than 2**31 numbers, 2**26 tokens"
+        )
+    return None
+
+
+@torch.library.custom_op("fd_kernels::window_attention", mutates_args=())
+def _forward(
+    qkv_BHWE: Tensor,
+    bias_hNN: Tensor,
+    scale_h: Tensor,
+    pad_qkv_E: Tensor | None,
+    window_size: list[int],
+    shift_size: list[int],
+) -> tuple[Tensor, Tensor]:
+    with torch.cuda.device_of(qkv_BHWE):  # Triton launches on the current device
+        return launch.forward(qkv_BHWE, bias_hNN, scale_h, pad_qkv_E, window_size, shift_size)
+
+
+@_forward.register_fake
+def _(
+    qkv_BHWE: Tensor,
+    bias_hNN: Tensor,
+    scale_h: Tensor,
+    pad_qkv_E: Tensor | None,
+    window_size: list[int],
+    shift_size: list[int],
+) -> tuple[Tensor, Tensor]:
+    B, H, W, E = qkv_BHWE.shape
+    lse = launch.lse_shape(B, (H, W), len(bias_hNN), window_size)
+    return qkv_BHWE.new_empty(B, H, W, E // 3), qkv_BHWE.new_empty(lse, dtype=torch.float32)
+
+
+@torch.library.custom_op("fd_kernels::window_attention_backward", mutates_args=())
+def _backward(
+    grad_BHWC: Tensor,
+    qkv_BHWE: Tensor,
+    bias_hNN: Tensor,
+    scale_h: Tensor,
+    pad_qkv_E: Tensor | None,
+    out_BHWC: Tensor,
+    lse_GhT: Tensor,
+    window_size: list[int],
+    shift_size: list[int],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    with torch.cuda.device_of(qkv_BHWE):
+        return launch.backward(
+            grad_BHWC, qkv_BHWE, bias_hNN, scale_h, pad_qkv_E, out_BHWC, lse_GhT, window_size, shift_size
+        )
+
+
+@_backward.register_fake
+def _(
+    grad_BHWC: Tensor,
+    qkv_BHWE: Tensor,
+    bias_hNN: Tensor,
+    scale_h: Tensor,
+    pad_qkv_E: Tensor | None,
+    out_BHWC: Tensor,
+    lse_GhT: Tensor,
+    window_size: list[int],
+    shift_size: list[int],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    num_padding = 0 if pad_qkv_E is None else len(pad_qkv_E)
+    return (
+        torch.empty_like(qkv_BHWE),
+        torch.empty_like(bias_hNN),
+        torch.empty_like(scale_h),
+        scale_h.new_empty(num_padding),
+    )
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *tensors, ctx.window_size, ctx.shift_size = inputs
+    ctx.save_for_backward(*tensors, *output)
+    ctx.set_materialize_grads(False)
+
+
+def _gradients(ctx: Any, grad_BHWC: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    if grad_BHWC is None:
+        return (None,) * 6
+    saved = ctx.saved_tensors  # once: a recomputed block unpacks them once
+    pad_qkv_E = saved[3]
+    # The sum of an output hands back a gradient without strides.
+    *grads, grad_pad_E = _backward(grad_BHWC.contiguous(), *saved, ctx.window_size, ctx.shift_size)
+    return (*grads, None if pad_qkv_E is None else grad_pad_E.to(pad_qkv_E.dtype), None, None)
+
+
+_forward.register_autograd(_gradients, setup_context=_keep)
+
+
+@register_flop_formula(torch.ops.fd_kernels.window_attention)
+def _forward_flops(
+    qkv_shape: Sequence[int], bias_shape: Sequence[int], *_: Any, out_shape: Any = None, **__: Any
+) -> int:
+    return _products(qkv_shape, bias_shape, 2)
+
+
+@register_flop_formula(torch.ops.fd_kernels.window_attention_backward)
+def _backward_flops(
+    _: Sequence[int],
+    qkv_shape: Sequence[int],
+    bias_shape: Sequence[int],
+    *__: Any,
+    out_shape: Any = None,
+    **___: Any,
+) -> int:
+    return _products(qkv_shape, bias_shape, 5)
+
+
+def _products(qkv_shape: Sequence[int], bias_shape: Sequence[int], count: int) -> int:
+    """FLOPs of so many products of N x D by D x N for each window and head, padding left out."""
+    B, H, W, E = qkv_shape
+    return count * 2 * B * H * W * bias_shape[1] * E // 3

@@ -1,0 +1,184 @@
+"""The window attention kernels, on the CPU through Triton's interpreter, against fp64 and beside plain torch.
+
+The interpreter sees no races and no reads beyond a tensor; it computes what the kernel says, tile by tile.
+"""
+
+from typing import Any
+
+import pytest
+import torch
+from attention_cases import (
+    ARGUMENTS,
+    CASES,
+    Case,
+    assert_no_further_from_fp64_than_plain_torch,
+    kernel,
+    results,
+)
+from fd_kernels import window_attention
+from fd_kernels.dispatch import implementation
+from fd_kernels.window_attention.launch import num_splits, token_table
+from fd_kernels.window_attention.reference import shift_mask
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
+
+from fd_scale.models import create_model
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [(name, torch.float32) for name in CASES]
+    + [(name, torch.bfloat16) for name in ("w8", "w8_padded", "w12")]
+    + [(name, torch.float16) for name in ("w7", "w12_padded")],
+    ids=str,
+)
+def test_no_further_from_fp64_than_plain_torch(name: str, dtype: torch.dtype) -> None:
+    assert_no_further_from_fp64_than_plain_torch(CASES[name], CASES[name].inputs(dtype))
+
+
+def test_the_mask_is_additive() -> None:
+    """A bias of the mask's size between the regions outweighs it, as in the models that were trained so."""
+    case = Case(grid=(8, 8), window=(8, 8), shift=(4, 4), heads=2)  # one window of four regions
+    values = case.inputs(torch.float32)
+    half = torch.arange(8) >= 4
+    region = (2 * half[:, None] + half.int()).flatten()  # where a shift by 4 parts a window
+    values["bias"] += 100.0 * (region[:, None] != region)
+    assert_no_further_from_fp64_than_plain_torch(case, values)
+
+
+def test_the_same_bits_in_every_run() -> None:
+    for name in ("w8", "w12_padded"):
+        values = CASES[name].inputs(torch.bfloat16)
+        first, second = (results(CASES[name], values, kernel) for _ in range(2))
+        assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+def test_the_token_table() -> None:
+    table = token_table((5, 6), (4, 4), (2, 2), 20, CPU)
+    assert table.shape == (4, 20)
+    assert (table[:, 16:] == -1).all()
+    offsets, regions = table[:, :16] & ((1 << 26) - 1), table[:, :16] >> 26
+    held = offsets[offsets < 30]
+    assert sorted(held.tolist()) == list(range(30)), "each token once"
+    assert offsets[0, 0] == 2 * 6 + 2, "the grid is rolled by the shift"
+    different = regions[:, :, None] != regions[:, None, :]
+    assert torch.equal(different * -100.0, shift_mask(8, 8, (4, 4), (2, 2), CPU))
+
+
+def test_windows_are_spread_over_programs() -> None:
+    assert num_splits(4, 1, CPU) == 1
+    assert num_splits(4, 100, CPU) == 2
+
+
+def test_the_op_passes_torchs_own_checks() -> None:
+    from fd_kernels.window_attention.op import _forward
+
+    for name in ("w8x4", "w4_padded"):
+        case = CASES[name]
+        values = case.inputs(torch.float32)
+        tensors = [values[key].requires_grad_() for key in ARGUMENTS]
+        pad = tensors[3] if case.padded else None
+        torch.library.opcheck(_forward, (*tensors[:3], pad, list(case.window), list(case.shift)))
+
+
+def test_compiled_recomputed_and_under_autocast_the_same() -> None:
+    case = CASES["w8x4"]
+    values = case.inputs(torch.float32)
+    expected = results(case, values, kernel)
+
+    def compiled(*args: Any, **kwargs: Any) -> Tensor:
+        return torch.compile(kernel, fullgraph=True, backend="aot_eager")(*args, **kwargs)
+
+    def recomputed(*args: Any, **kwargs: Any) -> Tensor:
+        return checkpoint(kernel, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+
+    def autocast(*args: Any, **kwargs: Any) -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return kernel(*args, **kwargs)
+
+    for other in (compiled, recomputed, autocast):
+        found = results(case, values, other)
+        for key, tensor in expected.items():
+            assert torch.equal(found[key], tensor), (other.__name__, key)
+
+
+def test_a_gradient_without_strides_and_a_sum_of_flops() -> None:
+    case = CASES["w8x4"]
+    values = case.inputs(torch.float32)
+    qkv = values["qkv"].requires_grad_()
+    with FlopCounterMode(display=False) as counter:
+        kernel(
+            qkv, values["bias"], values["scale"], window_size=case.window, shift_size=case.shift
+        ).sum().backward()
+    assert qkv.grad is not None
+    # Two products forward, five backward, of 2 * N * N * D for each of two windows.
+    assert counter.get_total_flops() == 7 * 2 * 2 * 32 * 32 * 32
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (
+            {"qkv": lambda t: t.double()},
+            "qkv_BHWE has dtype torch.float64; expected float32, bfloat16 or float16",
+        ),
+        ({"bias": lambda t: t.half()}, "bias_hNN and scale_h have dtypes"),
+        ({"qkv": lambda t: t[..., :48]}, "a head has 16 channels; expected one of"),
+        ({"qkv": lambda t: t.transpose(1, 2)}, "expected contiguous ones"),
+    ],
+)
+def test_what_the_kernel_does_not_serve(change: dict[str, Any], words: str) -> None:
+    case = Case(grid=(8, 8), window=(8, 8))
+    values = case.inputs(torch.float32)
+    values |= {key: function(values[key]) for key, function in change.items()}
+    call = (values["qkv"], values["bias"], values["scale"])
+    with pytest.raises(ValueError, match=words):
+        kernel(*call, window_size=case.window, shift_size=case.shift)
+    out = window_attention(*call, window_size=case.window, shift_size=case.shift)  # the reference serves it
+    assert out.isfinite().all()
+
+
+def test_a_swin_v2_trains_alike_with_kernels_and_reference() -> None:
+    """Padded windows, a shared bias, recomputed blocks: the tokens, and the gradient of every parameter."""
+    model: Any = create_model(
+        "swin_v2_tiny",
+        img_size=40,
+        patch_size=4,
+        embed_dim=32,
+        depths=(2, 1),
+        num_heads=(1, 2),
+        window_size=4,
+    )
+    model.activation_checkpointing = "block"
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0))
+    images = torch.randn(2, 3, 40, 40, generator=torch.Generator().manual_seed(1))
+    found = {}
+    for name in ("reference", "triton"):
+        with implementation(name):  # type: ignore[arg-type]
+            tokens = model(images)
+            gradients = torch.autograd.grad(tokens.square().sum(), list(model.parameters()))
+        found[name] = [tokens.detach(), *gradients]
+    for ours, reference in zip(found["triton"], found["reference"], strict=True):
+        # fp32 sums in another order, through three blocks; relative to the largest value of a tensor.
+        torch.testing.assert_close(ours, reference, rtol=1e-3, atol=1e-4 * float(reference.abs().max()))
+
+
+@pytest.mark.parametrize(
+    ("case", "words"),
+    [
+        (Case(grid=(25, 25), window=(25, 25)), "a window has .*25, 25.* tokens; expected 576 in all at most"),
+        (
+            Case(grid=(18, 17), window=(17, 17)),
+            "are padded; expected 144 in all at most, or a window that divides",
+        ),
+    ],
+)
+def test_windows_that_are_too_large(case: Case, words: str) -> None:
+    values = case.inputs(torch.float32)
+    with pytest.raises(ValueError, match=words):
+        results(case, values, kernel)

@@ -1,0 +1,66 @@
+"""The kernels on a GPU: error beside plain torch's, and the same bits in every run. `make gpu-check` runs these."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from attention_cases import CASES, Case, assert_no_further_from_fp64_than_plain_torch, kernel, results
+from fd_kernels import whitened_smooth_l1
+from fd_kernels.dispatch import implementation
+from torch import Tensor
+
+pytestmark = pytest.mark.gpu
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+# Stages of SwinV2-B and -G, of few images and heads: what a tile is does not depend on their number.
+SHAPES = CASES | {
+    f"swin_w{side}": Case(
+        grid=(2 * side, 2 * side), window=(side, side), shift=(side // 2,) * 2, images=3, heads=4
+    )
+    for side in (7, 8, 12, 14, 16, 24)
+}
+
+
+def on_gpu(case: Case, dtype: torch.dtype) -> dict[str, Tensor]:
+    return {name: tensor.cuda() for name, tensor in case.inputs(dtype).items()}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", SHAPES)
+def test_window_attention(name: str, dtype: torch.dtype) -> None:
+    assert_no_further_from_fp64_than_plain_torch(SHAPES[name], on_gpu(SHAPES[name], dtype))
+
+
+@pytest.mark.parametrize("name", ["swin_w8", "swin_w16", "swin_w24", "w12_padded"])
+def test_window_attention_has_the_same_bits_over_20_runs(name: str) -> None:
+    values = on_gpu(SHAPES[name], torch.bfloat16)
+    first = results(SHAPES[name], values, kernel)
+    for _ in range(20):
+        again = results(SHAPES[name], values, kernel)
+        assert all(torch.equal(first[key], again[key]) for key in first)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("width", [64, 100, 768, 1024, 2048, 8192])
+def test_feature_loss(width: int, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    pred, target = (3 * torch.randn(3, 50, width, generator=generator) for _ in range(2))
+    pred, target = pred.to(dtype).cuda(), target.to(dtype).cuda()
+
+    def run(loss: Callable[[Tensor], Tensor], given: Tensor) -> tuple[Tensor, Tensor]:
+        leaf = given.detach().clone().requires_grad_()
+        value = loss(leaf)
+        return value.detach(), torch.autograd.grad(2.5 * value, leaf)[0]
+
+    def plain(given: Tensor) -> Tensor:
+        whitened = F.layer_norm(target.to(given.dtype), (width,))
+        return F.smooth_l1_loss(given, whitened, beta=2.0, reduction="sum") / width
+
+    with implementation("triton"):
+        runs = [run(lambda leaf: whitened_smooth_l1(leaf, target), pred) for _ in range(20)]
+    exact, eager = run(plain, pred.double()), run(plain, pred)
+    for found, wanted, other in zip(runs[0], exact, eager, strict=True):
+        error, bound = (float((tensor.double() - wanted).norm() / wanted.norm()) for tensor in (found, other))
+        assert error <= 2 * bound + 1e-6
+    assert all(torch.equal(a, b) for again in runs for a, b in zip(again, runs[0], strict=True))
