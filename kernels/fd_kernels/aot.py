@@ -182,7 +182,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.out:
         versions = f"triton {triton.__version__}, torch {torch.__version__}"
         options.out.write_text(
-            f"# Resources of the kernels\n\nBy `python -m fd_kernels.aot` with {versions}; dtype and GPU as asked for.\n\n"
+            f"# Resources of the kernels\n\nBy `python -m fd_kernels.aot` with {versions}.\n\n"
             f"{HEADER}{''.join(rows)}"
         )
     logger.info("%d kernels compiled, %d break the rules", len(rows), broken)
