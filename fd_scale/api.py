@@ -33,7 +33,7 @@ from fd_scale.export import convert, export, interpolate
 from fd_scale.fetch import fetch
 from fd_scale.finetune import ClassificationTask
 from fd_scale.metrics import Recorder
-from fd_scale.models import resolved
+from fd_scale.models import choose_kernels, resolved
 from fd_scale.optim import learning_rates
 from fd_scale.pretrain import ContrastiveTask
 from fd_scale.randomness import hash64
@@ -66,6 +66,7 @@ def train(recipe: Recipe) -> TrainState:
 def build_trainer(recipe: Recipe, world: World) -> Trainer:
     """Builds all that a run needs, cheapest checks first."""
     recipe = resolved(recipe)
+    choose_kernels(recipe.train.kernels, world.device)
     engine_config = ds_config.resolve(
         ds_config.read(recipe.train.ds_config), recipe, world.size, world.device.type
     )

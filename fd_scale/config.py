@@ -180,6 +180,9 @@ class TrainConfig:
     """A DeepSpeed JSON file, or the name of one in ds_configs/."""
     activation_checkpointing: Literal["none", "block"] = "none"
     """`block`: only a block's input is kept for the backward pass, the rest is computed again."""
+    kernels: Literal["auto", "reference", "triton"] = "auto"
+    """`auto`: Triton kernels on CUDA where they serve, PyTorch elsewhere; `reference`: PyTorch alone; `triton`: a call
+    that no kernel serves is an error."""
     max_skipped_steps: int = 10
     """Steps in a row that may be skipped for a non-finite gradient before the run stops."""
     timeout_s: int = 1800

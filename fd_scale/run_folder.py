@@ -27,7 +27,7 @@ _PACKAGES = ("fd-scale", "torch", "torchvision", "triton", "deepspeed", "timm", 
 _FREE_SETTINGS = (
     "run_dir", "checkpoint", "log", "data.train", "data.evaluation", "data.num_workers", "data.max_bad_fraction",
     "train.micro_batch", "train.device", "train.ds_config", "train.max_skipped_steps", "train.timeout_s",
-    "train.activation_checkpointing", "model.weights",
+    "train.activation_checkpointing", "train.kernels", "model.weights",
 )  # fmt: skip
 
 

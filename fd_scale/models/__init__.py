@@ -4,6 +4,7 @@ from fd_scale.models.backbone import Backbone, cls_and_patches
 from fd_scale.models.build import (
     BACKBONE,
     build_model,
+    choose_kernels,
     drop_path_scale,
     dtype_of,
     normalize,
@@ -19,6 +20,7 @@ __all__ = [
     "Backbone",
     "SwinTransformerV2",
     "build_model",
+    "choose_kernels",
     "cls_and_patches",
     "create_model",
     "drop_path_scale",

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
+from fd_kernels.dispatch import set_implementation
 from torch import Tensor, nn
 
 from fd_scale.config import PRETRAINED, ModelConfig
@@ -62,6 +64,19 @@ def build_model(config: ModelConfig, target: str = "feature_map") -> Backbone:
     elif path is not None:
         load_weights(model, path)
     return model
+
+
+def choose_kernels(name: Literal["auto", "reference", "triton"], device: torch.device) -> None:
+    """Chooses the path of all ops of `fd_kernels` in this process.
+
+    Raises:
+        UserError: Triton kernels are asked for where none can run.
+    """
+    if name == "triton" and device.type != "cuda":
+        raise UserError(
+            f"train.kernels: triton needs a CUDA device, the run is on {device.type}; set it to auto"
+        )
+    set_implementation(name)
 
 
 def undecayed_parameters(module: nn.Module) -> set[str]:

@@ -102,6 +102,7 @@ def write(tmp_path: Path) -> Write:
             ("DeepSpeed JSON", ["train.ds_config=zero7"], ["zero7", "zero0, zero1, zero2, zero3"]),
             ("fp16", ["train.precision=fp16"], ["no fp16 on a CPU", "train.precision=bf16"]),
             ("weights", ["model.weights=/no.safetensors"], ["/no.safetensors does not exist", "fd-scale export"]),
+            ("kernels", ["train.kernels=triton"], ["train.kernels: triton needs a CUDA device", "set it to auto"]),
             ("cls", ["distill.teachers.0.cls_weight=1"], ["cls_weight", "swin_v2_tiny has no CLS token"]),
             ("logits", ["distill.teachers.0.target=logits"], ["has no classifier", "feature_map or pooled"]),
         ]

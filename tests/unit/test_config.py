@@ -145,7 +145,7 @@ def test_every_limit_is_in_the_table_above() -> None:
         "task", "run_dir", "seed", "model.name", "model.mean", "model.weights", "model.license", "model.overrides",
         "data.train", "data.train.0.source", "data.train.0.weight", "data.train.0.only", "data.train.0.without",
         "data.evaluation", "train.epochs", "train.precision", "train.device", "train.ds_config",
-        "train.activation_checkpointing", "distill.teachers", "distill.teachers.0.precision",
+        "train.activation_checkpointing", "train.kernels", "distill.teachers", "distill.teachers.0.precision",
         "distill.teachers.0.target", "distill.teachers.0.projector", "distill.loss", "contrastive.jitter",
         "classification.head_init_scale",
     }  # fmt: skip
