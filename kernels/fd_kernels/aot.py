@@ -9,6 +9,7 @@ import importlib
 import logging
 import os
 import re
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -180,10 +181,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 broken += 1
                 logger.error("%s, sm_%d: %s", configuration.name, architecture, ", ".join(found))
     if options.out:
+        command = shlex.join(
+            ["python", "-m", "fd_kernels.aot", *(sys.argv[1:] if arguments is None else arguments)]
+        )
         versions = f"triton {triton.__version__}, torch {torch.__version__}"
         options.out.write_text(
-            f"# Resources of the kernels\n\nBy `python -m fd_kernels.aot` with {versions}.\n\n"
-            f"{HEADER}{''.join(rows)}"
+            f"# Resources of the kernels\n\n`{command}`, {versions}.\n\n{HEADER}{''.join(rows)}"
         )
     logger.info("%d kernels compiled, %d break the rules", len(rows), broken)
     return 1 if broken else 0
