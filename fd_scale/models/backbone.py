@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -17,7 +18,7 @@ from fd_scale.errors import UserError
 CheckpointingMode = Literal["none", "block"]
 
 
-class Backbone(nn.Module):
+class Backbone(nn.Module, ABC):
     """A model without the parts that a task adds.
 
     Attributes:
@@ -40,6 +41,7 @@ class Backbone(nn.Module):
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
 
+    @abstractmethod
     def forward(self, images_BCHW: Tensor, drop_path_scale_RB: Tensor | None = None) -> Tensor:
         """Tokens after the final norm.
 
@@ -51,15 +53,14 @@ class Backbone(nn.Module):
         Returns:
             tokens_BLD, L = num_prefix_tokens + rows * columns of `grid_size`.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def grid_size(self, height: int, width: int) -> tuple[int, int]:
         """Rows and columns of the patch tokens for images of `height` x `width` pixels."""
-        raise NotImplementedError
 
+    @abstractmethod
     def no_weight_decay_names(self) -> set[str]:
         """Names of parameters without weight decay, besides those with one dimension."""
-        raise NotImplementedError
 
     def pooled(self, images_BCHW: Tensor) -> Tensor:
         """One feature for each image, (B, D): the mean of its patch tokens, where the model says nothing else."""
@@ -84,9 +85,9 @@ class Backbone(nn.Module):
         """
         raise UserError(f"{type(self).__name__} gives no intermediate layers; remove `layers`")
 
+    @abstractmethod
     def translate(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Returns the weights of any layout that the model knows, by the model's own names."""
-        raise NotImplementedError
 
     def to_layout(self, state: Mapping[str, Tensor], layout: str) -> dict[str, Tensor]:
         """Returns weights by the model's own names in a published layout.
