@@ -110,6 +110,12 @@ class VisionTransformer(TimmBackbone):
         """The CLS token; tables of relative position decay, as in the authors' code."""
         return {"model.cls_token"}
 
+    def to_layout(self, state: Mapping[str, Tensor], layout: str) -> dict[str, Tensor]:
+        """Also the FD authors': timm's names behind `encoder.`."""
+        if layout == "fd":
+            return {f"encoder.{name}": tensor for name, tensor in super().to_layout(state, "timm").items()}
+        return super().to_layout(state, layout)
+
     def translate(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Knows also plain ViTs (DINO, DeiT, MAE): their position embedding is dropped, and said so.
 

@@ -112,6 +112,9 @@ def test_the_authors_keys() -> None:
     theirs = {
         f"encoder.{name.removeprefix('model.')}": tensor for name, tensor in source.state_dict().items()
     }
+    written = source.to_layout(source.state_dict(), "fd")
+    assert written.keys() == theirs.keys()
+    assert all(torch.equal(written[name], tensor) for name, tensor in theirs.items())
     theirs["encoder.rel_pos_bias.relative_position_index"] = torch.zeros(17, 17)
     theirs |= {"decoder.0.weight": torch.zeros(1), "feature_model.visual.proj": torch.zeros(1)}
     load_tensors(ours, theirs, "the authors")
