@@ -52,9 +52,15 @@ def _inverse_norm(x):
 
 
 @triton.jit
-def _bias_tile(BIAS, head, m, n, N: tl.constexpr):
-    """The bias of queries m and keys n (two index tiles that broadcast); keys behind the window are nowhere."""
-    return tl.load(BIAS + head * N * N + m * N + n, mask=(m < N) & (n < N), other=NOWHERE)
+def _biased(logits, BIAS, head, m, n, token_m, token_n, N: tl.constexpr, SHIFTED: tl.constexpr):
+    """Logits with bias and mask, of queries m and keys n: two index tiles that broadcast, and their entries.
+
+    Keys behind the window are nowhere.
+    """
+    logits += tl.load(BIAS + head * N * N + m * N + n, mask=(m < N) & (n < N), other=NOWHERE)
+    if SHIFTED:
+        logits += tl.where((token_m >> OFFSET_BITS) == (token_n >> OFFSET_BITS), 0.0, MASK_LOGIT)
+    return logits
 
 
 @triton.jit
@@ -102,10 +108,9 @@ def forward_kernel(
         logits = (
             tl.dot(q, tl.trans(k), input_precision=PRECISION) * q_scale[:, None] * _inverse_norm(k)[None, :]
         )
-        logits += _bias_tile(BIAS, head, m[:, None], n[None, :], N)
-        if SHIFTED:
-            same = (token_m >> OFFSET_BITS)[:, None] == (token_n >> OFFSET_BITS)[None, :]
-            logits += tl.where(same, 0.0, MASK_LOGIT)
+        logits = _biased(
+            logits, BIAS, head, m[:, None], n[None, :], token_m[:, None], token_n[None, :], N, SHIFTED
+        )
         new_largest = tl.maximum(largest, tl.max(logits, 1))
         shrink = tl.exp2((largest - new_largest) * LOG2_E)
         p = tl.exp2((logits - new_largest[:, None]) * LOG2_E)
@@ -167,10 +172,9 @@ def backward_queries_kernel(
         v = _load(qkv, PAD, offset_n, is_token_n, token_n, 2 * C + column, 3 * C, PADDED)
         factor = q_scale[:, None] * _inverse_norm(k)[None, :]
         logits = tl.dot(q, tl.trans(k), input_precision=PRECISION) * factor
-        logits += _bias_tile(BIAS, head, m[:, None], n[None, :], N)
-        if SHIFTED:
-            same = (token_m >> OFFSET_BITS)[:, None] == (token_n >> OFFSET_BITS)[None, :]
-            logits += tl.where(same, 0.0, MASK_LOGIT)
+        logits = _biased(
+            logits, BIAS, head, m[:, None], n[None, :], token_m[:, None], token_n[None, :], N, SHIFTED
+        )
         p = tl.exp2(logits * LOG2_E - lse[:, None])
         p = tl.where(
             is_token_m[:, None], p, 0.0
@@ -248,10 +252,9 @@ def backward_keys_kernel(
             statistics = (g * num_heads + head).to(tl.int64) * T + m
             factor = k_scale[:, None] * _inverse_norm(q)[None, :]
             logits = tl.dot(k, tl.trans(q), input_precision=PRECISION) * factor
-            logits += _bias_tile(BIAS, head, m[None, :], n[:, None], N)
-            if SHIFTED:
-                same = (token_n >> OFFSET_BITS)[:, None] == (token_m >> OFFSET_BITS)[None, :]
-                logits += tl.where(same, 0.0, MASK_LOGIT)
+            logits = _biased(
+                logits, BIAS, head, m[None, :], n[:, None], token_m[None, :], token_n[:, None], N, SHIFTED
+            )
             p = tl.exp2(logits * LOG2_E - tl.load(LSE + statistics)[None, :])
             p = tl.where(is_token_m[None, :], p, 0.0)
             grad_v = tl.dot(p.to(grad.dtype), grad, grad_v, input_precision=PRECISION)
@@ -323,10 +326,9 @@ def backward_window_kernel(
         factor = (q_norm * scale)[:, None] * k_norm[None, :]
         # Read again for each window, from cache: kept, it would take the registers that the products need.
         logits = tl.dot(q, tl.trans(k), input_precision=PRECISION) * factor
-        logits += _bias_tile(BIAS, head, n[:, None], n[None, :], N)
-        if SHIFTED:
-            same = (token >> OFFSET_BITS)[:, None] == (token >> OFFSET_BITS)[None, :]
-            logits += tl.where(same, 0.0, MASK_LOGIT)
+        logits = _biased(
+            logits, BIAS, head, n[:, None], n[None, :], token[:, None], token[None, :], N, SHIFTED
+        )
         lse = tl.load(LSE + (g * num_heads + head).to(tl.int64) * T + n)
         p = tl.where(is_token[:, None], tl.exp2(logits * LOG2_E - lse[:, None]), 0.0)
         out_place = offset[:, None] * C + column[None, :]
