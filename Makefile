@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 # A company's certificates count too.
 export UV_SYSTEM_CERTS := 1
 
-.PHONY: help setup demo test lint bench gpu-check aot lock clean
+.PHONY: help setup demo test lint bench gpu-bench gpu-check aot lock clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -38,8 +38,12 @@ lint: setup  ## ruff, mypy, codespell, shellcheck
 bench: setup  ## our step against a bare loop, and the loader
 	$(BIN)/fd-scale bench step
 
-gpu-check: setup  ## the tests that need a CUDA device
+gpu-bench: setup  ## kernels beside their peers on a GPU, 9 minutes a call, resumed; SHAPE=regex picks
+	$(BIN)/python -m fd_kernels.benchmarks --match "$(SHAPE)"
+
+gpu-check: setup  ## the tests that need a CUDA device, and compute-sanitizer
 	$(BIN)/python -m pytest -m gpu --require-gpu
+	$(BIN)/python -m fd_kernels.sanitize
 
 aot: setup  ## compiles the Triton kernels with no GPU: registers, spills, tensor cores
 	$(BIN)/python -m fd_kernels.aot

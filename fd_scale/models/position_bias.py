@@ -5,6 +5,7 @@
 import math
 
 import torch
+from fd_kernels.window_attention.reference import relative_position_index
 from torch import Tensor, nn
 
 from fd_scale.models.layers import Linear, at_least_fp32
@@ -12,6 +13,8 @@ from fd_scale.models.layers import Linear, at_least_fp32
 HIDDEN_DIM = 512
 MAX_COORDINATE = 8.0
 MAX_BIAS = 16.0
+LARGEST_DENSE_WINDOW = 24 * 24
+"""Tokens: of a larger window, the blocks read the table itself (at 40 x 40 a dense bias of 64 heads is 0.65 GB)."""
 
 
 def log_spaced_coordinates(
@@ -38,20 +41,6 @@ def log_spaced_coordinates(
     return torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).flatten(0, 1)
 
 
-def relative_position_index(window_size: tuple[int, int], device: torch.device) -> Tensor:
-    """Row of `log_spaced_coordinates` for each pair of a query and a key.
-
-    Returns:
-        index_NN, (N, N), int64.
-    """
-    rows, columns = window_size
-    # In a table that is 2 * columns - 1 wide, the index of a difference is the difference of the indices.
-    place_N = (
-        torch.arange(rows, device=device)[:, None] * (2 * columns - 1) + torch.arange(columns, device=device)
-    ).flatten()
-    return place_N[:, None] - place_N + place_N[-1]
-
-
 class ContinuousPositionBias(nn.Module):
     """A small MLP from log-spaced relative coordinates to one bias for each head.
 
@@ -75,9 +64,16 @@ class ContinuousPositionBias(nn.Module):
         )
 
     def forward(self) -> Tensor:
-        """Returns bias_hNN, (heads, N, N), values in (0, 16), fp32 (fp64 where the weights are fp64)."""
+        """Returns the bias as `fd_kernels.window_attention` takes it.
+
+        Returns:
+            bias_hNN, (heads, N, N), or, for windows above `LARGEST_DENSE_WINDOW`, bias_hT, (heads, T): values in
+            (0, 16), fp32 (fp64 where the weights are fp64).
+        """
         weight = next(self.parameters())
         coordinates_T2 = log_spaced_coordinates(self.window_size, self.pretrained_window_size, weight.device)
         table_Th = self.cpb_mlp(coordinates_T2.to(weight.dtype))
-        bias_hT = MAX_BIAS * torch.sigmoid(at_least_fp32(table_Th)).T
+        bias_hT = MAX_BIAS * torch.sigmoid(at_least_fp32(table_Th)).T.contiguous()
+        if self.window_size[0] * self.window_size[1] > LARGEST_DENSE_WINDOW:
+            return bias_hT
         return bias_hT[:, relative_position_index(self.window_size, weight.device)]

@@ -50,7 +50,8 @@ def use_triton(op: str, *tensors: Tensor, served: str | None) -> bool:
     """Whether an op runs its Triton kernel on these tensors; each path is logged the first time it runs.
 
     The kernel runs where it serves the call and all tensors are on CUDA, or on the CPU under Triton's
-    interpreter (TRITON_INTERPRET=1, set before triton is imported).
+    interpreter (TRITON_INTERPRET=1, set before triton is imported). On the meta device, where nothing
+    runs, a kernel that is asked for by name gives the shapes and dtypes that it would give on CUDA.
 
     Args:
         op: name of the op, for messages.
@@ -60,10 +61,13 @@ def use_triton(op: str, *tensors: Tensor, served: str | None) -> bool:
     Raises:
         ValueError: the kernel is asked for by `set_implementation` and cannot run.
     """
+    devices = {tensor.device for tensor in tensors}
+    on_meta = all(device.type == "meta" for device in devices)
+    if on_meta and (_implementation != "triton" or served is None):
+        return _implementation == "triton"  # nothing runs, and nothing is logged
     if _implementation == "reference":
         _log_once(op, "PyTorch reference", "set_implementation('reference')")
         return False
-    devices = {tensor.device for tensor in tensors}
     obstacle = served or _device_obstacle(*sorted(str(device) for device in devices))
     if obstacle is None:
         _log_once(op, "Triton kernel", None)

@@ -5,9 +5,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from fd_kernels import window_attention
+from fd_kernels import biased_attention, window_attention
+from fd_kernels.biased_attention.reference import biased_attention_reference
 from fd_kernels.dispatch import implementation
-from fd_kernels.window_attention.reference import shift_mask, window_attention_reference
+from fd_kernels.window_attention.reference import (
+    relative_position_index,
+    shift_mask,
+    window_attention_reference,
+)
 from torch import Tensor
 
 
@@ -21,6 +26,8 @@ class Case:
     images: int = 1
     heads: int = 1
     head_dim: int = 32
+    table: bool = False
+    """Whether the bias is given for each relative position."""
 
     @property
     def padded(self) -> bool:
@@ -28,14 +35,16 @@ class Case:
 
     def inputs(self, dtype: torch.dtype) -> dict[str, Tensor]:
         generator = torch.Generator().manual_seed(0)
-        tokens, channels = self.window[0] * self.window[1], self.heads * self.head_dim
+        rows, columns = self.window
+        positions = ((2 * rows - 1) * (2 * columns - 1),) if self.table else (rows * columns,) * 2
+        channels = self.heads * self.head_dim
 
         def normal(*shape: int) -> Tensor:
             return torch.randn(shape, generator=generator)
 
         return {
             "qkv": normal(self.images, *self.grid, 3 * channels).to(dtype),
-            "bias": 4 * normal(self.heads, tokens, tokens),
+            "bias": 4 * normal(self.heads, *positions),
             "scale": 5 + 10 * torch.rand(self.heads, generator=generator),
             "pad": normal(3 * channels).to(dtype),
             "upstream": normal(self.images, *self.grid, channels).to(dtype),
@@ -55,6 +64,13 @@ CASES = {
     "w12": Case(grid=(24, 24), window=(12, 12), shift=(6, 6)),
     "w12_padded": Case(grid=(20, 13), window=(12, 12), shift=(6, 6)),
     "w9": Case(grid=(9, 9), window=(9, 9), heads=2),
+    # A bias for each relative position: one tile, several, windows of more rows than columns, padding.
+    "w8x4_table": Case(grid=(8, 8), window=(8, 4), shift=(4, 2), images=3, table=True),
+    "w5x9_table": Case(grid=(10, 18), window=(5, 9), shift=(2, 4), heads=2, table=True),
+    "w10_table_padded": Case(grid=(11, 10), window=(10, 10), shift=(5, 5), table=True),
+    # Wider heads leave no registers for the gradient of the bias.
+    "w8_d64": Case(grid=(8, 16), window=(8, 8), shift=(0, 4), head_dim=64),
+    "w9_d128_padded": Case(grid=(9, 10), window=(9, 9), shift=(4, 4), head_dim=128),
 }
 ARGUMENTS = ("qkv", "bias", "scale", "pad")
 
@@ -84,8 +100,10 @@ def plain_torch(
 ) -> Tensor:
     """As models write it: roll, pad, partition, products in the inputs' dtype, softmax in fp32."""
     B, H, W, E = qkv.shape
-    heads, N, _ = bias.shape
-    (h, w), C = window_size, E // 3
+    (h, w), C, heads = window_size, E // 3, len(bias)
+    N = h * w
+    if bias.dim() == 2:
+        bias = bias[:, relative_position_index(window_size, bias.device)]
     rows, columns = -(-H // h), -(-W // w)
     x = torch.roll(qkv, (-shift_size[0], -shift_size[1]), (1, 2))
     if pad_qkv_E is not None:
@@ -126,3 +144,31 @@ def assert_no_further_from_fp64_than_plain_torch(case: Case, values: dict[str, T
         least = 1.0 if key == "d_scale" else 0.0
         bound = 2 * error(plain[key], exact[key], least) + floor
         assert error(tensor, exact[key], least) <= bound, (key, error(tensor, exact[key], least), bound)
+
+
+def plain_vit(qkv_BNE: Tensor, bias_hNN: Tensor) -> Tensor:
+    B, N, _ = qkv_BNE.shape
+    q, k, v = qkv_BNE.view(B, N, 3, len(bias_hNN), -1).permute(2, 0, 3, 1, 4).unbind()
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias_hNN.to(q.dtype)).transpose(1, 2).flatten(2)
+
+
+def assert_vit_no_further_from_fp64_than_plain_torch(
+    tokens: int, heads: int, head_dim: int, dtype: torch.dtype, device: torch.device
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    qkv = torch.randn(2, tokens, 3 * heads * head_dim, generator=generator).to(device, dtype)
+    bias = 3 * torch.randn(heads, tokens, tokens, generator=generator).to(device)
+    upstream = torch.randn(2, tokens, heads * head_dim, generator=generator).to(device, dtype)
+
+    def results(attention: Any, dtype: torch.dtype | None = None) -> list[Tensor]:
+        given = [tensor.to(dtype or tensor.dtype).requires_grad_() for tensor in (qkv, bias)]
+        out = attention(*given)
+        return [out.detach(), *torch.autograd.grad(out, given, upstream.to(out.dtype))]
+
+    exact, plain = results(biased_attention_reference, torch.float64), results(plain_vit)
+    with implementation("triton"):
+        found = results(biased_attention)
+    floor = {torch.float32: 1e-6, torch.bfloat16: 1e-3, torch.float16: 1e-4}[dtype]  # some ten roundings
+    for ours, other, wanted in zip(found, plain, exact, strict=True):
+        # The absolute term: with a single key only the values have a gradient, and the bias has none.
+        assert error(ours, wanted, 1.0) <= 2 * error(other, wanted, 1.0) + floor

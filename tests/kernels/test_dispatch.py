@@ -43,6 +43,18 @@ def test_interpreter_runs_the_kernel_on_cpu(monkeypatch: pytest.MonkeyPatch) -> 
     assert use_triton("loss", torch.ones(2), served=None)
 
 
+def test_meta_tensors_take_a_kernel_that_is_asked_for(caplog: pytest.LogCaptureFixture) -> None:
+    on_meta = torch.empty(2, device="meta")
+    assert not use_triton("loss", on_meta, served=None)
+    with implementation("triton"):
+        assert use_triton("loss", on_meta, served=None)
+        with pytest.raises(ValueError, match="does not serve this call: it is odd"):
+            use_triton("loss", on_meta, served="it is odd")
+        with pytest.raises(ValueError, match="expected one CUDA device"):
+            use_triton("loss", on_meta, torch.ones(2), served=None)
+    assert caplog.messages == [], "nothing runs"
+
+
 def test_reference_on_cuda_says_why(on_cuda: Tensor, caplog: pytest.LogCaptureFixture) -> None:
     assert not use_triton("loss", on_cuda, served="x has dtype torch.float64; expected torch.float32")
     assert caplog.messages == [

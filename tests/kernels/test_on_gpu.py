@@ -5,7 +5,14 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from attention_cases import CASES, Case, assert_no_further_from_fp64_than_plain_torch, kernel, results
+from attention_cases import (
+    CASES,
+    Case,
+    assert_no_further_from_fp64_than_plain_torch,
+    assert_vit_no_further_from_fp64_than_plain_torch,
+    kernel,
+    results,
+)
 from fd_kernels import whitened_smooth_l1
 from fd_kernels.dispatch import implementation
 from torch import Tensor
@@ -18,7 +25,20 @@ SHAPES = CASES | {
     f"swin_w{side}": Case(
         grid=(2 * side, 2 * side), window=(side, side), shift=(side // 2,) * 2, images=3, heads=4
     )
-    for side in (7, 8, 12, 14, 16, 24)
+    for side in (7, 8, 12, 14, 16, 20, 24)
+}
+SHAPES |= {
+    f"swin_w{side}_table": Case(
+        grid=(side, 2 * side), window=(side, side), shift=(side // 2,) * 2, table=True
+    )
+    for side in (32, 40, 48, 56)
+}
+SHAPES |= {
+    f"swin_w{side}_d{head_dim}": Case(
+        grid=(2 * side, side), window=(side, side), shift=(side // 2,) * 2, heads=2, head_dim=head_dim
+    )
+    for side in (7, 14)
+    for head_dim in (64, 128)
 }
 
 
@@ -26,19 +46,31 @@ def on_gpu(case: Case, dtype: torch.dtype) -> dict[str, Tensor]:
     return {name: tensor.cuda() for name, tensor in case.inputs(dtype).items()}
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("name", SHAPES)
+# Each shape in bf16 and a few in all dtypes: most of the time here is the compiler's.
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [(name, torch.bfloat16) for name in SHAPES]
+    + [(name, dtype) for name in ("w7", "w12_padded", "swin_w32_table", "w8_d64") for dtype in DTYPES[1:]],
+    ids=str,
+)
 def test_window_attention(name: str, dtype: torch.dtype) -> None:
     assert_no_further_from_fp64_than_plain_torch(SHAPES[name], on_gpu(SHAPES[name], dtype))
 
 
-@pytest.mark.parametrize("name", ["swin_w8", "swin_w16", "swin_w24", "w12_padded"])
+@pytest.mark.parametrize("name", ["swin_w8", "swin_w16", "swin_w24", "swin_w40_table", "w12_padded"])
 def test_window_attention_has_the_same_bits_over_20_runs(name: str) -> None:
     values = on_gpu(SHAPES[name], torch.bfloat16)
     first = results(SHAPES[name], values, kernel)
     for _ in range(20):
         again = results(SHAPES[name], values, kernel)
         assert all(torch.equal(first[key], again[key]) for key in first)
+
+
+@pytest.mark.parametrize(("tokens", "head_dim"), [(197, 64), (577, 64), (257, 128)])
+def test_biased_attention(tokens: int, head_dim: int) -> None:
+    assert_vit_no_further_from_fp64_than_plain_torch(
+        tokens, 2, head_dim, torch.bfloat16, torch.device("cuda")
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

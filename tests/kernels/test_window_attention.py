@@ -49,7 +49,7 @@ def inputs(
 
     return {
         "qkv_BHWE": normal(2, *grid, 12).to(dtype),
-        "bias_hNN": 3 * normal(2, num_tokens, num_tokens),
+        "bias": 3 * normal(2, num_tokens, num_tokens),
         "scale_h": 10 * normal(2).exp(),
         "pad_qkv_E": normal(12).to(dtype),
     }
@@ -113,6 +113,25 @@ def test_gradients_are_those_of_the_function() -> None:
         return window_attention(qkv, bias, scale, window_size=(2, 3), shift_size=(1, 1), pad_qkv_E=pad)
 
     assert torch.autograd.gradcheck(attend, tuple(tensors.values()))
+
+
+def test_a_table_is_the_bias_of_each_relative_position() -> None:
+    tensors = inputs(grid=(4, 6))
+    table = torch.randn(2, 3 * 5, dtype=torch.float64, requires_grad=True)
+    dense = torch.empty(2, 6, 6, dtype=torch.float64)
+    for query in range(6):
+        for key in range(6):
+            down, right = query // 3 - key // 3, query % 3 - key % 3
+            dense[:, query, key] = table.detach()[:, (down + 1) * 5 + right + 2]
+    dense.requires_grad_()
+    found = {}
+    for bias in (table, dense):
+        out = window_attention(**(tensors | {"bias": bias}), window_size=(2, 3), shift_size=(1, 1))
+        found[bias.dim()] = out, *torch.autograd.grad(out.square().sum(), bias)
+    assert torch.equal(found[2][0], found[3][0])
+    # Both neighbours to the right of a token, in both rows: the sum over the pairs at that distance.
+    right_neighbours = sum(found[3][1][:, query, query - 1] for query in (1, 2, 4, 5))
+    torch.testing.assert_close(found[2][1][:, 1 * 5 + 3], right_neighbours)
 
 
 def test_mask_leaks_at_large_scale() -> None:
@@ -190,8 +209,9 @@ def test_padding_is_unused_where_the_window_divides() -> None:
         ({"qkv_BHWE": torch.zeros(3, 5, 12)}, "qkv_BHWE has 3 dimensions; expected 4"),
         ({"qkv_BHWE": torch.zeros(2, 3, 5, 12, dtype=torch.long)}, "dtype torch.int64; expected a floating"),
         ({"qkv_BHWE": torch.zeros(2, 3, 5, 15)}, "15 channels; expected a multiple of 3"),
-        ({"bias_hNN": torch.zeros(6, 6)}, "bias_hNN has 2 dimensions; expected 3"),
-        ({"bias_hNN": torch.zeros(2, 4, 4)}, r"bias_hNN has shape \(2, 4, 4\); expected \(2, 6, 6\)"),
+        ({"bias": torch.zeros(6)}, "bias has 1 dimensions; expected 3"),
+        ({"bias": torch.zeros(2, 14)}, r"bias has shape \(2, 14\); expected \(2, 15\)"),
+        ({"bias": torch.zeros(2, 4, 4)}, r"bias has shape \(2, 4, 4\); expected \(2, 6, 6\)"),
         ({"scale_h": torch.zeros(3)}, r"scale_h has shape \(3,\); expected \(2,\)"),
         ({"window_size": (0, 3)}, "window_size is .*; expected two positive"),
         ({"shift_size": (2, 1)}, "shift_size is .*; expected 0 <= shift < window"),

@@ -2,10 +2,13 @@
 
 # Shape suffix legend: B = images, N = tokens (prefix and patches), C = channels, E = 3 * C (q, k, v), h = heads
 
+import torch
 from torch import Tensor
 
 from fd_kernels.biased_attention.reference import biased_attention_reference
 from fd_kernels.checks import check_floating, check_shape
+from fd_kernels.dispatch import use_triton
+from fd_kernels.window_attention.op import attention, not_served
 
 
 def biased_attention(qkv_BNE: Tensor, bias_hNN: Tensor) -> Tensor:
@@ -21,8 +24,12 @@ def biased_attention(qkv_BNE: Tensor, bias_hNN: Tensor) -> Tensor:
     Returns:
         out_BNC, (B, N, C), in the dtype of `qkv_BNE`.
 
+    On CUDA the kernel of window attention runs where it serves the call, an image one window (fp32, bf16 or fp16;
+    head dim 32, 64 or 128; fp32 bias; contiguous tensors), elsewhere the PyTorch reference: see
+    `fd_kernels.dispatch`.
+
     Raises:
-        ValueError: a shape or dtype does not fit.
+        ValueError: a shape or dtype does not fit; or the kernel is asked for by name and does not serve the call.
 
     Source: Vaswani et al. 2017 (arXiv:1706.03762), equation 1; bias: Bao et al. 2021 (arXiv:2106.08254).
     """
@@ -37,4 +44,10 @@ def biased_attention(qkv_BNE: Tensor, bias_hNN: Tensor) -> Tensor:
     check_shape("bias_hNN", bias_hNN, (heads, N, N), f"the {N} tokens of qkv_BNE")
     if E % (3 * heads):
         raise ValueError(f"qkv_BNE has {E} channels; expected a multiple of 3 * heads = {3 * heads}")
-    return biased_attention_reference(qkv_BNE, bias_hNN)
+    qkv_B1NE = qkv_BNE.unsqueeze(1)
+    scale_h = torch.full((heads,), (E // (3 * heads)) ** -0.5, dtype=torch.float32, device=qkv_BNE.device)
+    served = not_served(qkv_B1NE, bias_hNN, scale_h)
+    if not use_triton("biased_attention", qkv_BNE, bias_hNN, served=served):
+        return biased_attention_reference(qkv_BNE, bias_hNN)
+    out_B1NC, _ = attention(qkv_B1NE, bias_hNN, scale_h, None, [1, N], [0, 0], False)
+    return out_B1NC.squeeze(1)

@@ -2,9 +2,9 @@
 
 # Shape suffix legend
 #   B = images, H, W = token grid, C = channels, E = 3 * C (q, k, v), h = heads, D = head dim, M = windows of an
-#   image, G = windows of all images, N = tokens of a window, T = N rounded up to whole tiles, S = splits
+#   image, G = windows of all images, N = tokens of a window, T = N rounded up to whole tiles, S = splits,
+#   R = relative positions of a window
 
-import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -16,16 +16,15 @@ from torch import Tensor
 if TYPE_CHECKING:
     from fd_kernels.aot import Configuration
 
-HEAD_DIMS = (32,)
-"""That of all Swin V2 models; with 64 and 128 the backward kernels spill registers."""
-LARGEST_WINDOW = 24 * 24
-"""Tokens: above, a bias of (heads, N, N) is too large to be read again and again."""
-LARGEST_PADDED_WINDOW = 12 * 12
-"""Tokens, where windows reach over the grid: above, the backward pass spills registers on sm_100."""
+HEAD_DIMS = (32, 64, 128)
 PAD_OFFSET = (1 << 26) - 1
 """Place of a padding position in the token table."""
 _ONE_TILE = 64
 """Windows of up to so many tokens are one tile, and their backward pass one kernel."""
+_KEPT_BIAS = 24 * 24
+"""Tokens up to which the keys' kernel keeps the gradient of the bias in registers; above, they spill."""
+_KEPT_PADDED_BIAS = 16 * 16
+"""The same where windows reach over the grid."""
 
 
 @dataclass(frozen=True)
@@ -38,13 +37,16 @@ class Tiles:
     num_stages: int = 2
 
 
-# Chosen so that nothing spills when compiled for sm_80, sm_90 and sm_100; not measured on a GPU yet.
+# By kernel and head dim. Chosen so that nothing spills when compiled for sm_80, sm_90 and sm_100; not measured on a
+# GPU yet.
 _TILES = {
-    "forward": Tiles(64, 32, 4),
-    "queries": Tiles(64, 32, 4),
-    "keys": Tiles(64, 16, 8, num_stages=1),
-    "keys of large windows": Tiles(64, 16, 8),
-    "window": Tiles(_ONE_TILE, _ONE_TILE, 8, num_stages=1),
+    "forward": {32: Tiles(64, 32, 4), 64: Tiles(64, 32, 4), 128: Tiles(64, 32, 8)},
+    "queries": {32: Tiles(64, 32, 8), 64: Tiles(64, 32, 8), 128: Tiles(64, 16, 8)},
+    "keys": {32: Tiles(32, 32, 4, num_stages=1), 64: Tiles(32, 32, 8), 128: Tiles(32, 32, 8)},
+    "bias": {32: Tiles(64, 32, 8), 64: Tiles(64, 32, 8), 128: Tiles(64, 16, 8)},
+    "keys with bias": {32: Tiles(64, 16, 8, num_stages=1)},
+    "keys with bias, large windows": {32: Tiles(64, 16, 8)},
+    "window": {32: Tiles(_ONE_TILE, _ONE_TILE, 8, num_stages=1)},
 }
 
 
@@ -58,6 +60,9 @@ class Plan:
     heads: int
     head_dim: int
     dtype: torch.dtype
+    table: bool
+    """Whether the bias is one number for each relative position."""
+    cosine: bool
 
     @property
     def num_tokens(self) -> int:
@@ -66,8 +71,15 @@ class Plan:
 
     @property
     def one_tile(self) -> bool:
-        """Whether the backward pass is one kernel, a window one tile (with padding it would spill on sm_80)."""
-        return self.num_tokens <= _ONE_TILE and not self.padded
+        """Whether the backward pass is one kernel, a window one tile (else it would spill)."""
+        small = self.num_tokens <= _ONE_TILE and self.head_dim == 32
+        return small and not self.padded and not self.table
+
+    @property
+    def keeps_bias(self) -> bool:
+        """Whether the keys' kernel makes the gradient of the bias too."""
+        largest = _KEPT_PADDED_BIAS if self.padded else _KEPT_BIAS
+        return self.num_tokens <= largest and self.head_dim == 32 and not self.table
 
     @property
     def padded_tokens(self) -> int:
@@ -84,20 +96,41 @@ class Plan:
         """Whether a window reaches over the grid."""
         return bool(self.grid[0] % self.window[0] or self.grid[1] % self.window[1])
 
+    @property
+    def bias_parts(self) -> tuple[int, ...]:
+        """Shape in which one split writes the gradient of the bias."""
+        rows, columns = self.window if self.table else (1, self.num_tokens)
+        return self.heads, 2 * rows - 1, columns, columns
+
     def tile(self, kernel: str) -> Tiles:
         """The tile of a kernel: by table, not tuned at run time."""
-        return _TILES["keys of large windows" if kernel == "keys" and self.num_tokens > 256 else kernel]
+        if kernel == "keys" and self.keeps_bias:
+            kernel = "keys with bias, large windows" if self.num_tokens > 400 else "keys with bias"
+        return _TILES[kernel][self.head_dim]
 
-    def constants(self) -> dict[str, Any]:
-        """Compile-time arguments that all kernels share."""
-        return {
+    def constants(self, kernel: str) -> dict[str, Any]:
+        """Compile-time arguments of a kernel."""
+        tile = self.tile(kernel)
+        constants = {
             "N": self.num_tokens,
             "T": self.padded_tokens,
             "D": self.head_dim,
+            "COLUMNS": self.window[1] if self.table else 0,
+            "COSINE": self.cosine,
             "SHIFTED": any(self.shift),
             # TensorFloat-32 would round fp32 inputs to 10 bits.
             "PRECISION": "ieee" if self.dtype == torch.float32 else "tf32",
         }
+        if kernel != "window":
+            constants |= {"BM": tile.queries, "BN": tile.keys, "PADDED": self.padded}
+        if kernel == "keys":
+            constants["KEEPS_BIAS"] = self.keeps_bias
+        return constants
+
+    def options(self, kernel: str) -> dict[str, Any]:
+        """Compile-time arguments of a kernel, and how it is compiled."""
+        tile = self.tile(kernel)
+        return self.constants(kernel) | {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
 
 
 @cache
@@ -137,15 +170,16 @@ def num_splits(programs_a_split: int, num_windows: int, device: torch.device) ->
     return max(1, min(num_windows, -(-wanted // programs_a_split)))
 
 
-def lse_shape(num_images: int, grid: tuple[int, int], heads: int, window: list[int]) -> tuple[int, int, int]:
-    """Shape of what the forward pass keeps beside its output, (G, h, T)."""
-    plan = Plan((window[0], window[1]), (0, 0), grid, heads, 0, torch.float32)
-    return num_images * plan.windows_an_image, heads, plan.padded_tokens
-
-
-def _plan(qkv_BHWE: Tensor, heads: int, window: list[int], shift: list[int]) -> Plan:
+def plan(
+    qkv_BHWE: Tensor, bias: Tensor, scale_h: Tensor, window: list[int], shift: list[int], cosine: bool
+) -> Plan:
+    """What the shapes of a call fix; arguments as of `forward`."""
     _, H, W, E = qkv_BHWE.shape
-    return Plan((window[0], window[1]), (shift[0], shift[1]), (H, W), heads, E // (3 * heads), qkv_BHWE.dtype)
+    heads = len(scale_h)
+    return Plan(
+        (window[0], window[1]), (shift[0], shift[1]), (H, W), heads, E // (3 * heads), qkv_BHWE.dtype,
+        bias.dim() == 2, cosine,
+    )  # fmt: skip
 
 
 def _table(plan: Plan, device: torch.device) -> Tensor:
@@ -154,30 +188,28 @@ def _table(plan: Plan, device: torch.device) -> Tensor:
 
 def forward(
     qkv_BHWE: Tensor,
-    bias_hNN: Tensor,
+    bias: Tensor,
     scale_h: Tensor,
     pad_qkv_E: Tensor | None,
     window: list[int],
     shift: list[int],
+    cosine: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Runs the forward kernel.
+    """Runs the forward kernel; `bias` is (h, N, N) or (h, R).
 
     Returns:
         out_BHWC, in the dtype of `qkv_BHWE`; lse_GhT, fp32, log2 of the softmax sums.
     """
     from fd_kernels.window_attention.triton_kernel import forward_kernel
 
-    plan = _plan(qkv_BHWE, len(bias_hNN), window, shift)
+    call = plan(qkv_BHWE, bias, scale_h, window, shift, cosine)
     B, H, W, E = qkv_BHWE.shape
-    num_windows, C = B * plan.windows_an_image, E // 3
+    num_windows, C = B * call.windows_an_image, E // 3
     out_BHWC = qkv_BHWE.new_empty(B, H, W, C)
-    lse_GhT = qkv_BHWE.new_empty(num_windows, plan.heads, plan.padded_tokens, dtype=torch.float32)
-    tile = plan.tile("forward")
-    forward_kernel[(num_windows, plan.padded_tokens // tile.queries, plan.heads)](
-        qkv_BHWE, qkv_BHWE if pad_qkv_E is None else pad_qkv_E, bias_hNN, scale_h, out_BHWC, lse_GhT,
-        _table(plan, qkv_BHWE.device), H * W, plan.windows_an_image, C,
-        **plan.constants(), PADDED=plan.padded, BM=tile.queries, BN=tile.keys,
-        num_warps=tile.num_warps, num_stages=tile.num_stages,
+    lse_GhT = qkv_BHWE.new_empty(num_windows, call.heads, call.padded_tokens, dtype=torch.float32)
+    forward_kernel[(num_windows, -(-call.num_tokens // call.tile("forward").queries), call.heads)](
+        qkv_BHWE, qkv_BHWE if pad_qkv_E is None else pad_qkv_E, bias, scale_h, out_BHWC, lse_GhT,
+        _table(call, qkv_BHWE.device), H * W, call.windows_an_image, C, **call.options("forward"),
     )  # fmt: skip
     return out_BHWC, lse_GhT
 
@@ -185,13 +217,14 @@ def forward(
 def backward(
     grad_BHWC: Tensor,
     qkv_BHWE: Tensor,
-    bias_hNN: Tensor,
+    bias: Tensor,
     scale_h: Tensor,
     pad_qkv_E: Tensor | None,
     out_BHWC: Tensor,
     lse_GhT: Tensor,
     window: list[int],
     shift: list[int],
+    cosine: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Runs the backward kernels and adds the parts in a fixed order.
 
@@ -200,52 +233,87 @@ def backward(
     """
     from fd_kernels.window_attention import triton_kernel
 
-    plan = _plan(qkv_BHWE, len(bias_hNN), window, shift)
+    call = plan(qkv_BHWE, bias, scale_h, window, shift, cosine)
     B, H, W, E = qkv_BHWE.shape
-    C, N, device = E // 3, plan.num_tokens, qkv_BHWE.device
-    num_windows = B * plan.windows_an_image
+    C, N, device = E // 3, call.num_tokens, qkv_BHWE.device
+    num_windows = B * call.windows_an_image
     pad = qkv_BHWE if pad_qkv_E is None else pad_qkv_E
-    table, constants = _table(plan, device), plan.constants()
-    sizes = (H * W, plan.windows_an_image)
+    sizes = (_table(call, device), H * W, call.windows_an_image)
     grad_qkv = torch.empty_like(qkv_BHWE)
 
     def parts(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.float32, device=device)
 
-    if plan.one_tile:
-        tile = plan.tile("window")
-        splits = num_splits(plan.heads, num_windows, device)
-        grad_bias, grad_scale = parts(splits, plan.heads, N, N), parts(splits, plan.heads, plan.padded_tokens)
+    if call.one_tile:
+        splits = num_splits(call.heads, num_windows, device)
+        grad_bias, grad_scale = parts(splits, *call.bias_parts), parts(splits, call.heads, call.padded_tokens)
         grad_pad = parts(0)
-        triton_kernel.backward_window_kernel[(splits, plan.heads)](
-            qkv_BHWE, bias_hNN, scale_h, out_BHWC, lse_GhT, grad_BHWC, grad_qkv, grad_bias, grad_scale,
-            table, *sizes, num_windows, C, **constants, num_warps=tile.num_warps, num_stages=tile.num_stages,
+        triton_kernel.backward_window_kernel[(splits, call.heads)](
+            qkv_BHWE, bias, scale_h, out_BHWC, lse_GhT, grad_BHWC, grad_qkv, grad_bias, grad_scale,
+            *sizes, num_windows, C, **call.options("window"),
         )  # fmt: skip
-    else:
-        tile = plan.tile("queries")
-        query_tiles = plan.padded_tokens // tile.queries
-        delta, grad_scale = torch.empty_like(lse_GhT), torch.empty_like(lse_GhT)
-        triton_kernel.backward_queries_kernel[(num_windows, query_tiles, plan.heads)](
-            qkv_BHWE, pad, bias_hNN, scale_h, out_BHWC, lse_GhT, grad_BHWC, delta, grad_qkv, grad_scale,
-            table, *sizes, C, **constants, PADDED=plan.padded, BM=tile.queries, BN=tile.keys,
-            num_warps=tile.num_warps, num_stages=tile.num_stages,
+        return grad_qkv, _sum_bias(grad_bias, call), grad_scale.sum((0, 2)) / scale_h, grad_pad
+
+    delta, grad_scale = torch.empty_like(lse_GhT), torch.empty_like(lse_GhT)
+    query_tiles = -(-N // call.tile("queries").queries)
+    triton_kernel.backward_queries_kernel[(num_windows, query_tiles, call.heads)](
+        qkv_BHWE, pad, bias, scale_h, out_BHWC, lse_GhT, grad_BHWC, delta, grad_qkv, grad_scale,
+        *sizes, C, **call.options("queries"),
+    )  # fmt: skip
+    key_tiles = -(-N // call.tile("keys").keys)
+    splits = num_splits(key_tiles * call.heads, num_windows, device)
+    grad_bias = parts(splits, *call.bias_parts) if call.keeps_bias else parts(0)
+    grad_pad = parts(splits * key_tiles if call.padded else 0, 2, C)
+    given = (qkv_BHWE, pad, bias, scale_h, lse_GhT, grad_BHWC, delta)
+    triton_kernel.backward_keys_kernel[(splits, key_tiles, call.heads)](
+        *given, grad_qkv, grad_bias, grad_pad, *sizes, num_windows, C, **call.options("keys"),
+    )  # fmt: skip
+    if not call.keeps_bias:
+        tile = call.tile("bias")
+        *_, pairs, queries, keys = call.bias_parts
+        pairs *= -(-queries // tile.queries) * -(-keys // tile.keys)
+        splits = num_splits(pairs * call.heads, num_windows, device)
+        grad_bias = parts(splits, *call.bias_parts)
+        triton_kernel.backward_bias_kernel[(splits, pairs, call.heads)](
+            *given, grad_bias, *sizes, num_windows, C, **call.options("bias"),
         )  # fmt: skip
-        tile = plan.tile("keys")
-        key_tiles = -(-N // tile.keys)
-        splits = num_splits(key_tiles * plan.heads, num_windows, device)
-        grad_bias = parts(splits, plan.heads, N, N)
-        grad_pad = parts(splits * key_tiles if plan.padded else 0, 2, C)
-        triton_kernel.backward_keys_kernel[(splits, key_tiles, plan.heads)](
-            qkv_BHWE, pad, bias_hNN, scale_h, lse_GhT, grad_BHWC, delta, grad_qkv, grad_bias, grad_pad,
-            table, *sizes, num_windows, C, **constants, PADDED=plan.padded, BM=tile.queries, BN=tile.keys,
-            num_warps=tile.num_warps, num_stages=tile.num_stages,
-        )  # fmt: skip
-    grad_pad_E = torch.cat([parts(C).zero_(), grad_pad.sum(0).flatten()]) if plan.padded else parts(0)
-    return grad_qkv, grad_bias.sum(0), grad_scale.sum((0, 2)) / scale_h, grad_pad_E
+    grad_pad_E = torch.cat([parts(C).zero_(), grad_pad.sum(0).flatten()]) if call.padded else parts(0)
+    return grad_qkv, _sum_bias(grad_bias, call), grad_scale[..., :N].sum((0, 2)) / scale_h, grad_pad_E
+
+
+def _sum_bias(parts: Tensor, call: Plan) -> Tensor:
+    """Adds the splits' gradients of the bias, and, for a table, the pairs of columns at one distance."""
+    grad = parts.sum(0)
+    if not call.table:
+        return grad.squeeze(1)
+    columns = call.window[1]
+    # Keys backwards in rows of 2 * columns: read in rows one shorter, each distance is a column.
+    skewed = torch.nn.functional.pad(grad.flip(-1), (0, columns)).flatten(-2)
+    distances = skewed[..., : columns * (2 * columns - 1)].unflatten(-1, (columns, 2 * columns - 1))
+    return distances.sum(-2).flatten(1)
 
 
 def aot_configurations() -> "Iterator[Configuration]":
     """The kernels as the packaged recipes' windows call them, for compilation ahead of time."""
+    sides, shifted, padded = (6, 7, 8, 12, 14, 16, 20, 24), True, True
+    calls = [(side, 32, shift, False) for side in sides for shift in (False, shifted)]
+    calls += [(side, 32, shifted, padded) for side in (8, 12, 16, 24)]
+    calls += [(side, 32, shifted, False) for side in (32, 40, 48, 56)] + [(40, 32, shifted, padded)]
+    calls += [(side, head_dim, shifted, padded) for head_dim in (64, 128) for side in (7, 14, 40)]
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        for side, head_dim, is_shifted, is_padded in calls:
+            shift = side // 2 if is_shifted else 0
+            call = Plan(
+                (side, side), (shift, shift), (2 * side + is_padded,) * 2, 4, head_dim, dtype, side > 24, True
+            )
+            name = f"{side}x{side} d{head_dim}{' shifted' * is_shifted}{' padded' * is_padded}"
+            yield from _configurations(call, f"window_attention {{}} {name}")
+        for tokens, head_dim in ((197, 64), (257, 64), (577, 64), (257, 32), (257, 128)):
+            call = Plan((1, tokens), (0, 0), (1, tokens), 4, head_dim, dtype, False, False)
+            yield from _configurations(call, f"biased_attention {{}} {tokens} d{head_dim}")
+
+
+def _configurations(call: Plan, name: str) -> "Iterator[Configuration]":
     from fd_kernels.aot import Configuration, triton_dtype
     from fd_kernels.window_attention import triton_kernel
 
@@ -253,34 +321,27 @@ def aot_configurations() -> "Iterator[Configuration]":
         "forward": triton_kernel.forward_kernel,
         "queries": triton_kernel.backward_queries_kernel,
         "keys": triton_kernel.backward_keys_kernel,
+        "bias": triton_kernel.backward_bias_kernel,
         "window": triton_kernel.backward_window_kernel,
     }
-    calls = [(side, shifted, False) for side in (7, 8, 12, 14, 16, 24) for shifted in (False, True)]
-    calls += [(side, True, True) for side in (8, 12)]
-    for (side, shifted, padded), head_dim in itertools.product(calls, HEAD_DIMS):
-        for dtype in (torch.bfloat16, torch.float16, torch.float32):
-            shift = side // 2 if shifted else 0
-            plan = Plan((side, side), (shift, shift), (2 * side + padded,) * 2, 4, head_dim, dtype)
-            for name in ("forward", "window") if plan.one_tile else ("forward", "queries", "keys"):
-                tile = plan.tile(name)
-                own = {} if name == "window" else {"BM": tile.queries, "BN": tile.keys, "PADDED": padded}
-                features = dict.fromkeys(
-                    ("QKV", "PAD", "OUT", "GRAD_OUT", "GRAD_QKV"), f"*{triton_dtype(dtype)}"
-                )
-                sizes = dict.fromkeys(("tokens_an_image", "windows_an_image", "num_windows", "C"), "i32")
-                types = (
-                    dict.fromkeys(kernels[name].arg_names, "*fp32") | features | sizes | {"TOKENS": "*i32"}
-                )
-                constants = plan.constants() | own
-                arguments = [argument for argument in kernels[name].arg_names if argument not in constants]
-                yield Configuration(
-                    name=f"window_attention {name} {side}x{side} d{head_dim}{' shifted' * shifted}{' padded' * padded}",
-                    kernel=kernels[name],
-                    dtype=dtype,
-                    signature={argument: types[argument] for argument in arguments},
-                    constants=constants,
-                    divisible_by_16=frozenset({"C"}),
-                    num_warps=tile.num_warps,
-                    num_stages=tile.num_stages,
-                    uses_dot=True,
-                )
+    several = ("forward", "queries", "keys") if call.keeps_bias else ("forward", "queries", "keys", "bias")
+    for which in ("forward", "window") if call.one_tile else several:
+        kernel, tile, constants = kernels[which], call.tile(which), call.constants(which)
+        features = dict.fromkeys(
+            ("QKV", "PAD", "OUT", "GRAD_OUT", "GRAD_QKV"), f"*{triton_dtype(call.dtype)}"
+        )
+        sizes = dict.fromkeys(("tokens_an_image", "windows_an_image", "num_windows", "C"), "i32")
+        types = dict.fromkeys(kernel.arg_names, "*fp32") | features | sizes | {"TOKENS": "*i32"}
+        yield Configuration(
+            name=name.format(which),
+            kernel=kernel,
+            dtype=call.dtype,
+            signature={
+                argument: types[argument] for argument in kernel.arg_names if argument not in constants
+            },
+            constants=constants,
+            divisible_by_16=frozenset({"C"}),
+            num_warps=tile.num_warps,
+            num_stages=tile.num_stages,
+            uses_dot=True,
+        )

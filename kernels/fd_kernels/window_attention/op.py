@@ -1,7 +1,8 @@
 """Shifted-window cosine attention: the function that models call."""
 
 # Shape suffix legend
-#   B = images, H, W = token grid, C = channels, E = 3 * C (q, k, v), h = heads, N = tokens of a window
+#   B = images, H, W = token grid, C = channels, E = 3 * C (q, k, v), h = heads, N = tokens of a window,
+#   R = relative positions of a window
 
 from collections.abc import Sequence
 from typing import Any
@@ -18,7 +19,7 @@ from fd_kernels.window_attention.reference import window_attention_reference
 
 def window_attention(
     qkv_BHWE: Tensor,
-    bias_hNN: Tensor,
+    bias: Tensor,
     scale_h: Tensor,
     *,
     window_size: tuple[int, int],
@@ -34,7 +35,10 @@ def window_attention(
     Args:
         qkv_BHWE: queries, keys and values, (B, H, W, 3 * C), each part laid out as heads x head dim; fp64,
             fp32, bf16 or fp16.
-        bias_hNN: relative position bias, (heads, N, N), with N tokens of a window row by row; fp32.
+        bias: relative position bias, fp32: of each query and key, (heads, N, N), with N tokens of a window row by
+            row; or of each relative position, (heads, (2 * rows - 1) * (2 * columns - 1)), row difference (query
+            minus key) by column difference, from the most negative. Large windows want the second: for a window of
+            40 x 40 it is 400 times smaller.
         scale_h: factor of the cosine similarity per head, (heads,), the exponential of the clamped logit
             scale; fp32.
         window_size: rows and columns of a window, any size.
@@ -46,8 +50,8 @@ def window_attention(
     Returns:
         out_BHWC, (B, H, W, C), in the dtype of `qkv_BHWE`.
 
-    On CUDA a Triton kernel runs where it serves the call (fp32, bf16 or fp16; head dim 32; windows of
-    up to 24 x 24; contiguous tensors), elsewhere the PyTorch reference: see `fd_kernels.dispatch`.
+    On CUDA a Triton kernel runs where it serves the call (fp32, bf16 or fp16; head dim 32, 64 or 128; contiguous
+    tensors), elsewhere the PyTorch reference: see `fd_kernels.dispatch`.
 
     Raises:
         ValueError: a shape, dtype, window or shift does not fit, or `pad_qkv_E` is missing; or the kernel is asked
@@ -57,11 +61,12 @@ def window_attention(
     """
     if qkv_BHWE.dim() != 4:
         raise ValueError(f"qkv_BHWE has {qkv_BHWE.dim()} dimensions; expected 4, (B, H, W, 3 * C)")
-    if bias_hNN.dim() != 3:
-        raise ValueError(f"bias_hNN has {bias_hNN.dim()} dimensions; expected 3, (heads, N, N)")
+    if bias.dim() not in (2, 3):
+        raise ValueError(
+            f"bias has {bias.dim()} dimensions; expected 3, (heads, N, N), or 2, a table for each head"
+        )
     _, H, W, E = qkv_BHWE.shape
-    heads = bias_hNN.shape[0]
-    num_tokens = window_size[0] * window_size[1]
+    heads = len(bias)
     check_floating("qkv_BHWE", qkv_BHWE)
     if min(window_size) < 1:
         raise ValueError(f"window_size is {window_size}; expected two positive integers")
@@ -69,8 +74,10 @@ def window_attention(
         raise ValueError(
             f"shift_size is {shift_size}; expected 0 <= shift < window, window_size is {window_size}"
         )
-    check_shape("bias_hNN", bias_hNN, (heads, num_tokens, num_tokens), f"a window of {window_size} tokens")
-    check_shape("scale_h", scale_h, (heads,), "one factor for each head of bias_hNN")
+    rows, columns = window_size
+    positions = (rows * columns,) * 2 if bias.dim() == 3 else ((2 * rows - 1) * (2 * columns - 1),)
+    check_shape("bias", bias, (heads, *positions), f"a window of {window_size} tokens")
+    check_shape("scale_h", scale_h, (heads,), "one factor for each head of bias")
     if E % (3 * heads):
         raise ValueError(f"qkv_BHWE has {E} channels; expected a multiple of 3 * heads = {3 * heads}")
 
@@ -84,71 +91,67 @@ def window_attention(
             raise ValueError(
                 f"pad_qkv_E has dtype {pad_qkv_E.dtype}; expected {qkv_BHWE.dtype}, that of qkv_BHWE"
             )
-    tensors = [qkv_BHWE, bias_hNN, scale_h]
+    tensors = [qkv_BHWE, bias, scale_h]
     if H % window_size[0] or W % window_size[1]:
         assert pad_qkv_E is not None, "checked above"
         tensors.append(pad_qkv_E)
-    if not use_triton("window_attention", *tensors, served=_not_served(tensors, window_size)):
+    if not use_triton("window_attention", *tensors, served=not_served(*tensors)):
         return window_attention_reference(
-            qkv_BHWE, bias_hNN, scale_h, window_size=window_size, shift_size=shift_size, pad_qkv_E=pad_qkv_E
+            qkv_BHWE, bias, scale_h, window_size=window_size, shift_size=shift_size, pad_qkv_E=pad_qkv_E
         )
-    out_BHWC, _ = _forward(
-        *tensors[:3], tensors[3] if tensors[3:] else None, list(window_size), list(shift_size)
+    out_BHWC, _ = attention(
+        *tensors[:3], tensors[3] if tensors[3:] else None, list(window_size), list(shift_size), True
     )
     return out_BHWC
 
 
-def _not_served(tensors: list[Tensor], window_size: tuple[int, int]) -> str | None:
-    """Why the kernel does not serve a call, with what it got and expected, or None."""
-    qkv_BHWE, bias_hNN, scale_h, *_ = tensors
-    head_dim = qkv_BHWE.shape[-1] // (3 * len(bias_hNN))
+def not_served(*tensors: Tensor) -> str | None:
+    """Why the kernel does not serve a call (qkv, bias, scale, perhaps padding), with what it got and expected."""
+    qkv_BHWE, bias, scale_h = tensors[:3]
+    head_dim = qkv_BHWE.shape[-1] // (3 * len(bias))
     if qkv_BHWE.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        return f"qkv_BHWE has dtype {qkv_BHWE.dtype}; expected float32, bfloat16 or float16"
-    if bias_hNN.dtype != torch.float32 or scale_h.dtype != torch.float32:
-        return f"bias_hNN and scale_h have dtypes {bias_hNN.dtype} and {scale_h.dtype}; expected float32"
+        return f"qkv has dtype {qkv_BHWE.dtype}; expected float32, bfloat16 or float16"
+    if bias.dtype != torch.float32 or scale_h.dtype != torch.float32:
+        return f"bias and scale have dtypes {bias.dtype} and {scale_h.dtype}; expected float32"
     if head_dim not in launch.HEAD_DIMS:
         return f"a head has {head_dim} channels; expected one of {launch.HEAD_DIMS}"
-    if window_size[0] * window_size[1] > launch.LARGEST_WINDOW:
-        return f"a window has {window_size} tokens; expected {launch.LARGEST_WINDOW} in all at most"
-    if len(tensors) > 3 and window_size[0] * window_size[1] > launch.LARGEST_PADDED_WINDOW:
-        return (
-            f"windows of {window_size} tokens are padded; expected {launch.LARGEST_PADDED_WINDOW} in all at most, or a "
-            "window that divides the grid"
-        )
     if not all(tensor.is_contiguous() for tensor in tensors):
         strides = ", ".join(str(tensor.stride()) for tensor in tensors)
         return f"the tensors have strides {strides}; expected contiguous ones"
-    if qkv_BHWE[0].numel() >= 2**31 or qkv_BHWE.shape[1] * qkv_BHWE.shape[2] >= launch.PAD_OFFSET:
-        return (
-            f"an image has shape {tuple(qkv_BHWE.shape[1:])}; expected fewer than 2**31 numbers, 2**26 tokens"
-        )
+    if max(qkv_BHWE[0].numel(), bias.numel()) >= 2**31 or qkv_BHWE[0, ..., 0].numel() >= launch.PAD_OFFSET:
+        shapes = f"{tuple(qkv_BHWE.shape[1:])} and {tuple(bias.shape)}"
+        return f"an image and the bias have shapes {shapes}; expected fewer than 2**31 numbers, 2**26 tokens"
     return None
 
 
 @torch.library.custom_op("fd_kernels::window_attention", mutates_args=())
-def _forward(
+def attention(
     qkv_BHWE: Tensor,
-    bias_hNN: Tensor,
+    bias: Tensor,
     scale_h: Tensor,
     pad_qkv_E: Tensor | None,
     window_size: list[int],
     shift_size: list[int],
+    cosine: bool,
 ) -> tuple[Tensor, Tensor]:
+    """The kernel, for `window_attention` and (`cosine` false, one window an image) `biased_attention`."""
     with torch.cuda.device_of(qkv_BHWE):  # Triton launches on the current device
-        return launch.forward(qkv_BHWE, bias_hNN, scale_h, pad_qkv_E, window_size, shift_size)
+        return launch.forward(qkv_BHWE, bias, scale_h, pad_qkv_E, window_size, shift_size, cosine)
 
 
-@_forward.register_fake
+@attention.register_fake
 def _(
     qkv_BHWE: Tensor,
-    bias_hNN: Tensor,
+    bias: Tensor,
     scale_h: Tensor,
     pad_qkv_E: Tensor | None,
     window_size: list[int],
     shift_size: list[int],
+    cosine: bool,
 ) -> tuple[Tensor, Tensor]:
     B, H, W, E = qkv_BHWE.shape
-    lse = launch.lse_shape(B, (H, W), len(bias_hNN), window_size)
+    plan = launch.plan(qkv_BHWE, bias, scale_h, window_size, shift_size, cosine)
+    lse = (B * plan.windows_an_image, plan.heads, plan.padded_tokens)
     return qkv_BHWE.new_empty(B, H, W, E // 3), qkv_BHWE.new_empty(lse, dtype=torch.float32)
 
 
@@ -156,17 +159,18 @@ def _(
 def _backward(
     grad_BHWC: Tensor,
     qkv_BHWE: Tensor,
-    bias_hNN: Tensor,
+    bias: Tensor,
     scale_h: Tensor,
     pad_qkv_E: Tensor | None,
     out_BHWC: Tensor,
     lse_GhT: Tensor,
     window_size: list[int],
     shift_size: list[int],
+    cosine: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     with torch.cuda.device_of(qkv_BHWE):
         return launch.backward(
-            grad_BHWC, qkv_BHWE, bias_hNN, scale_h, pad_qkv_E, out_BHWC, lse_GhT, window_size, shift_size
+            grad_BHWC, qkv_BHWE, bias, scale_h, pad_qkv_E, out_BHWC, lse_GhT, window_size, shift_size, cosine
         )
 
 
@@ -174,62 +178,58 @@ def _backward(
 def _(
     grad_BHWC: Tensor,
     qkv_BHWE: Tensor,
-    bias_hNN: Tensor,
+    bias: Tensor,
     scale_h: Tensor,
     pad_qkv_E: Tensor | None,
     out_BHWC: Tensor,
     lse_GhT: Tensor,
     window_size: list[int],
     shift_size: list[int],
+    cosine: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     num_padding = 0 if pad_qkv_E is None else len(pad_qkv_E)
     return (
         torch.empty_like(qkv_BHWE),
-        torch.empty_like(bias_hNN),
+        torch.empty_like(bias),
         torch.empty_like(scale_h),
         scale_h.new_empty(num_padding),
     )
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *tensors, ctx.window_size, ctx.shift_size = inputs
+    *tensors, ctx.window_size, ctx.shift_size, ctx.cosine = inputs
     ctx.save_for_backward(*tensors, *output)
     ctx.set_materialize_grads(False)
 
 
 def _gradients(ctx: Any, grad_BHWC: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
     if grad_BHWC is None:
-        return (None,) * 6
+        return (None,) * 7
     saved = ctx.saved_tensors  # once: a recomputed block unpacks them once
     pad_qkv_E = saved[3]
     # The sum of an output hands back a gradient without strides.
-    *grads, grad_pad_E = _backward(grad_BHWC.contiguous(), *saved, ctx.window_size, ctx.shift_size)
-    return (*grads, None if pad_qkv_E is None else grad_pad_E.to(pad_qkv_E.dtype), None, None)
+    *grads, grad_pad_E = _backward(
+        grad_BHWC.contiguous(), *saved, ctx.window_size, ctx.shift_size, ctx.cosine
+    )
+    return (*grads, None if pad_qkv_E is None else grad_pad_E.to(pad_qkv_E.dtype), None, None, None)
 
 
-_forward.register_autograd(_gradients, setup_context=_keep)
+attention.register_autograd(_gradients, setup_context=_keep)
 
 
 @register_flop_formula(torch.ops.fd_kernels.window_attention)
-def _forward_flops(
-    qkv_shape: Sequence[int], bias_shape: Sequence[int], *_: Any, out_shape: Any = None, **__: Any
-) -> int:
-    return _products(qkv_shape, bias_shape, 2)
+def _forward_flops(qkv_shape: Sequence[int], *arguments: Any, out_shape: Any = None, **_: Any) -> int:
+    return _products(qkv_shape, arguments[3], 2)
 
 
 @register_flop_formula(torch.ops.fd_kernels.window_attention_backward)
 def _backward_flops(
-    _: Sequence[int],
-    qkv_shape: Sequence[int],
-    bias_shape: Sequence[int],
-    *__: Any,
-    out_shape: Any = None,
-    **___: Any,
+    grad_shape: Sequence[int], qkv_shape: Sequence[int], *arguments: Any, out_shape: Any = None, **_: Any
 ) -> int:
-    return _products(qkv_shape, bias_shape, 5)
+    return _products(qkv_shape, arguments[5], 5)
 
 
-def _products(qkv_shape: Sequence[int], bias_shape: Sequence[int], count: int) -> int:
+def _products(qkv_shape: Sequence[int], window_size: Sequence[int], count: int) -> int:
     """FLOPs of so many products of N x D by D x N for each window and head, padding left out."""
     B, H, W, E = qkv_shape
-    return count * 2 * B * H * W * bias_shape[1] * E // 3
+    return count * 2 * B * H * W * window_size[0] * window_size[1] * E // 3

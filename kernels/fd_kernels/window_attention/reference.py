@@ -2,7 +2,7 @@
 
 # Shape suffix legend
 #   B = images, H, W = token grid, C = channels, E = 3 * C (q, k, v), h = heads, D = head dim,
-#   M = windows of an image, N = tokens of a window
+#   M = windows of an image, N = tokens of a window, R = relative positions of a window
 
 from contextlib import nullcontext
 
@@ -54,9 +54,23 @@ def _pad_grid(qkv_BHWE: Tensor, height: int, width: int, pad_qkv_E: Tensor) -> T
     return qkv_BHWE
 
 
+def relative_position_index(window_size: tuple[int, int], device: torch.device) -> Tensor:
+    """Place of each pair of a query and a key in a table of relative positions, as `window_attention` takes it.
+
+    Returns:
+        index_NN, (N, N), int64, from 0 to (2 * rows - 1) * (2 * columns - 1) - 1.
+    """
+    rows, columns = window_size
+    # In a table that is 2 * columns - 1 wide, the index of a difference is the difference of the indices.
+    place_N = (
+        torch.arange(rows, device=device)[:, None] * (2 * columns - 1) + torch.arange(columns, device=device)
+    ).flatten()
+    return place_N[:, None] - place_N + place_N[-1]
+
+
 def window_attention_reference(
     qkv_BHWE: Tensor,
-    bias_hNN: Tensor,
+    bias: Tensor,
     scale_h: Tensor,
     *,
     window_size: tuple[int, int],
@@ -65,7 +79,7 @@ def window_attention_reference(
 ) -> Tensor:
     """Plain PyTorch form of `fd_kernels.window_attention`, which documents and checks the arguments."""
     B, H, W, E = qkv_BHWE.shape
-    heads, N, _ = bias_hNN.shape
+    heads, N = len(bias), window_size[0] * window_size[1]
     D = E // (3 * heads)
     (window_H, window_W), shifted = window_size, any(shift_size)
     rows, columns = -(-H // window_H), -(-W // window_W)
@@ -81,6 +95,7 @@ def window_attention_reference(
     )
     q_BMhND, k_BMhND, v_BMhND = windows.to(compute_dtype).reshape(3, B, rows * columns, heads, N, D).unbind(0)
 
+    bias_hNN = bias if bias.dim() == 3 else bias[:, relative_position_index(window_size, bias.device)]
     bias_MhNN = bias_hNN.to(compute_dtype)[None]
     if shifted:
         mask_MNN = shift_mask(rows * window_H, columns * window_W, window_size, shift_size, qkv_BHWE.device)
