@@ -7,6 +7,8 @@ api.train(api.load_recipe("digits/distill", ["train.steps=100"]))
 from __future__ import annotations
 
 import logging
+import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -26,20 +28,30 @@ from fd_scale.data import (
 )
 from fd_scale.distill import DistillationTask
 from fd_scale.distributed import Preemption, World
-from fd_scale.engine import Engine
+from fd_scale.engine import Engine, Partition
 from fd_scale.errors import UserError
 from fd_scale.evaluation import EvaluationSet
 from fd_scale.export import convert, export, interpolate
 from fd_scale.fetch import fetch
 from fd_scale.finetune import ClassificationTask
+from fd_scale.hardware import find_gpu
+from fd_scale.log import console
 from fd_scale.metrics import Recorder
-from fd_scale.models import choose_kernels, resolved
+from fd_scale.models import choose_kernels, dtype_of, resolved
 from fd_scale.optim import learning_rates
+from fd_scale.placement import WHOLE, Placement
+from fd_scale.plan import Choice, NotCountedError, Plan, memory_table, present_gpu, require_fit
+from fd_scale.plan import plan as plan_recipe
+from fd_scale.plan.measure import Measured
+from fd_scale.plan.measure import measure as measure_trainer
 from fd_scale.pretrain import ContrastiveTask
 from fd_scale.randomness import hash64
 from fd_scale.trainer import Task, Trainer
 
-__all__ = ["build_task", "build_trainer", "convert", "export", "fetch", "interpolate", "load_recipe", "train"]
+__all__ = [
+    "build_task", "build_trainer", "convert", "export", "fetch", "interpolate", "load_recipe", "measure", "plan",
+    "train",
+]  # fmt: skip
 
 logger = logging.getLogger(__name__)
 
@@ -61,6 +73,44 @@ def train(recipe: Recipe) -> TrainState:
     world = distributed.start(recipe.train.device, recipe.train.timeout_s)
     log.set_up(world.rank)
     return build_trainer(recipe, world).train()
+
+
+def plan(recipe: Recipe, gpu: str, num_gpus: int, images: int | None = None) -> Plan:
+    """Plans a run: memory, time and cost on GPUs that need not be here.
+
+    Args:
+        recipe: a recipe of any task; its weights are not read.
+        gpu: name of a GPU, a key of `fd_scale.hardware.GPUS`.
+        num_gpus: how many of them.
+        images: training images of an epoch; none: as many as the recipe's source has, where it can be opened here.
+
+    Raises:
+        UserError: an unknown GPU, or the recipe does not allow it.
+    """
+    return plan_recipe(recipe.run_dir, recipe, find_gpu(gpu), num_gpus, images=images)
+
+
+def measure(recipe: Recipe) -> tuple[Choice, Measured]:
+    """Takes a few steps of a recipe on this machine, in a folder that does not stay; all ranks call it.
+
+    Returns:
+        What was predicted for this number of ranks, and what the engine really held.
+
+    Raises:
+        UserError: the recipe or its data do not allow it.
+    """
+    world = distributed.start(recipe.train.device, recipe.train.timeout_s)
+    log.set_up(world.rank)
+    with tempfile.TemporaryDirectory() as folder:
+        run_dir = world.from_main(f"{folder}/run")
+        bare = replace(recipe, run_dir=run_dir, log=replace(recipe.log, images_every_steps=0))
+        trainer = build_trainer(bare, world)
+        gpu = present_gpu(world.device) if world.device.type == "cuda" else find_gpu("a100-40g")
+        planned = world.on_main(lambda: plan_recipe(recipe.run_dir, bare, gpu, world.size, images=0))
+        found = measure_trainer(trainer)
+        trainer.preemption.close()
+        world.barrier()
+    return planned.own, found
 
 
 def build_trainer(recipe: Recipe, world: World) -> Trainer:
@@ -88,13 +138,16 @@ def build_trainer(recipe: Recipe, world: World) -> Trainer:
         raise UserError(
             f"train.epochs: {recipe.train.epochs} epochs of {loader.steps_per_epoch} steps are no step; raise it"
         )
-    task = build_task(recipe, source)
+    peak_images_per_s = None
+    if world.device.type == "cuda":
+        peak_images_per_s = world.on_main(lambda: _refuse_what_does_not_fit(recipe, source, world))
+    stage = ds_config.zero_stage(engine_config)
+    parts = Partition(engine_config, world)
+    task = build_task(recipe, source, parts if stage == 3 else WHOLE, parts)
     if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in task.module.modules()):
         logger.warning("the model has BatchNorm, whose statistics are those of a rank's micro-batch: on another number "
                        "of ranks it trains otherwise")  # fmt: skip
-    num_parameters = sum(parameter.numel() for parameter in task.module.parameters())
     run_dir = Path(recipe.run_dir)
-    stage = ds_config.zero_stage(engine_config)
     identity = world.on_main(lambda: run_folder.identity(recipe, source.fingerprint, stage, world.size))
     refuse_other_identity(run_dir, identity)
     world.on_main(lambda: run_folder.create(recipe))
@@ -106,7 +159,7 @@ def build_trainer(recipe: Recipe, world: World) -> Trainer:
         "%s: %d steps of %d images (%d ranks x %d micro-batches x %d) on %s, ZeRO-%d, %s, %s; %.1f M parameters",
         recipe.task, num_steps, recipe.train.global_batch, world.size, loader.accumulation,
         engine_config["train_micro_batch_size_per_gpu"], world.device.type, stage,
-        recipe.train.precision, engine.optimizer_name, num_parameters / 1e6,
+        recipe.train.precision, engine.optimizer_name, engine.num_parameters / 1e6,
     )  # fmt: skip
     return Trainer(
         recipe=recipe,
@@ -115,14 +168,38 @@ def build_trainer(recipe: Recipe, world: World) -> Trainer:
         loader=loader,
         learning_rates=learning_rates(recipe.optim, num_steps, loader.steps_per_epoch),
         checkpoints=checkpoints,
-        recorder=Recorder(run_dir, world, recipe.task),
+        recorder=Recorder(run_dir, world, recipe.task, peak_images_per_s),
         preemption=Preemption(run_dir, world),
         world=world,
     )
 
 
-def build_task(recipe: Recipe, source: Source) -> Task:
-    """Builds the recipe's task; its initial weights are a function of the recipe's seed."""
+def _refuse_what_does_not_fit(recipe: Recipe, source: Source, world: World) -> float | None:
+    """Returns the images a second at the GPUs' peak, where it is known."""
+    try:
+        planned = plan_recipe(recipe.run_dir, recipe, present_gpu(world.device), world.size, source=source)
+    except NotCountedError as error:
+        logger.warning("whether the run fits into memory is not known: %s", error)
+        return None
+    try:
+        require_fit(planned)
+    except UserError:
+        console.print(memory_table(planned))
+        raise
+    return planned.peak_images_per_s
+
+
+def build_task(
+    recipe: Recipe, source: Source, placement: Placement = WHOLE, in_parts: Placement = WHOLE
+) -> Task:
+    """Builds the recipe's task; its initial weights are a function of the recipe's seed.
+
+    Args:
+        recipe: a recipe of any task.
+        source: its training images.
+        placement: where the trained module's parameters are.
+        in_parts: where those of teachers are that the recipe wants partitioned.
+    """
     recipe = resolved(recipe)
     torch.manual_seed(int(hash64(recipe.seed, "initialisation")) % 2**63)
     evaluation = None
@@ -140,10 +217,11 @@ def build_task(recipe: Recipe, source: Source) -> Task:
                     "teacher %s has random weights: distill.teachers.%d.model.weights names none",
                     teacher.model.name, index,
                 )  # fmt: skip
-        return DistillationTask(recipe, evaluation)
-    if recipe.contrastive is not None:
-        return ContrastiveTask(recipe)
-    return ClassificationTask(recipe, evaluation, source)
+        return DistillationTask(recipe, evaluation, placement, in_parts)
+    with placement.building(dtype_of(recipe.train.precision)):
+        if recipe.contrastive is not None:
+            return ContrastiveTask(recipe)
+        return ClassificationTask(recipe, evaluation, source)
 
 
 def training_transform(recipe: Recipe) -> Transform:

@@ -91,7 +91,7 @@ class _TakingTurns:
         self.ours_ms: list[float] = []
         self.bare_ms: list[float] = []
 
-    def iterate(self, start_step: int) -> Generator[list[Batch], None, None]:
+    def iterate(self, start_step: int, reordered: int = 0) -> Generator[list[Batch], None, None]:
         step = start_step
         while True:
             batches = self.batches[step % len(self.batches)]

@@ -31,8 +31,10 @@ from fd_scale.distributed import choose_device
 from fd_scale.errors import UserError
 from fd_scale.fetch import named_files
 from fd_scale.finetune import ClassificationTask
+from fd_scale.hardware import find_gpu
 from fd_scale.models import Backbone, build_model, resolved
 from fd_scale.optim import apex_is_importable
+from fd_scale.plan import NotCountedError, memory_table, plan, present_gpu, require_fit
 from fd_scale.pretrain import ContrastiveTask
 from fd_scale.teachers import Teacher
 
@@ -51,6 +53,7 @@ class _Subject:
     name: str
     overrides: list[str]
     num_ranks: int
+    gpu: str | None
 
     @cached_property
     def recipe(self) -> Recipe:
@@ -92,21 +95,24 @@ class _Subject:
         return next(path for path in (folder, *folder.parents) if path.exists())
 
 
-def check(recipe: str, overrides: list[str], num_ranks: int) -> None:
+def check(recipe: str, overrides: list[str], num_ranks: int, gpu: str | None = None) -> None:
     """Prints a table of checks and a verdict.
 
     Args:
         recipe: a YAML file, or the name of a packaged recipe.
         overrides: `key=value` strings.
         num_ranks: ranks that the job will have.
+        gpu: name of the GPU that each of them will have; none: the one that is here, if any.
 
     Raises:
-        UserError: `num_ranks` is below 1.
+        UserError: `num_ranks` is below 1, or the GPU is not known.
         SystemExit: with code 2, where the run would fail.
     """
     if num_ranks < 1:
         raise UserError(f"--ranks: got {num_ranks}, expected at least 1")
-    subject = _Subject(recipe, overrides, num_ranks)
+    if gpu is not None:
+        find_gpu(gpu)
+    subject = _Subject(recipe, overrides, num_ranks, gpu)
     verdicts: dict[str, str] = {}
     table = Table("check", "verdict", "detail", title=f"{recipe}, ranks: {num_ranks}")
     for name, function, needs in _CHECKS:
@@ -243,6 +249,28 @@ def _task(subject: _Subject) -> str:
     return f"{subject.recipe.task}: {subject.num_trained / 1e6:.2f} M trained parameters"
 
 
+def _memory(subject: _Subject) -> str | _Warning:
+    recipe = subject.recipe
+    if subject.gpu is not None:
+        gpu = find_gpu(subject.gpu)
+    elif recipe.train.device != "cpu" and torch.cuda.is_available():
+        gpu = present_gpu(choose_device(recipe.train.device))
+    else:
+        return "not planned: --gpu names none, and the run is not on a GPU of this host"
+    try:
+        planned = plan(subject.name, recipe, gpu, subject.num_ranks, images=0)
+    except NotCountedError as error:
+        return _Warning(str(error))
+    try:
+        own = require_fit(planned)
+    except UserError:
+        Console().print(memory_table(planned))
+        raise
+    return (
+        f"{own.memory.total / 2**30:.2f} of {gpu.memory / 2**30:.2f} GiB of {gpu.name}, x {subject.num_ranks}"
+    )
+
+
 def _run_folder(subject: _Subject) -> str:
     folder = subject.run_dir
     try:
@@ -349,6 +377,7 @@ _CHECKS: tuple[tuple[str, Callable[[_Subject], str], tuple[str, ...]], ...] = (
     ("student", _student, ("recipe",)),
     ("teacher", _teacher, ("recipe",)),
     ("task", _task, ("training data", "student", "teacher")),
+    ("memory", _memory, ("DeepSpeed JSON", "task")),
     ("run folder", _run_folder, ("recipe",)),
     ("resume", _resume, ("DeepSpeed JSON", "training data", "run folder")),
     ("disk", _disk, ("task", "run folder")),

@@ -1,10 +1,12 @@
 """Checkpoints: whole or not used.
 
-    RUN/checkpoints/step_00001000/   what DeepSpeed wrote, and manifest.json, written last
+    RUN/checkpoints/step_00001000/   what DeepSpeed would write, and manifest.json, written last
     RUN/checkpoints/latest           name of the newest whole checkpoint (for people and scripts)
 
-A folder without a manifest is a save that never ended and is ignored; one whose files do not match
-its manifest is refused by name, and the next older one is used.
+Training waits for a copy to host memory; a thread writes it, and once the threads of all ranks are done, the ranks
+make the checkpoint whole between two steps. A folder without a manifest is a save that never ended and is ignored;
+one whose files do not match its manifest is refused by name, and the next older one is used. On the disk are at most
+`keep_last` checkpoints, the best, and the one being written.
 """
 
 from __future__ import annotations
@@ -14,12 +16,16 @@ import json
 import logging
 import os
 import shutil
+import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from fd_scale.distributed import World
 from fd_scale.errors import UserError
@@ -46,15 +52,40 @@ class TrainState:
     """Step at which it was measured."""
     evaluated_step: int | None = None
     """Step of the last evaluation: a run killed between its save and its evaluation makes up for it."""
-    skipped_in_a_row: int = 0
-    """Steps skipped for a non-finite gradient since the last one that was not."""
+    bad_in_a_row: int = 0
+    """Steps with a spike or a skipped gradient since the last good one."""
+    rollbacks: int = 0
+    """Times that the run went back to a checkpoint and took other samples from there."""
 
 
 class Saveable(Protocol):
     """What holds tensors: the engine."""
 
-    def save(self, folder: Path) -> None: ...
-    def load(self, folder: Path) -> None: ...
+    def snapshot(self, folder: Path) -> dict[str, Any]:
+        """Copies this rank's part to host memory: file name in `folder` -> what `torch.save` writes there."""
+
+    def load(self, folder: Path) -> None:
+        """Reads what snapshots of all ranks of a run hold."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Written:
+    """What a rank has on the disk."""
+
+    files: dict[str, dict[str, Any]]
+    write_s: float
+    checksum_s: float
+    disk_mb_per_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class _Pending:
+    """A checkpoint in writing."""
+
+    folder: Path
+    state: TrainState
+    stall_s: float
+    written: Future[_Written]
 
 
 class Checkpoints:
@@ -64,7 +95,7 @@ class Checkpoints:
         run_dir: the run folder, on a file system that all ranks share.
         keep_last: newest checkpoints kept; the best is kept besides.
         identity: what each checkpoint is written with; `refuse_other_identity` compares it.
-        world: ranks; all of them call `save` and `resume`.
+        world: ranks; all of them call `save`, `complete` and `resume`.
     """
 
     def __init__(self, run_dir: Path, keep_last: int, identity: dict[str, Any], world: World) -> None:
@@ -72,34 +103,90 @@ class Checkpoints:
         self.keep_last = keep_last
         self.identity = identity
         self.world = world
+        self.pending: _Pending | None = None
+        self.disk_mb_per_s = 0.0
+        self.writer = ThreadPoolExecutor(1, "checkpoint")
         world.on_main(lambda: self._told(self.root, lambda: self.root.mkdir(exist_ok=True)))
 
     def save(self, engine: Saveable, state: TrainState) -> None:
-        """Writes a checkpoint; when this returns, it is whole and `latest` names it.
+        """Copies a checkpoint to host memory and begins to write it; `complete` makes it whole.
 
         Raises:
-            UserError: the disk is full or the folder cannot be written; older checkpoints are untouched.
+            UserError: the folder cannot be written; older checkpoints are untouched.
         """
+        assert self.pending is None, "a checkpoint is in writing: complete it first"
+        start = time.perf_counter()
         folder = self._folder(state.step)
         self.world.on_main(lambda: self._told(folder, lambda: _renew(folder)))
-        self._told(folder, lambda: engine.save(folder))
-        self.world.barrier()
-        names = self.world.from_main(_data_files(folder))
-        # A file system may report a full disk only when the files are flushed, which this does.
-        files = self._told(folder, lambda: self._checksums(folder, names))
-        self.world.on_main(lambda: self._told(folder, lambda: self._complete(folder, state, files)))
-        logger.info("step %d: saved %s", state.step, folder)
+        objects = self._told(folder, lambda: engine.snapshot(folder))
+        stall_s = time.perf_counter() - start
+        probes = self.world.is_main and not self.disk_mb_per_s
+        written = self.writer.submit(self._told, folder, lambda: _write(folder, objects, probes))
+        self.pending = _Pending(folder, replace(state), stall_s, written)
 
-    def update(self, state: TrainState) -> None:
-        """Writes a newer state into the checkpoint of its step, where there is one; tensors stay as they are."""
+    @property
+    def written(self) -> bool:
+        """Whether this rank has written its part of a checkpoint that is not whole yet."""
+        return self.pending is not None and self.pending.written.done()
+
+    def complete(self) -> dict[str, float]:
+        """Waits until all ranks have written the checkpoint in hand and makes it whole; all ranks call it.
+
+        Returns:
+            Its step and what it took, the slowest rank's: `stall_s` of training, `write_s` until the files
+            were on the disk, `checksum_s`, `bytes` and `write_mb_per_s` of all ranks together, beside them
+            `disk_mb_per_s` of one plain file, measured once. Empty where no checkpoint is in hand.
+
+        Raises:
+            UserError: a rank could not write, as on a full disk; older checkpoints are untouched.
+        """
+        if self.pending is None:
+            return {}
+        pending, self.pending = self.pending, None
+        mine: _Written | str
+        try:
+            mine = pending.written.result()
+        except UserError as error:
+            mine = str(error)
+        parts = self.world.gather(mine)
+        problem = next((part for part in parts if isinstance(part, str)), None)
+        if problem is not None:
+            self.world.on_main(lambda: shutil.rmtree(pending.folder))
+            raise UserError(problem)
+        files = {name: entry for part in parts for name, entry in part.files.items()}
+        self.world.on_main(
+            lambda: self._told(pending.folder, lambda: self._complete(pending.folder, pending.state, files))
+        )
+        write_s = max(part.write_s for part in parts)
+        num_bytes = sum(entry["bytes"] for entry in files.values())
+        self.disk_mb_per_s = self.disk_mb_per_s or parts[0].disk_mb_per_s
+        took = {
+            "step": pending.state.step,
+            "stall_s": max(self.world.gather(pending.stall_s)),
+            "write_s": write_s,
+            "checksum_s": max(part.checksum_s for part in parts),
+            "bytes": num_bytes,
+            "write_mb_per_s": num_bytes / 1e6 / write_s,
+            "disk_mb_per_s": self.disk_mb_per_s,
+        }
+        logger.info(
+            "step %d: saved %s; training waited %.2f s; %.1f MB written in %.2f s, %.0f MB/s (a plain file: %.0f MB/s)",
+            pending.state.step, pending.folder, took["stall_s"], num_bytes / 1e6, write_s, took["write_mb_per_s"],
+            took["disk_mb_per_s"],
+        )  # fmt: skip
+        return took
+
+    def update(self, state: TrainState) -> bool:
+        """Writes a newer state into the checkpoint of its step, whose tensors stay; returns whether there is one."""
         folder = self._folder(state.step)
 
-        def rewrite() -> None:
+        def rewrite() -> bool:
             manifest = read_manifest(folder)
             if manifest:
                 self._complete(folder, state, manifest["files"])
+            return bool(manifest)
 
-        self.world.on_main(lambda: self._told(folder, rewrite))
+        return self.world.on_main(lambda: self._told(folder, rewrite))
 
     def resume(self, engine: Saveable) -> TrainState:
         """Loads the newest whole checkpoint into `engine`; a fresh state where none was ever written.
@@ -126,13 +213,6 @@ class Checkpoints:
                 "restore one, or remove the folder to start from step 0"
             )
         return TrainState()
-
-    def _checksums(self, folder: Path, names: list[str]) -> dict[str, dict[str, Any]]:
-        mine = {}
-        for name in names[self.world.rank :: self.world.size]:
-            path = folder / name
-            mine[name] = {"bytes": path.stat().st_size, "sha256": _sha256(path, flush=True)}
-        return {name: entry for of_rank in self.world.gather(mine) for name, entry in of_rank.items()}
 
     def _complete(self, folder: Path, state: TrainState, files: dict[str, dict[str, Any]]) -> None:
         body = {"format": FORMAT, "state": asdict(state), "identity": self.identity, "files": files}
@@ -222,7 +302,8 @@ def refuse_other_identity(run_dir: Path, identity: dict[str, Any]) -> None:
     if theirs is None:
         return
     ours = json.loads(json.dumps(identity))  # as a manifest gives it back: no tuples
-    for key in sorted(ours.keys() | theirs.keys()):
+    # Version 0.1.0 wrote world_size into every checkpoint.
+    for key in sorted(ours.keys() | (theirs.keys() - {"world_size"})):
         if ours.get(key) != theirs.get(key):
             raise UserError(
                 f"{run_dir}: its checkpoints were written with {key}={json.dumps(theirs.get(key))}, this run has "
@@ -261,10 +342,42 @@ def _body_sha256(body: dict[str, Any]) -> str:
 
 
 def _renew(folder: Path) -> None:
-    """Makes an empty folder; a save that never ended, or a refused one, gives way."""
-    if folder.exists():
-        _discard(folder)
+    """Makes an empty folder; saves that never ended, and a refused one, give way."""
+    for other in folder.parent.glob("step_*"):
+        if other == folder or not (other / MANIFEST).exists():
+            _discard(other)
     folder.mkdir()
+
+
+def _write(folder: Path, objects: dict[str, Any], probes: bool) -> _Written:
+    """Writes a rank's files, in a thread of its own; `probes`: measures first what the disk can do."""
+    disk_mb_per_s = _disk_mb_per_s(folder, objects) if probes else 0.0
+    start = time.perf_counter()
+    for name, value in objects.items():
+        with (folder / name).open("wb") as file:
+            torch.save(value, file)
+            # A file system may report a full disk only when the files are flushed.
+            file.flush()
+            os.fsync(file.fileno())
+    write_s = time.perf_counter() - start
+    files = {}
+    for name in objects:
+        files[name] = {"bytes": (folder / name).stat().st_size, "sha256": _sha256(folder / name)}
+    return _Written(files, write_s, time.perf_counter() - start - write_s, disk_mb_per_s)
+
+
+def _disk_mb_per_s(folder: Path, objects: dict[str, Any]) -> float:
+    """Rate at which one plain file reaches the disk; no larger than `objects`, for which there must be room."""
+    sizes = [leaf.nbytes for leaf in tree_leaves(objects) if isinstance(leaf, Tensor)]
+    content, file = os.urandom(min(sum(sizes), 2**26)), folder / "write_rate.tmp"
+    start = time.perf_counter()
+    with file.open("wb") as stream:
+        stream.write(content)
+        stream.flush()
+        os.fsync(stream.fileno())
+    seconds = time.perf_counter() - start
+    file.unlink()
+    return len(content) / 1e6 / seconds
 
 
 def _discard(folder: Path) -> None:
@@ -278,12 +391,6 @@ def _newest_first(root: Path) -> list[Path]:
     return sorted((path.parent for path in root.glob(f"step_*/{MANIFEST}")), reverse=True)
 
 
-def _data_files(folder: Path) -> list[str]:
-    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-
-
-def _sha256(path: Path, flush: bool = False) -> str:
+def _sha256(path: Path) -> str:
     with path.open("rb") as file:
-        if flush:
-            os.fsync(file.fileno())
         return hashlib.file_digest(file, "sha256").hexdigest()

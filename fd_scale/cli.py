@@ -16,12 +16,14 @@ from yaml import YAMLError
 from fd_scale import __version__
 from fd_scale.config import ModelConfig, describe_keys, load_recipe, packaged_recipes
 from fd_scale.errors import UserError
+from fd_scale.hardware import GPUS, find_gpu
 
 _EXAMPLES = """\
 examples:
   fd-scale demo                                              the whole story on this machine, in minutes
   fd-scale recipes                                           packaged recipes and all settings
   fd-scale check digits/distill                              what would fail, before it is queued
+  fd-scale plan my.yaml --gpus 64 --gpu h100                 memory a GPU, step time, cost
   fd-scale fetch my.yaml                                     its data and weights on the hub, into the cache
   fd-scale distill digits/distill train.steps=100            on one device
   torchrun --nproc-per-node 8 -m fd_scale distill my.yaml    on eight
@@ -40,13 +42,24 @@ _TRAINING_VERBS = {
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs a verb; exits with 2 and one sentence where the user's input is wrong."""
-    options = _parser().parse_args(arguments)
+    options = _parsed(arguments)
     try:
         options.run(options)
     except UserError as error:
         rank = os.environ.get("RANK", "0")
         print(f"fd-scale: {'' if rank == '0' else f'rank {rank}: '}{error}", file=sys.stderr)
         raise SystemExit(2) from None
+
+
+def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Options of a verb; `key=value` may also stand behind them, where argparse no longer looks for it."""
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    if any(item.startswith("-") or "=" not in item or "overrides" not in options for item in rest):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        options.overrides = [*options.overrides, *rest]
+    return options
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -68,16 +81,31 @@ def _parser() -> argparse.ArgumentParser:
             f"  torchrun --nproc-per-node 8 -m fd_scale {verb} RECIPE",
         )  # fmt: skip
         _add_recipe(training)
+        training.add_argument(
+            "--profile", action="store_true", help="trace three steps into RUN/profile (log.profile=true)"
+        )
         training.set_defaults(run=_train, task=task, verb=verb)
 
     check = _add_verb(
         verbs, "check", "what would fail, before a job is queued",
         "Checks recipe, DeepSpeed JSON, data, weights, run folder, devices and driver; a table and a verdict.",
-        "  fd-scale check digits/distill --ranks 2",
+        "  fd-scale check digits/distill --ranks 2\n"
+        "  fd-scale check imagenet/swin_v2_giant --gpus 64 --gpu h100",
     )  # fmt: skip
     _add_recipe(check)
-    check.add_argument("--ranks", type=int, default=1, help="ranks that the job will have (default: 1)")
+    check.add_argument(
+        "--ranks",
+        "--gpus",
+        dest="ranks",
+        type=int,
+        default=1,
+        help="ranks that the job will have (default: 1)",
+    )
+    check.add_argument(
+        "--gpu", metavar="NAME", help=f"GPU of each: {', '.join(GPUS)} (default: the one here, if any)"
+    )
     check.set_defaults(run=_check)
+    _add_plan(verbs)
 
     fetch = _add_verb(
         verbs, "fetch", "data and weights of a recipe from the Hugging Face hub, ahead of the run",
@@ -90,6 +118,31 @@ def _parser() -> argparse.ArgumentParser:
 
     _add_tools(verbs)
     return parser
+
+
+def _add_plan(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    plan = _add_verb(
+        verbs, "plan", "memory a GPU, step time and cost, before a job is queued",
+        "Counts a recipe's FLOPs and activations on the models' shapes (no GPU, no weights), predicts what a GPU\n"
+        "holds at each ZeRO stage and checkpointing policy, and names the quickest that fits. With --measure it takes\n"
+        "a few steps on this machine and prints predicted beside measured.",
+        "  fd-scale plan imagenet/swin_v2_giant --gpus 64 --gpu h100 --images 1281167 --plot plan.png\n"
+        "  torchrun --nproc-per-node 2 -m fd_scale plan digits/distill --measure train.ds_config=zero3",
+    )  # fmt: skip
+    _add_recipe(plan)
+    plan.add_argument("--gpus", type=int, help="GPUs of the job, 8 in a node")
+    plan.add_argument("--gpu", metavar="NAME", help=f"one of {', '.join(GPUS)}")
+    plan.add_argument(
+        "--images",
+        type=int,
+        help="training images of an epoch (default: those of the data, where it is here)",
+    )
+    plan.add_argument(
+        "--measure", action="store_true", help="take a few steps on this machine, on the ranks that are"
+    )
+    plan.add_argument("--json", metavar="FILE", help="write all numbers there too")
+    plan.add_argument("--plot", metavar="FILE", help="write a PNG: memory of each stage and policy")
+    plan.set_defaults(run=_plan)
 
 
 def _add_tools(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -106,21 +159,7 @@ def _add_tools(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
     export.set_defaults(run=_export)
     _add_weights_tools(verbs)
 
-    bench = _add_verb(
-        verbs, "bench", "measurements",
-        "Measures, in one run, our training step against a bare PyTorch loop of the same models, and the loader.",
-        "  fd-scale bench step --json step.json",
-    )  # fmt: skip
-    bench.add_argument(
-        "what", choices=["step"], help="step: one optimizer step, ZeRO 0 on one process, ZeRO 3 on two"
-    )
-    bench.add_argument(
-        "recipe", metavar="RECIPE", nargs="?", default="digits/distill", help="default: digits/distill"
-    )
-    bench.add_argument("overrides", metavar="key=value", nargs="*", help="settings that replace the recipe's")
-    bench.add_argument("--steps", type=int, default=30, help="measured steps of each loop (default: 30)")
-    bench.add_argument("--json", metavar="FILE", help="write the measurements there too")
-    bench.set_defaults(run=_bench)
+    _add_bench(verbs)
 
     demo = _add_verb(
         verbs, "demo", "the whole story on embedded data, in minutes, on a CPU",
@@ -137,6 +176,43 @@ def _add_tools(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
         "Lists the packaged recipes and every setting of a recipe.", "  fd-scale recipes",
     )  # fmt: skip
     recipes.set_defaults(run=_recipes)
+
+
+def _add_bench(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    bench = _add_verb(
+        verbs, "bench", "measurements: step, kernels",
+        "Measures the training step, or the kernels.",
+        "  fd-scale bench step --json step.json\n"
+        "  fd-scale bench kernels --match swin_g_w12",
+    )  # fmt: skip
+    subjects = bench.add_subparsers(metavar="WHAT", required=True)
+
+    step = _add_verb(
+        subjects, "step", "one optimizer step, ZeRO 0 on one process, ZeRO 3 on two",
+        "Measures, in one run, our training step against a bare PyTorch loop of the same models, and the loader.",
+        "  fd-scale bench step --json step.json",
+    )  # fmt: skip
+    step.add_argument(
+        "recipe", metavar="RECIPE", nargs="?", default="digits/distill", help="default: digits/distill"
+    )
+    step.add_argument("overrides", metavar="key=value", nargs="*", help="settings that replace the recipe's")
+    step.add_argument("--steps", type=int, default=30, help="measured steps of each loop (default: 30)")
+    step.add_argument("--json", metavar="FILE", help="write the measurements there too")
+    step.set_defaults(run=_bench)
+
+    kernels = _add_verb(
+        subjects, "kernels", "the Triton kernels beside their peers, on a GPU",
+        "Measures the kernels beside eager, compiled, SDPA and FlexAttention; goes on where the last call stopped.\n"
+        "As `python -m fd_kernels.benchmarks`, whose --help lists the options.",
+        "  fd-scale bench kernels --match swin_g_w12\n"
+        "  fd-scale bench kernels --report",
+    )  # fmt: skip
+    kernels.add_argument("--match", metavar="REGEX", help='on "shape pass variant"')
+    kernels.add_argument("--out", metavar="DIR", help="folder of the JSON files")
+    kernels.add_argument("--minutes", help="start nothing new after them")
+    kernels.add_argument("--report", metavar="FILE", nargs="?", const="-", help="measure nothing; the table")
+    kernels.add_argument("--plot", metavar="FILE", help="draw what was measured")
+    kernels.set_defaults(run=_bench_kernels)
 
 
 def _add_weights_tools(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -200,7 +276,7 @@ def _add_recipe(parser: argparse.ArgumentParser) -> None:
 
 
 def _train(options: argparse.Namespace) -> None:
-    recipe = load_recipe(options.recipe, options.overrides)
+    recipe = load_recipe(options.recipe, [*options.overrides, *["log.profile=true"] * options.profile])
     if recipe.task != options.task:
         verb = next(verb for verb, (task, _) in _TRAINING_VERBS.items() if task == recipe.task)
         raise UserError(f"{options.recipe}: its task is {recipe.task}; run it with `fd-scale {verb}`")
@@ -212,7 +288,34 @@ def _train(options: argparse.Namespace) -> None:
 def _check(options: argparse.Namespace) -> None:
     from fd_scale.check import check
 
-    check(options.recipe, options.overrides, options.ranks)
+    check(options.recipe, options.overrides, options.ranks, options.gpu)
+
+
+def _plan(options: argparse.Namespace) -> None:
+    recipe = load_recipe(options.recipe, options.overrides)
+    if options.measure:
+        from fd_scale import api
+        from fd_scale.plan.measure import measured_table
+
+        predicted, measured = api.measure(recipe)
+        if os.environ.get("RANK", "0") == "0":
+            Console().print(measured_table(predicted, measured))
+        return
+    if options.gpus is None or options.gpu is None:
+        raise UserError(
+            f"plan: --gpus N and --gpu NAME say for what to plan (one of {', '.join(GPUS)}), or --measure"
+        )
+    if options.images is not None and options.images < 1:
+        raise UserError(f"--images: got {options.images}, expected at least 1")
+    gpu = find_gpu(options.gpu)
+    from fd_scale.plan import plan, plot, show, to_json, write_json
+
+    found = plan(options.recipe, recipe, gpu, options.gpus, images=options.images)
+    show(found, Console(width=None if sys.stdout.isatty() else 150))  # a log file has no width of its own
+    if options.json is not None:
+        write_json(to_json(found), options.json)
+    if options.plot is not None:
+        plot(found, options.plot)
 
 
 def _fetch(options: argparse.Namespace) -> None:
@@ -259,6 +362,15 @@ def _bench(options: argparse.Namespace) -> None:
     from fd_scale.bench import bench_step
 
     bench_step(options.recipe, options.overrides, options.steps, options.json)
+
+
+def _bench_kernels(options: argparse.Namespace) -> None:
+    from fd_kernels.benchmarks.__main__ import main as bench_kernels
+
+    given = {name: getattr(options, name) for name in ("match", "out", "minutes", "report", "plot")}
+    raise SystemExit(
+        bench_kernels([f"--{name}={value}" for name, value in given.items() if value is not None])
+    )
 
 
 def _demo(options: argparse.Namespace) -> None:

@@ -178,18 +178,20 @@ class TrainConfig:
     """Where to run; `auto`: CUDA where there is any, else the CPU."""
     ds_config: str = "zero1"
     """A DeepSpeed JSON file, or the name of one in ds_configs/."""
-    activation_checkpointing: Literal["none", "block"] = "none"
-    """`block`: only a block's input is kept for the backward pass, the rest is computed again."""
+    activation_checkpointing: Literal["none", "block", "selective"] = "none"
+    """What the backward pass computes again. `block`: all of a block but its input; `selective`: all but its attention
+    (the MLP, norms behind the attention)."""
+    checkpointing_period: int = 1
+    """One block of each so many is computed again, the others are kept."""
     kernels: Literal["auto", "reference", "triton"] = "auto"
     """`auto`: Triton kernels on CUDA where they serve, PyTorch elsewhere; `reference`: PyTorch alone; `triton`: a call
     that no kernel serves is an error."""
-    max_skipped_steps: int = 10
-    """Steps in a row that may be skipped for a non-finite gradient before the run stops."""
     timeout_s: int = 1800
-    """Seconds that a rank waits for the others before the job ends."""
+    """Seconds without a step, a save or a batch of an evaluation after which the job ends, with the stacks of its
+    ranks in logs/."""
 
     def __post_init__(self) -> None:
-        for key in ("global_batch", "micro_batch", "max_skipped_steps", "timeout_s"):
+        for key in ("global_batch", "micro_batch", "checkpointing_period", "timeout_s"):
             _require(getattr(self, key) > 0, f"train.{key}", getattr(self, key), "a positive whole number")
         if (self.epochs is None) == (self.steps is None):
             raise UserError(
@@ -217,6 +219,27 @@ class CheckpointConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class WatchConfig:
+    """What is done about losses that are out of line."""
+
+    spike_factor: float = 4.0
+    """A loss above so many times the mean of the 50 before it is a spike; 0: none is."""
+    max_bad_steps: int = 10
+    """Steps in a row with a spike, or skipped for a gradient that is not finite, after which the run goes back to its
+    newest checkpoint and takes other samples from there."""
+    max_rollbacks: int = 2
+    """Times that it goes back before it stops."""
+
+    def __post_init__(self) -> None:
+        _require(
+            self.spike_factor == 0 or 1 < self.spike_factor < inf, "watch.spike_factor", self.spike_factor,
+            "0 or more than 1",
+        )  # fmt: skip
+        _require(self.max_bad_steps > 0, "watch.max_bad_steps", self.max_bad_steps, "a positive whole number")
+        _require(self.max_rollbacks >= 0, "watch.max_rollbacks", self.max_rollbacks, "0 or more")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class LogConfig:
     """What the run shows of itself."""
 
@@ -226,6 +249,8 @@ class LogConfig:
     """Steps between pictures in TensorBoard; 0: none."""
     evaluate_every_steps: int = 0
     """Steps between evaluations; 0: at the end only."""
+    profile: bool = False
+    """Writes a trace of the third to fifth step after the start into profile/, a file a rank."""
 
     def __post_init__(self) -> None:
         _require(self.every_steps > 0, "log.every_steps", self.every_steps, "a positive whole number")
@@ -253,6 +278,9 @@ class TeacherConfig:
     """Factor of this teacher's loss."""
     share: float = 1.0
     """Share of the images that this teacher sees; drawn for each image by the seed."""
+    partitioned: bool = False
+    """Whether each rank holds a part of its weights, as ZeRO-3 does, and gathers the others block by block; else each
+    rank holds all of them. For a teacher that would not fit."""
 
     def __post_init__(self) -> None:
         _require(0 < self.weight < inf, "distill.teachers.weight", self.weight, "a positive number")
@@ -350,6 +378,7 @@ class Recipe:
     optim: OptimConfig
     train: TrainConfig
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    watch: WatchConfig = field(default_factory=WatchConfig)
     log: LogConfig = field(default_factory=LogConfig)
     distill: DistillConfig | None = None
     contrastive: ContrastiveConfig | None = None
@@ -388,7 +417,8 @@ class Recipe:
 
 _SECTIONS: dict[str, Any] = {
     "": Recipe, "model": ModelConfig, "data": DataConfig, "data.train.0": SourceConfig,
-    "optim": OptimConfig, "train": TrainConfig, "checkpoint": CheckpointConfig, "log": LogConfig,
+    "optim": OptimConfig, "train": TrainConfig, "checkpoint": CheckpointConfig, "watch": WatchConfig,
+    "log": LogConfig,
     "distill": DistillConfig,
     "distill.teachers.0": TeacherConfig, "contrastive": ContrastiveConfig,
     "classification": ClassificationConfig,

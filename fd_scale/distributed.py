@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 from fd_scale.errors import UserError
+from fd_scale.watch import GRACE_S
 
 T = TypeVar("T")
 
@@ -107,7 +108,7 @@ def start(device: Literal["auto", "cpu", "cuda"], timeout_s: int) -> World:
 
     Args:
         device: where to run.
-        timeout_s: seconds that a rank waits for the others; the first call decides.
+        timeout_s: `train.timeout_s`; a rank waits a little longer for the others. The first call decides.
 
     Raises:
         UserError: the device is not there.
@@ -117,7 +118,7 @@ def start(device: Literal["auto", "cpu", "cuda"], timeout_s: int) -> World:
     chosen = choose_device(device, local_rank)
     if not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-        timeout = timedelta(seconds=timeout_s)
+        timeout = timedelta(seconds=timeout_s + 3 * GRACE_S)  # each rank's watchdog speaks first
         if "WORLD_SIZE" in os.environ:
             dist.init_process_group(backend, timeout=timeout)
         else:

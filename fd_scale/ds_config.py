@@ -71,6 +71,17 @@ def zero_stage(ds_config: dict[str, Any]) -> int:
     return stage
 
 
+def offload_device(ds_config: dict[str, Any], key: str) -> str:
+    """Returns where a DeepSpeed configuration keeps optimizer states or parameters: `none` is the rank's own device.
+
+    Args:
+        ds_config: as `read` or `resolve` returned it.
+        key: `offload_optimizer` or `offload_param`.
+    """
+    device: str = (ds_config.get("zero_optimization", {}).get(key) or {}).get("device", "none")
+    return device
+
+
 def resolve(ds_config: dict[str, Any], recipe: Recipe, world_size: int, device_type: str) -> dict[str, Any]:
     """Fills a DeepSpeed configuration from the recipe.
 
@@ -118,6 +129,8 @@ def resolve(ds_config: dict[str, Any], recipe: Recipe, world_size: int, device_t
     optimizer = resolved.pop("optimizer", None)
     if optimizer is not None:
         _check_optimizer(optimizer, recipe)
+    # torch's fused AdamW steps on the host too; DeepSpeed's own would be compiled at the first run.
+    resolved.setdefault("zero_force_ds_cpu_optimizer", False)
     resolved.setdefault("steps_per_print", 10**9)  # the trainer reports; DeepSpeed's line would say it twice
     return resolved
 
@@ -131,13 +144,23 @@ def _refuse_unserved(ds_config: dict[str, Any], recipe: Recipe, device_type: str
             "train.ds_config: at ZeRO stage 0 DeepSpeed divides fp16 gradients by a loss scale that it did not apply "
             "to the loss; set train.ds_config=zero1 (on one rank it is the same) or train.precision=bf16"
         )
-    for key in ("offload_optimizer", "offload_param"):
-        offload = ds_config.get("zero_optimization", {}).get(key) or {}
-        if offload.get("device", "none") != "none":
+    for key, least in (("offload_optimizer", 1), ("offload_param", 3)):
+        device = offload_device(ds_config, key)
+        if device not in ("none", "cpu"):
             raise UserError(
-                f"train.ds_config: zero_optimization.{key} in {train.ds_config} moves state to {offload['device']}, "
-                "which this version does not serve; remove it"
+                f"train.ds_config: zero_optimization.{key}.device is {device} in {train.ds_config}, expected cpu or "
+                "none, the ones that this version serves"
             )
+        if device == "cpu" and zero_stage(ds_config) < least:
+            raise UserError(
+                f"train.ds_config: zero_optimization.{key} in {train.ds_config} needs ZeRO stage {least} or above, got "
+                f"{zero_stage(ds_config)}; raise the stage or remove it"
+            )
+    if ds_config.get("zero_optimization", {}).get("elastic_checkpoint"):
+        raise UserError(
+            f"train.ds_config: zero_optimization.elastic_checkpoint in {train.ds_config} lays checkpoints out in a way "
+            "that this version does not read; remove it, a run resumes on another number of ranks without it"
+        )
     if "scheduler" in ds_config:
         raise UserError(
             f"train.ds_config: {train.ds_config} has a scheduler, but the recipe's optim section holds the "

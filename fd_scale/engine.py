@@ -1,10 +1,12 @@
-"""DeepSpeed behind four verbs: forward, backward_and_step, save, load. The only importer of deepspeed."""
+"""DeepSpeed behind five verbs: forward, backward, step, snapshot, load. The only importer of deepspeed."""
 
 from __future__ import annotations
 
+import copy
+import ctypes
 import os
-from contextlib import redirect_stderr, redirect_stdout
-from io import StringIO
+import weakref
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -21,20 +23,170 @@ import deepspeed.ops  # noqa: E402
 from deepspeed.accelerator import set_accelerator  # noqa: E402
 from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator  # noqa: E402
 from deepspeed.accelerator.cuda_accelerator import CUDA_Accelerator  # noqa: E402
+from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointEngine  # noqa: E402
+from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer  # noqa: E402
+from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus, is_zero_param  # noqa: E402
+from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3  # noqa: E402
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer  # noqa: E402
 from deepspeed.runtime.zero.utils import ZeRORuntimeException  # noqa: E402
-from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint  # noqa: E402
+from deepspeed.utils import set_z3_leaf_modules  # noqa: E402
 from pydantic import ValidationError  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
+from torch.nn.modules.module import register_module_parameter_registration_hook  # noqa: E402
+from torch.overrides import TorchFunctionMode  # noqa: E402
+from torch.utils._pytree import tree_leaves, tree_map  # noqa: E402
 
 from fd_scale.config import OptimConfig  # noqa: E402
 from fd_scale.distributed import World  # noqa: E402
-from fd_scale.ds_config import zero_stage  # noqa: E402
+from fd_scale.ds_config import offload_device, zero_stage  # noqa: E402
 from fd_scale.errors import UserError  # noqa: E402
+from fd_scale.models import Backbone  # noqa: E402
 from fd_scale.optim import ClippedAdamW, build_adamw, parameter_groups  # noqa: E402
+from fd_scale.shards import BASE_OPTIMIZER, FLAT_MASTERS, MASTERS, Shards, layout  # noqa: E402
+from fd_scale.traffic import traffic_of  # noqa: E402
 
 # DeepSpeed would compile a shared-memory all-reduce for the CPU at first use (70 s) that leaves
 # files in /dev/shm when a rank is killed; gloo gives the same sums.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+_TRIM_BYTES = 32 * 2**20
+_SHAPE = torch.Tensor.shape.__get__  # type: ignore[attr-defined]
+
+
+class _BuildInParts(TorchFunctionMode):
+    """Builds modules of which DeepSpeed's ZeRO-3 holds a part on each rank, with the values of a plain build.
+
+    A parameter is partitioned as soon as another one is touched, and gathered again when it is touched. So code
+    that initialises, in whatever order, draws the same numbers as where all is whole, and what one call of torch
+    touches is all that is whole on the host at a time.
+
+    Args:
+        init: DeepSpeed's, which partitions and gathers.
+        dtype: of the parts in the end; until then they are as they were made, so that nothing is rounded twice.
+    """
+
+    def __init__(self, init: deepspeed.zero.Init, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.init = init
+        self.dtype = dtype
+        self.made: list[weakref.ref[nn.Parameter]] = []
+        self.whole: list[Any] = []
+        self.freed = 0
+
+    def __enter__(self) -> _BuildInParts:
+        self.hook = register_module_parameter_registration_hook(self._take)
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self.hook.remove()
+        self._partition([])
+        for reference in self.made:
+            parameter: Any = reference()
+            if parameter is not None and parameter.is_floating_point():
+                parameter.ds_tensor.data = parameter.ds_tensor.to(self.dtype)
+                parameter.data = parameter.data.to(self.dtype)
+
+    def __torch_function__(
+        self, function: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        touched = [leaf for leaf in tree_leaves((args, kwargs)) if _in_parts(leaf)]
+        if touched and function == _SHAPE:
+            return touched[0].ds_shape
+        if touched:
+            self._partition(touched)
+            for parameter in touched:
+                if parameter.ds_status == ZeroParamStatus.NOT_AVAILABLE:
+                    parameter.all_gather()
+                    parameter.data = parameter.data.cpu()  # a device draws other numbers
+                    self.whole.append(parameter)
+        return function(*args, **kwargs)
+
+    def _take(self, module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        if parameter is None or parameter.is_meta or is_zero_param(parameter):
+            return
+        with torch._C.DisableTorchFunction():  # called by a constructor, not by way of this mode
+            self._partition([])
+            self.init._convert_to_deepspeed_param(parameter)
+        self.made.append(weakref.ref(parameter))
+        self.whole.append(parameter)
+
+    def _partition(self, kept: list[nn.Parameter]) -> None:
+        """Partitions what is whole, but for `kept`."""
+        for parameter in self.whole:
+            if all(parameter is not other for other in kept):
+                self.freed += parameter.data.nbytes
+                parameter.data = parameter.data.to(self.init.local_device)
+                parameter.partition(has_been_updated=True)
+        if self.freed > _TRIM_BYTES:
+            # What is freed lies between the parts, and glibc would keep it: more than the whole model, in the end.
+            ctypes.CDLL(None).malloc_trim(0)
+            self.freed = 0
+        self.whole = [parameter for parameter in self.whole if any(parameter is other for other in kept)]
+
+
+class Partition:
+    """A `Placement`: parameters in parts over the ranks, by ZeRO-3.
+
+    Args:
+        ds_config: resolved DeepSpeed configuration of the run.
+        world: ranks.
+    """
+
+    def __init__(self, ds_config: dict[str, Any], world: World) -> None:
+        _choose_accelerator(world)
+        zero = ds_config["zero_optimization"] | {"stage": 3}
+        zero.pop("offload_optimizer", None)
+        # Nothing is trained here: batch sizes, which DeepSpeed would check, are of no concern.
+        self.config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": zero}
+
+    def building(self, dtype: torch.dtype) -> _BuildInParts:
+        """See `Placement`."""
+        # A module of its own, without parameters: DeepSpeed's hooks into constructors are not wanted.
+        init = deepspeed.zero.Init(module=nn.Module(), config_dict_or_path=self.config)
+        return _BuildInParts(init, dtype)
+
+    def frozen(self, module: nn.Module, device: torch.device, dtype: torch.dtype) -> Callable[..., Any]:
+        """See `Placement`: an engine without an optimizer, whose hooks gather what the forward reads."""
+        precision = {
+            "bf16": {"enabled": dtype == torch.bfloat16},
+            "fp16": {"enabled": dtype == torch.float16},
+        }
+        _move_buffers(module, device)
+        _gather_by_block(module)
+        engine, *_ = deepspeed.initialize(
+            model=module, config=self.config | precision, dist_init_required=False
+        )
+        engine.eval()  # in train mode without gradients it takes parameters for those of a backward pass
+        return engine
+
+
+class _HostCopies(CheckpointEngine):  # type: ignore[misc]
+    """Takes from DeepSpeed what it would write, as copies in host memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.files: dict[str, Any] = {}
+
+    def create(self, info: Any) -> None:
+        self.files = {}
+
+    def save(self, state_dict: Any, path: str) -> None:
+        # The non-tensors change too: the loss scaler counts on while the copy is written.
+        self.files[Path(path).name] = tree_map(
+            lambda leaf: _to_host(leaf) if isinstance(leaf, Tensor) else copy.deepcopy(leaf),
+            state_dict,
+            is_leaf=lambda value: isinstance(value, torch.Size),
+        )
+
+    def load(self, path: str, map_location: Any = None) -> Any:
+        return torch.load(path, map_location=map_location, weights_only=False)
+
+    def commit(self, info: Any) -> bool:
+        return True
 
 
 class Engine:
@@ -60,9 +212,14 @@ class Engine:
         world: World,
     ) -> None:
         self.world = world
-        # DeepSpeed would take a GPU wherever there is one; the recipe's device decides.
-        set_accelerator(CPU_Accelerator() if world.device.type == "cpu" else CUDA_Accelerator())
-        groups = parameter_groups(module, optim.weight_decay, undecayed)
+        self.after_backward: Callable[[], None] | None = None
+        _choose_accelerator(world)
+        self.num_parameters = sum(_whole_shape(parameter).numel() for parameter in module.parameters())
+        groups = parameter_groups(
+            module, optim.weight_decay, undecayed, lambda parameter: len(_whole_shape(parameter))
+        )
+        _move_buffers(module, world.device)
+        _gather_by_block(module)
         names = {id(parameter): name for name, parameter in module.named_parameters()}
         self.group_names = [[names[id(parameter)] for parameter in group["params"]] for group in groups]
         stage = zero_stage(ds_config)
@@ -74,7 +231,8 @@ class Engine:
             ds_config = {**ds_config, "gradient_clipping": 0.0}
         else:
             # DeepSpeed flattens Apex's master weights at stage 0, and `saved_weights` could not tell them apart.
-            optimizer = build_adamw(groups, optim, with_apex=stage > 0 and world.device.type == "cuda")
+            on_host = world.device.type == "cpu" or offload_device(ds_config, "offload_optimizer") == "cpu"
+            optimizer = build_adamw(groups, optim, with_apex=stage > 0 and not on_host)
         self.optimizer_name = type(optimizer).__name__
         try:
             self.deepspeed, self.optimizer, *_ = deepspeed.initialize(
@@ -88,24 +246,37 @@ class Engine:
         if stage == 0 and not precise:
             # DeepSpeed has stepped it once on zero gradients, which leaves AdamW's bias correction a step ahead.
             self.deepspeed.basic_optimizer.state.clear()
+        self.host_copies = _HostCopies()
+        self.deepspeed.checkpoint_engine = self.host_copies
+        self.traffic = traffic_of(deepspeed.comm.comm.cdb)
 
     def forward(self, **inputs: Any) -> dict[str, Tensor]:
         """Runs the module's forward: the one entry at which ZeRO-3 gathers parameters."""
         return self.deepspeed(**inputs)
+
+    @property
+    def sent_bytes(self) -> float:
+        """Bytes that this rank has sent through DeepSpeed's collectives, taken as rings, since the process began."""
+        return self.traffic.sent_bytes
 
     def set_learning_rate(self, learning_rate: float) -> None:
         """Sets the learning rate that the next optimizer step takes."""
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
 
-    def backward_and_step(self, loss: Tensor) -> None:
-        """Accumulates the gradients of a micro-batch; after the last one of a step, steps the optimizer.
+    def backward(self, loss: Tensor) -> None:
+        """Accumulates the gradients of a micro-batch.
 
         Args:
             loss: this rank's share of the loss, scalar; the shares of all ranks and micro-batches sum to it.
         """
         # DeepSpeed averages gradients over ranks, and the shares are to be summed.
         self.deepspeed.backward(loss * self.world.size, scale_wrt_gas=False)
+        if self.after_backward is not None:
+            self.after_backward()
+
+    def step(self) -> None:
+        """Ends a micro-batch; after the last one of a step, steps the optimizer."""
         self.deepspeed.step()
 
     @property
@@ -118,34 +289,162 @@ class Engine:
         """L2 norm of the last step's whole gradient before clipping (reads it from the device)."""
         return float(self.deepspeed.get_global_grad_norm())
 
+    def state_bytes(self) -> dict[str, int]:
+        """Returns the bytes of this rank's `parameters`, `gradients` and `optimizer` states as they are now.
+
+        Communication buffers are not among them. Gradients live between the backward pass and the step:
+        `after_backward`, where it is set, is called there.
+        """
+        parameters = list(self.deepspeed.module.parameters())
+        gradients: list[Any] = [parameter.grad for parameter in parameters]
+        masters: list[Tensor] = []
+        optimizer = self.optimizer
+        held: list[Any] = list(parameters)
+        if isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
+            held += [parameter.ds_tensor for parameter in parameters]
+            gradients.append(optimizer.grad_partitions_flat_buffer)
+            masters = optimizer.fp32_partitioned_groups_flat
+        elif isinstance(optimizer, DeepSpeedZeroOptimizer):
+            gradients += [optimizer.averaged_gradients, optimizer.all_grad_tensors]
+            gradients += [optimizer.get_param_gradient_attribute(parameter) for parameter in parameters]
+            masters = optimizer.single_partition_of_fp32_groups
+        elif isinstance(optimizer, FP16_UnfusedOptimizer):
+            masters = optimizer.fp32_groups
+        seen: set[int] = set()
+        return {
+            "parameters": _new_bytes(tree_leaves(held), seen),
+            "gradients": _new_bytes(tree_leaves(gradients), seen),
+            "optimizer": _new_bytes(
+                tree_leaves([masters, list(self.deepspeed.basic_optimizer.state.values())]), seen
+            ),
+        }
+
     def train(self, training: bool = True) -> None:
         """Sets the module's mode."""
         self.deepspeed.train(training)
 
-    def save(self, folder: Path) -> None:
-        """Writes this rank's part of weights and optimizer state; all ranks call it."""
+    def snapshot(self, folder: Path) -> dict[str, Any]:
+        """Copies this rank's part of weights and optimizer state to host memory; all ranks call it.
+
+        Args:
+            folder: where the checkpoint will stand.
+
+        Returns:
+            File name in `folder` -> what `torch.save` is to write there; training does not touch it.
+        """
         self.deepspeed.save_checkpoint(
             str(folder.parent),
             tag=folder.name,
             client_state={"group_names": self.group_names},
             save_latest=False,
         )
+        if self.world.device.type == "cuda":
+            torch.cuda.synchronize(self.world.device)  # the copies are queued
+        files, self.host_copies.files = self.host_copies.files, {}
+        return files
 
     def load(self, folder: Path) -> None:
-        """Reads what `save` wrote, on as many ranks as wrote it."""
+        """Reads what `snapshot` gave on any number of ranks, with the same ZeRO stage."""
+        shards = Shards(folder)
+        if shards.world_size not in (0, self.world.size):
+            self._load_from_other_ranks(shards)
+            return
         path, _ = self.deepspeed.load_checkpoint(str(folder.parent), tag=folder.name)
         if path is None:
             raise RuntimeError(f"DeepSpeed found nothing to load in {folder}, which passed its checksums")
 
+    def _load_from_other_ranks(self, shards: Shards) -> None:
+        """Gives DeepSpeed what it would have written here, had the checkpoint's ranks been as many as ours."""
+        engine, optimizer, stage = self.deepspeed, self.optimizer, shards.stage
+        if stage == 3:
+            optimizer.checkpoint_event_prologue()
+        model, saved = shards.model_states(self.world.rank), shards.optimizer_states(0)
+        state = optimizer.state_dict()
+        groups = dict(enumerate(engine._get_zero_param_shapes()))
+        pieces = layout(groups, self.world.size, stage, state.get("param_alignment_paddings"))
+        masters = (
+            optimizer.fp32_partitioned_groups_flat
+            if stage == 3
+            else optimizer.single_partition_of_fp32_groups
+        )
 
-def saved_weights(folder: Path) -> dict[str, Tensor]:
-    """Returns the module's whole weights, fp32 on the CPU, from a folder that `Engine.save` wrote."""
-    if any(folder.glob("*optim_states.pt")):
-        with redirect_stdout(StringIO()), redirect_stderr(StringIO()):  # it prints its progress
-            return get_fp32_state_dict_from_zero_checkpoint(str(folder.parent), tag=folder.name)
-    states = torch.load(folder / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=False)
-    weights = {name: tensor.float() for name, tensor in states["module"].items()}
-    if "fp32_groups" in states["optimizer"]:  # the masters of 16-bit weights
-        for names, masters in zip(states["group_names"], states["optimizer"]["fp32_groups"], strict=True):
-            weights.update(zip(names, (master.detach() for master in masters), strict=True))
-    return weights
+        def part(group: int | str, numel: int, kind: str = MASTERS) -> Tensor:
+            flat = torch.zeros(numel)
+            shards.fill_part(flat, self.world.rank, group, pieces, kind)
+            return flat
+
+        if stage == 3:
+            frozen = engine._get_zero_frozen_param_attributes(engine._get_param_shape_func)
+            pieces |= layout({name: {name: shape} for name, shape in frozen.items()}, self.world.size, stage)
+            sizes = {name: -(-shape.numel() // self.world.size) for name, shape in frozen.items()}
+            fragments = {name: part(name, size) for name, size in sizes.items()}
+            model = model | {"frozen_param_fragments": fragments}
+        state |= {key: saved[key] for key in ("loss_scaler", "dynamic_loss_scale", "overflow")}
+        state[FLAT_MASTERS[stage]] = [part(group, flat.numel()) for group, flat in enumerate(masters)]
+        base, saved_base = state[BASE_OPTIMIZER[stage]], saved[BASE_OPTIMIZER[stage]]
+        base["state"] = {
+            group: {
+                kind: part(group, flat.numel(), kind)
+                if isinstance(value, Tensor) and value.ndim
+                else copy.deepcopy(value)
+                for kind, value in saved_base["state"][0].items()
+            }
+            for group, flat in enumerate(masters)
+        }
+        for ours, theirs in zip(base["param_groups"], saved_base["param_groups"], strict=True):
+            ours |= theirs | {"params": ours["params"]}  # Apex counts steps there
+        engine.load_module_state_dict(model)
+        optimizer.load_state_dict([state] * self.world.size, load_from_fp32_weights=True)
+        for counter in ("global_steps", "global_samples", "skipped_steps"):
+            setattr(engine, counter, model[counter])
+        if stage == 3:
+            optimizer.checkpoint_event_epilogue()
+
+
+def _choose_accelerator(world: World) -> None:
+    # DeepSpeed would take a GPU wherever there is one; the recipe's device decides.
+    set_accelerator(CPU_Accelerator() if world.device.type == "cpu" else CUDA_Accelerator())
+
+
+def _in_parts(value: Any) -> bool:
+    return isinstance(value, nn.Parameter) and is_zero_param(value)
+
+
+def _whole_shape(parameter: Any) -> torch.Size:
+    shape: torch.Size = parameter.ds_shape if is_zero_param(parameter) else parameter.shape
+    return shape
+
+
+def _move_buffers(module: nn.Module, device: torch.device) -> None:
+    """Moves what DeepSpeed leaves where it is, where parameters came partitioned."""
+    for buffer in module.buffers():
+        buffer.data = buffer.data.to(device)
+
+
+def _gather_by_block(module: nn.Module) -> None:
+    """Makes ZeRO-3 gather a block at once: its many small gathers, a layer each, are what makes it slow."""
+    for backbone in module.modules():
+        if isinstance(backbone, Backbone) and (classes := backbone.block_classes()):
+            set_z3_leaf_modules(backbone, list(classes))
+
+
+def _new_bytes(leaves: Iterable[Any], seen: set[int]) -> int:
+    """Bytes of the storages of `leaves` that are not in `seen`, and notes them there."""
+    total = 0
+    for leaf in leaves:
+        if isinstance(leaf, Tensor) and leaf.untyped_storage().data_ptr() not in seen:
+            seen.add(leaf.untyped_storage().data_ptr())
+            total += leaf.untyped_storage().nbytes()
+    return total
+
+
+def _to_host(tensor: Tensor) -> Tensor:
+    """A copy that shares nothing; from the GPU into pinned memory, queued on its stream."""
+    pinned = tensor.device.type == "cuda"
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=pinned)
+    return host.copy_(tensor.detach(), non_blocking=pinned)
+
+
+def saved_weights(folder: Path) -> Shards:
+    """Returns the module's whole weights, read one by one, from a folder that holds what `Engine.snapshot` gave."""
+    return Shards(folder)

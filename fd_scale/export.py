@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -28,6 +29,7 @@ from fd_scale.models import (
     weights_path,
     weights_sha256,
 )
+from fd_scale.shards import write_safetensors
 
 _WEIGHTS_FILE = {"official": "model.pth", "fd": "model.pth"}
 """Layouts whose projects read {"model": ...} of torch.save; the others read safetensors."""
@@ -52,16 +54,19 @@ def export(run_dir: str | Path, out: str | Path, layout: str = "ours") -> Path:
     run = Path(run_dir)
     recipe = resolved(run_folder.read_recipe(run))
     checkpoint = newest_checkpoint(run)
-    prefix_length = len(BACKBONE) + 1
-    weights = {
-        name[prefix_length:]: tensor
-        for name, tensor in saved_weights(checkpoint).items()
-        if name.startswith(f"{BACKBONE}.")
-    }
+    shards = saved_weights(checkpoint)
+    prefix = f"{BACKBONE}."
+    names = {name.removeprefix(prefix): name for name in shards.shapes if name.startswith(prefix)}
     step = read_manifest(checkpoint)["state"]["step"]
     backbone = _on_meta(recipe.model)
-    card = model_card(recipe, run, step, backbone)
-    return _write_model(Path(out), backbone, recipe.model, weights, layout, {"README.md": card})
+    texts = {"README.md": model_card(recipe, run, step, backbone)}
+    if layout == "ours":  # chunk by chunk: the host need not hold the model
+        texts = _texts(backbone, recipe.model, layout) | texts
+        return _write(
+            Path(out), "model.safetensors", lambda file: write_safetensors(file, shards, names), texts
+        )
+    weights = {name: shards.read(there) for name, there in names.items()}
+    return _write_model(Path(out), backbone, recipe.model, weights, layout, texts)
 
 
 def convert(source: str, out: str | Path, model: ModelConfig, layout: str) -> Path:
@@ -89,7 +94,8 @@ def interpolate(first: str, second: str, out: str | Path, alpha: float) -> Path:
     """
     config = Path(first) / "config.json"
     texts = {"config.json": config.read_text(encoding="utf-8")} if config.is_file() else {}
-    return _write(Path(out), "model.safetensors", models.interpolate(first, second, alpha), texts)
+    weights = models.interpolate(first, second, alpha)
+    return _write(Path(out), "model.safetensors", lambda file: _write_whole(file, weights), texts)
 
 
 def _on_meta(config: ModelConfig) -> Backbone:
@@ -106,21 +112,31 @@ def _write_model(
     texts: dict[str, str],
 ) -> Path:
     named = backbone.to_layout(weights, layout)
-    described = {"model": asdict(config) | {"weights": None}} | backbone.layout_config(layout)
     file = _WEIGHTS_FILE.get(layout, "model.safetensors")
-    return _write(target, file, named, {"config.json": json.dumps(described, indent=1)} | texts)
+    return _write(
+        target, file, lambda path: _write_whole(path, named), _texts(backbone, config, layout) | texts
+    )
 
 
-def _write(target: Path, file: str, weights: dict[str, Tensor], texts: dict[str, str]) -> Path:
-    """Writes a folder; each of its files is seen whole or not at all."""
+def _texts(backbone: Backbone, config: ModelConfig, layout: str) -> dict[str, str]:
+    described = {"model": asdict(config) | {"weights": None}} | backbone.layout_config(layout)
+    return {"config.json": json.dumps(described, indent=1)}
+
+
+def _write_whole(file: Path, weights: dict[str, Tensor]) -> None:
     contiguous = {name: tensor.contiguous() for name, tensor in weights.items()}
+    if file.stem.endswith(".pth"):
+        torch.save({"model": contiguous}, file)
+    else:
+        save_file(contiguous, file, metadata={"format": "pt"})
+
+
+def _write(target: Path, file: str, write: Callable[[Path], None], texts: dict[str, str]) -> Path:
+    """Writes a folder, its weights by `write`; each of its files is seen whole or not at all."""
     temporary = target / f"{file}.tmp"
     try:
         target.mkdir(parents=True, exist_ok=True)
-        if file.endswith(".pth"):
-            torch.save({"model": contiguous}, temporary)
-        else:
-            save_file(contiguous, temporary, metadata={"format": "pt"})
+        write(temporary)
         temporary.replace(target / file)
         for name, text in texts.items():
             write_atomically(target / name, text)

@@ -6,7 +6,8 @@ import json
 import logging
 import resource
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,81 @@ from fd_scale.log import console
 logger = logging.getLogger(__name__)
 
 
+SLOW_SHARE = 0.1
+"""A rank is called slow when the others wait for it so large a part of a step."""
+
+
+class HostCopy:
+    """A scalar on its way from the device to the host, which does not wait for it before `read`."""
+
+    def __init__(self, value: Tensor) -> None:
+        self.host = torch.empty_like(value, device="cpu", pin_memory=value.is_cuda)
+        self.host.copy_(value, non_blocking=True)
+        self.arrived = torch.cuda.current_stream(value.device).record_event() if value.is_cuda else None
+
+    def read(self) -> float:
+        """The value; waits until it is there."""
+        if self.arrived is not None:
+            self.arrived.synchronize()
+        return float(self.host)
+
+
+class Phases:
+    """Where the time of steps goes on this rank: seconds in each phase, on the device where there is one.
+
+    Between a CUDA device's events lies what it did, and nobody waits for them before `read`. The reductions and
+    gathers of ZeRO are in the phase that started them, as far as computation does not hide them.
+    """
+
+    NAMES = ("data", "agree", "forward", "backward", "optimizer")
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.spans: list[tuple[str, Any, Any]] = []
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        """Counts what is done inside as the phase `name`; a profiler shows it under this name."""
+        assert name in self.NAMES, name
+        start = self._now()
+        with torch.profiler.record_function(name):
+            yield
+        self.spans.append((name, start, self._now()))
+
+    def read(self) -> dict[str, float]:
+        """Returns the seconds of each phase since the last call."""
+        seconds = dict.fromkeys(self.NAMES, 0.0)
+        for name, start, end in self.spans:
+            if self.device.type == "cuda":
+                end.synchronize()
+                seconds[name] += 1e-3 * start.elapsed_time(end)
+            else:
+                seconds[name] += end - start
+        self.spans.clear()
+        return seconds
+
+    def _now(self) -> Any:
+        if self.device.type == "cuda":
+            return torch.cuda.current_stream(self.device).record_event(torch.cuda.Event(enable_timing=True))
+        return time.perf_counter()
+
+
+@contextmanager
+def profiling(folder: Path | None, world: World) -> Iterator[Callable[[], None]]:
+    """Writes a trace of steps 3 to 5 from now on into `folder`, where one is given; yields what ends a step.
+
+    The trace opens in Perfetto (ui.perfetto.dev) and in TensorBoard's profiler plugin.
+    """
+    if folder is None:
+        yield lambda: None
+        return
+    with torch.profiler.profile(
+        schedule=torch.profiler.schedule(wait=1, warmup=1, active=3, repeat=1),
+        on_trace_ready=torch.profiler.tensorboard_trace_handler(str(folder), f"rank_{world.rank}"),
+    ) as profiler:
+        yield profiler.step
+
+
 class Recorder:
     """Records the metrics of a run; all ranks call it, rank 0 writes.
 
@@ -39,9 +115,13 @@ class Recorder:
         run_dir: the run folder.
         world: ranks.
         title: what the progress bar is called.
+        peak_images_per_s: images that the GPUs would train on at their datasheets' peak, where it is known.
     """
 
-    def __init__(self, run_dir: Path, world: World, title: str) -> None:
+    def __init__(
+        self, run_dir: Path, world: World, title: str, peak_images_per_s: float | None = None
+    ) -> None:
+        self.peak_images_per_s = peak_images_per_s
         self.file = run_dir / "metrics.jsonl"
         self.tensorboard_dir = run_dir / "tensorboard"
         self.world = world
@@ -68,7 +148,7 @@ class Recorder:
             for line in _whole_lines(self.file):
                 entry = json.loads(line)
                 if entry["step"] < step or (
-                    entry["step"] == step and (evaluated or entry["kind"] == "train")
+                    entry["step"] == step and (evaluated or entry["kind"] != "evaluation")
                 ):
                     kept.append(line + "\n")
             self._told(lambda: write_atomically(self.file, "".join(kept)))
@@ -87,7 +167,13 @@ class Recorder:
             self.progress.update(self.progress.task_ids[0], completed=step)
 
     def log(
-        self, step: int, losses: dict[str, Tensor], scalars: dict[str, float], images_per_step: int
+        self,
+        step: int,
+        losses: dict[str, Tensor],
+        scalars: dict[str, float],
+        images_per_step: int,
+        phases: Phases,
+        totals: dict[str, float],
     ) -> None:
         """Writes a line of training metrics: one collective for all that ranks share.
 
@@ -96,10 +182,12 @@ class Recorder:
             losses: this rank's shares of each loss at this step, scalars on the device; they sum to the loss.
             scalars: values that are the same on all ranks.
             images_per_step: images of the global batch.
+            phases: of this rank's steps since the last line.
+            totals: values that are the same on all ranks, sums over the steps since the last line; written for a step.
         """
-        shares = torch.stack(
-            [*losses.values(), torch.tensor(_memory_gib(self.world.device)).to(self.world.device)]
-        )
+        spent_s = phases.read()
+        own = torch.tensor([_memory_gib(self.world.device), *spent_s.values()]).to(self.world.device)
+        shares = torch.cat([torch.stack(list(losses.values())), own])
         if self.world.size > 1:
             gathered = [torch.empty_like(shares) for _ in range(self.world.size)]
             dist.all_gather(gathered, shares)
@@ -107,21 +195,43 @@ class Recorder:
             gathered = [shares]
         table = torch.stack(gathered).double().cpu()
         now = time.perf_counter()
-        seconds = (now - self.since[1]) / max(step - self.since[0], 1)
+        before, then = self.since
+        seconds = (now - then) / max(step - before, 1)
         self.since = (step, now)
-        found = dict(zip(losses, table[:, :-1].sum(0).tolist(), strict=True))
+        count = len(losses)
+        found = dict(zip(losses, table[:, :count].sum(0).tolist(), strict=True))
         values = {"loss": sum(found.values())} | found | scalars
+        values |= {name: total / max(step - before, 1) for name, total in totals.items()}
         values["images_per_s"] = images_per_step / seconds
         values["step_time_s"] = seconds
-        values["memory_peak_gib"] = float(table[:, -1].max())
+        values["memory_peak_gib"] = float(table[:, count].max())
+        if self.peak_images_per_s is not None:
+            values["mfu"] = values["images_per_s"] / self.peak_images_per_s
+        phase_s = table[:, count + 1 :] / max(step - before, 1)
+        values |= {f"{name}_s": float(mean) for name, mean in zip(spent_s, phase_s.mean(0), strict=True)}
+        values["rank_lag_s"] = self._lag(step, phase_s[:, list(spent_s).index("agree")], seconds)
         self._write(step, "train", values)
         self._show(step, f"loss {values['loss']:.4f}  {values['images_per_s']:.0f} images/s")
+
+    def _lag(self, step: int, waits: Tensor, step_s: float) -> float:
+        """Seconds a step that the rank which waits least keeps the others waiting; says so where that is much."""
+        lag = float(waits.max() - waits.min())
+        if lag > SLOW_SHARE * step_s:
+            logger.warning(
+                "step %d: rank %d is slow, the others wait %.0f ms of a step of %.0f ms for it",
+                step, int(waits.argmin()), 1e3 * lag, 1e3 * step_s,
+            )  # fmt: skip
+        return lag
 
     def evaluation(self, step: int, metrics: dict[str, float]) -> None:
         """Writes a line of evaluation metrics, which are the same on all ranks."""
         self._write(step, "evaluation", metrics)
         self._show(step, "  ".join(f"evaluation {name} {value:.4f}" for name, value in metrics.items()))
         self.since = (step, time.perf_counter())  # an evaluation is no part of the step time
+
+    def checkpoint(self, took: dict[str, float]) -> None:
+        """Writes what a checkpoint took, as `Checkpoints.complete` returns it."""
+        self._write(int(took["step"]), "checkpoint", took)
 
     def pictures(self, step: int, pictures: dict[str, np.ndarray]) -> None:
         """Writes pictures to TensorBoard: name -> uint8 (N, H, W, 3). Rank 0 only."""

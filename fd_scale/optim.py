@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -30,13 +31,19 @@ def learning_rates(config: OptimConfig, num_steps: int, steps_per_epoch: int) ->
     return np.concatenate([rising, falling])
 
 
-def parameter_groups(module: nn.Module, weight_decay: float, undecayed: set[str]) -> list[dict[str, Any]]:
+def parameter_groups(
+    module: nn.Module,
+    weight_decay: float,
+    undecayed: set[str],
+    num_dims: Callable[[nn.Parameter], int] = torch.Tensor.dim,
+) -> list[dict[str, Any]]:
     """Splits parameters into those that decay and those that do not.
 
     Args:
-        module: trained module; a parameter's shape is its shape before ZeRO-3 partitions it.
+        module: trained module.
         weight_decay: decay of the first group.
         undecayed: names (as in `named_parameters`) spared besides biases and other 1-D parameters.
+        num_dims: dimensions of a parameter; of one that ZeRO-3 holds in parts, those of the whole.
 
     Returns:
         Parameter groups for a torch optimizer.
@@ -44,7 +51,7 @@ def parameter_groups(module: nn.Module, weight_decay: float, undecayed: set[str]
     groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:
-            spared = parameter.ndim <= 1 or name.endswith(".bias") or name in undecayed
+            spared = num_dims(parameter) <= 1 or name.endswith(".bias") or name in undecayed
             groups[not spared].append(parameter)
     return [
         {"params": parameters, "weight_decay": weight_decay if decays else 0.0}

@@ -25,9 +25,9 @@ _PACKAGES = ("fd-scale", "torch", "torchvision", "triton", "deepspeed", "timm", 
 
 # Settings that may change between a run and its resumption: they do not touch the losses.
 _FREE_SETTINGS = (
-    "run_dir", "checkpoint", "log", "data.train", "data.evaluation", "data.num_workers", "data.max_bad_fraction",
-    "train.micro_batch", "train.device", "train.ds_config", "train.max_skipped_steps", "train.timeout_s",
-    "train.activation_checkpointing", "train.kernels", "model.weights",
+    "run_dir", "checkpoint", "watch", "log", "data.train", "data.evaluation", "data.num_workers",
+    "data.max_bad_fraction", "train.micro_batch", "train.device", "train.ds_config", "train.timeout_s",
+    "train.activation_checkpointing", "train.checkpointing_period", "train.kernels", "model.weights",
 )  # fmt: skip
 
 
@@ -124,16 +124,18 @@ def identity(recipe: Recipe, data_fingerprint: str, stage: int, world_size: int)
         settings[f"distill.teachers.{index}.model.name"] = model_identity(teacher.model)
     settings["model.name"] = model_identity(recipe.model)
     free_settings = set(_FREE_SETTINGS)
+    facts = {"data_fingerprint": data_fingerprint, "zero_stage": stage}
     if recipe.distill is not None and recipe.distill.loss == "phi_s":
         # The rounding of a teacher's features would move its close eigenvalues, and with them the target.
         free_settings -= {"train.micro_batch", "train.device"}
+        facts["world_size"] = world_size
     kept = {
         key: value
         for key, value in settings.items()
         if not any(key == free or key.startswith(free + ".") for free in free_settings)
         and not key.endswith(".license")
     }
-    return kept | {"data_fingerprint": data_fingerprint, "zero_stage": stage, "world_size": world_size}
+    return kept | facts
 
 
 def _flat(values: Any, prefix: str = "") -> dict[str, Any]:

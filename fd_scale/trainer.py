@@ -12,6 +12,8 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -25,7 +27,8 @@ from fd_scale.distributed import Preemption, World
 from fd_scale.engine import Engine
 from fd_scale.errors import UserError
 from fd_scale.evaluation import Forward
-from fd_scale.metrics import Recorder
+from fd_scale.metrics import HostCopy, Phases, Recorder, profiling
+from fd_scale.watch import LossWatch, Watchdog
 
 logger = logging.getLogger(__name__)
 
@@ -85,14 +88,27 @@ class Trainer:
         self.num_steps = len(learning_rates)
         self.state = TrainState()
         self.losses: dict[str, Tensor] = {}
+        self.loss: HostCopy | None = None
+        """This rank's share of the last step's loss, until it is judged."""
+        self.loss_watch = LossWatch(recipe.watch.spike_factor)
+        self.watchdog = Watchdog(
+            recipe.train.timeout_s, Path(recipe.run_dir) / f"logs/rank_{world.rank}.stacks", world.size > 1
+        )
+        self.phases = Phases(world.device)
+        self.sent_bytes = engine.sent_bytes
+        """At the last line of metrics."""
         self.preempted = False
+        self.written = False
+        """Whether all ranks have written the checkpoint in hand."""
 
     def train(self) -> TrainState:
         """Trains from the newest whole checkpoint to the last step, or until preempted."""
         try:
             self.state = self.checkpoints.resume(self.engine)
             self.recorder.start(self.state.step, self.num_steps, self._evaluated())
-            self._loop()
+            folder = Path(self.recipe.run_dir) / "profile" if self.recipe.log.profile else None
+            with self.watchdog, profiling(folder, self.world) as self.end_profiled_step:
+                self._loop()
         finally:
             self.recorder.finish()
             self.preemption.close()
@@ -104,40 +120,62 @@ class Trainer:
         if self.state.step > 0 and self._evaluation_due() and not self._evaluated():
             self.evaluate()  # the run was killed between a save and its evaluation
         self.engine.train()
+        while not self._take_steps():
+            self._roll_back()
+
+    def _take_steps(self) -> bool:
+        """Trains to the last step or until preempted; returns False where the run has to go back."""
         for micro_batches in self._steps():
-            self.train_step(micro_batches)
+            counts = self.agree(micro_batches)
+            if self.state.bad_in_a_row >= self.recipe.watch.max_bad_steps:
+                return False
+            if self.written:
+                self.complete_checkpoint()
+            self.train_step(micro_batches, counts)
             self.recorder.advance(self.state.step)
             if self._last() or self._due(self.recipe.log.every_steps):
                 self.log_step()
+            if self._save_due() or self._evaluation_due():
+                self._judge(*self.world.sum([self._unjudged()]))  # before anything is kept of this step
             if self._save_due():
-                self.checkpoints.save(self.engine, self.state)
-            if self._evaluation_due():  # after the save: what fails here has lost nothing
+                self.save()
+            if self._evaluation_due():
                 self.evaluate()
+            self.watchdog.beat(f"step {self.state.step}")
+            self.end_profiled_step()
             if self.preempted and not self._last():
+                self.complete_checkpoint()
                 logger.warning(
                     "preempted after step %d of %d; the same command resumes", self.state.step, self.num_steps
                 )
-                return
+                return True
+        return True
 
-    def train_step(self, micro_batches: list[Batch]) -> None:
-        """Takes one optimizer step over the global batch."""
+    def train_step(self, micro_batches: list[Batch], counts: dict[str, float]) -> None:
+        """Takes one optimizer step over the global batch, whose items of each loss are `counts`."""
         self.engine.set_learning_rate(self.learning_rates[self.state.step])
-        counts = self._agree(micro_batches)
         self.losses = {name: torch.zeros((), device=self.world.device) for name in counts}
         with_pictures = self.world.is_main and self._due(
             self.recipe.log.images_every_steps, self.state.step + 1
         )
         for batch in micro_batches:
             on_device = batch.to(self.world.device)
-            outputs = self.engine.forward(**self.task.inputs(on_device))
+            with self.phases("forward"):
+                outputs = self.engine.forward(**self.task.inputs(on_device))
             shares = {name: outputs[name] / count for name, count in counts.items()}
-            self.engine.backward_and_step(torch.stack(list(shares.values())).sum())
             for name, share in shares.items():
                 self.losses[name] += share.detach()
+            if batch is micro_batches[-1]:
+                self.loss = HostCopy(torch.stack(list(self.losses.values())).sum())
+            with self.phases("backward"):
+                self.engine.backward(torch.stack(list(shares.values())).sum())
+            with self.phases("optimizer"):
+                self.engine.step()
             if with_pictures and batch is micro_batches[0]:
                 self.recorder.pictures(self.state.step + 1, self.task.pictures(on_device, outputs))
         self.state.step += 1
-        self._watch_skips()
+        if self.engine.skipped:
+            self._report_skip(micro_batches)
 
     def log_step(self) -> None:
         """Writes one line of metrics; apart from DeepSpeed's overflow check, the only wait for the device."""
@@ -151,13 +189,29 @@ class Trainer:
                 "epoch": step / self.loader.steps_per_epoch,
             },
             images_per_step=self.recipe.train.global_batch,
+            phases=self.phases,
+            totals={"sent_gib": (self.engine.sent_bytes - self.sent_bytes) / 2**30},
         )
+        self.sent_bytes = self.engine.sent_bytes
+
+    def save(self) -> None:
+        """Begins a checkpoint, which is written while training goes on, unless the last losses go wrong."""
+        if self.state.bad_in_a_row == 0 or self._last() or self.preempted:
+            self.complete_checkpoint()  # the one before
+            self.checkpoints.save(self.engine, self.state)
+
+    def complete_checkpoint(self) -> None:
+        """Waits for the checkpoint in writing, if there is one, and makes it whole."""
+        took = self.checkpoints.complete()
+        if took:
+            self.recorder.checkpoint(took)
 
     def evaluate(self) -> None:
         """Measures the task's metrics; the best so far are kept as a checkpoint."""
+        self.complete_checkpoint()  # what fails here has lost nothing
         self.engine.train(False)
         with torch.no_grad():
-            metrics = self.task.evaluate(self.engine.forward, self.world)
+            metrics = self.task.evaluate(self._evaluation_forward, self.world)
         self.engine.train()
         if not metrics:
             return
@@ -165,12 +219,16 @@ class Trainer:
         self.state.evaluated_step = self.state.step
         name, sign = self.task.best_metric
         value, best = metrics[name], self.state.best_value
-        if math.isfinite(value) and (best is None or sign * value > sign * best):
+        better = math.isfinite(value) and (best is None or sign * value > sign * best)
+        better = better and self.state.bad_in_a_row == 0
+        if better:
             self.state.best_value, self.state.best_step = value, self.state.step
-            if not self._save_due():
-                self.checkpoints.save(self.engine, self.state)
-                return
-        self.checkpoints.update(self.state)
+        if not self.checkpoints.update(self.state) and better:
+            self.save()
+
+    def _evaluation_forward(self, **inputs: Any) -> dict[str, Tensor]:
+        self.watchdog.beat(f"a batch of the evaluation at step {self.state.step}")
+        return self.engine.forward(**inputs)
 
     def _evaluation_due(self) -> bool:
         return self._last() or self._due(self.recipe.log.evaluate_every_steps)
@@ -185,37 +243,79 @@ class Trainer:
         return self.state.step == self.num_steps
 
     def _steps(self) -> Iterator[list[Batch]]:
-        batches = self.loader.iterate(self.state.step)
+        batches = self.loader.iterate(self.state.step, self.state.rollbacks)
         try:
             for _ in range(self.state.step, self.num_steps):
-                yield next(batches)
+                with self.phases("data"):
+                    micro_batches = next(batches)
+                yield micro_batches
         finally:
             batches.close()
 
-    def _agree(self, micro_batches: list[Batch]) -> dict[str, float]:
-        """Sums counts over micro-batches and ranks, and learns whether any rank is to stop: one collective.
+    def agree(self, micro_batches: list[Batch]) -> dict[str, float]:
+        """Sums counts over micro-batches and ranks, and learns what all ranks know: one collective.
+
+        That is whether any rank is to stop, and whether all have written the checkpoint in hand.
 
         The loss is a mean over all items of the step; a mean of means is wrong where counts differ.
         """
         counted = [self.task.counts(batch) for batch in micro_batches]
         names = list(counted[0])
         mine = [sum(counts[name] for counts in counted) for name in names]
-        *totals, preempted = self.world.sum([*mine, float(self.preemption.raised)])
+        flags = [float(self.preemption.raised), float(self.checkpoints.written), self._unjudged()]
+        with self.phases("agree"):
+            *totals, preempted, written, loss = self.world.sum([*mine, *flags])
         self.preempted = preempted > 0
+        self.written = written == self.world.size
+        self._judge(loss)
         # A step without a single item (no image of it has a label) has loss 0, not 0 / 0.
         return {name: max(total, 1.0) for name, total in zip(names, totals, strict=True)}
 
     def _due(self, every: int, step: int | None = None) -> bool:
         return every > 0 and (self.state.step if step is None else step) % every == 0
 
-    def _watch_skips(self) -> None:
-        if not self.engine.skipped:
-            self.state.skipped_in_a_row = 0
+    def _unjudged(self) -> float:
+        return 0.0 if self.loss is None else self.loss.read()
+
+    def _judge(self, loss: float) -> None:
+        """Counts the last step as good or bad, once."""
+        if self.loss is None:
             return
-        self.state.skipped_in_a_row += 1
-        logger.warning("step %d: skipped, the gradient is not finite on some rank", self.state.step)
-        if self.state.skipped_in_a_row >= self.recipe.train.max_skipped_steps:
-            raise UserError(
-                f"{self.state.skipped_in_a_row} steps in a row had a gradient that is not finite "
-                "(train.max_skipped_steps); lower optim.lr or check the data, and resume from the checkpoint before"
+        self.loss = None
+        spike = self.loss_watch.is_spike(loss)
+        if spike:
+            logger.warning("step %d: the loss spikes, %.4g", self.state.step, loss)
+        self.state.bad_in_a_row = self.state.bad_in_a_row + 1 if spike or self.engine.skipped else 0
+
+    def _report_skip(self, micro_batches: list[Batch]) -> None:
+        """Says on which ranks the loss itself was not finite, and there, of which samples."""
+        finite = math.isfinite(self._unjudged())
+        ranks = [str(rank) for rank, ok in enumerate(self.world.gather(finite)) if not ok]
+        where = f"the loss is not finite on rank {', '.join(ranks)}" if ranks else "all losses are finite"
+        logger.warning("step %d: skipped, a gradient is not finite; %s", self.state.step, where)
+        if not finite:
+            positions = torch.cat([batch.positions for batch in micro_batches])
+            logger.warning(
+                "step %d: samples %d to %d of the stream", self.state.step, positions[0], positions[-1]
             )
+
+    def _roll_back(self) -> None:
+        """Goes back to the newest checkpoint, and on from there with other samples."""
+        bad, times = self.state.bad_in_a_row, self.state.rollbacks
+        problem = f"{bad} steps in a row had a loss that spikes or a gradient that is not finite (watch.max_bad_steps)"
+        advice = "lower optim.lr or check the data"
+        self.complete_checkpoint()
+        if times == self.recipe.watch.max_rollbacks:
+            raise UserError(
+                f"{problem}, after going back {times} times (watch.max_rollbacks); {advice}, and start the same "
+                "command again"
+            )
+        restored = self.checkpoints.resume(self.engine)
+        if restored.step == 0:
+            raise UserError(f"{problem}, and there is no checkpoint to go back to; {advice}")
+        logger.warning("%s: back to step %d, and on with other samples", problem, restored.step)
+        self.state = replace(restored, rollbacks=times + 1, bad_in_a_row=0)
+        self.checkpoints.update(self.state)
+        self.loss_watch = LossWatch(self.recipe.watch.spike_factor)
+        self.recorder.finish()
+        self.recorder.start(self.state.step, self.num_steps, self._evaluated())

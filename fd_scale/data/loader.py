@@ -13,7 +13,7 @@ import multiprocessing
 import os
 import threading
 from collections.abc import Generator, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -188,17 +188,25 @@ class TrainLoader:
         reader = _Reader(source, transform, seed, _NUM_REPLACEMENTS)
         self._samples = _TrainingSamples(reader, self.steps_per_epoch * global_batch)
 
-    def iterate(self, start_step: int) -> Generator[list[Batch], None, None]:
+    def iterate(self, start_step: int, reordered: int = 0) -> Generator[list[Batch], None, None]:
         """Yields the micro-batches of each step from `start_step` on, without end.
 
         Rank r of R has the rows [r * G / R, (r + 1) * G / R) of a global batch of G, cut into
         `accumulation` micro-batches in order. Closing the generator stops the workers.
 
+        Args:
+            start_step: optimizer steps taken before.
+            reordered: each number has an order of its own; 0 is the run's.
+
         Raises:
             UserError: more than `max_bad_fraction` of the samples cannot be decoded.
         """
         requests = self._micro_batches(start_step)
-        with contextlib.closing(_run(self._samples, requests, self._num_workers, self._pin_memory)) as loaded:
+        samples = self._samples
+        if reordered:
+            seed = int(hash64(samples.reader.seed, "reordered", reordered))
+            samples = replace(samples, reader=replace(samples.reader, seed=seed))
+        with contextlib.closing(_run(samples, requests, self._num_workers, self._pin_memory)) as loaded:
             while True:
                 yield [self._checked(*next(loaded)) for _ in range(self.accumulation)]
 

@@ -76,7 +76,7 @@ class DistillationModule(nn.Module):
 
         Returns:
             For each loss name the weighted sum over images and tokens of the channel mean, fp32 scalar;
-            `tokens`: the projected tokens of the first objective, without gradient.
+            `tokens`, `target`: the projected tokens and the target of the first objective, without gradient.
         """
         pixels_BCHW = normalize(images_BCHW, self.backbone.mean, self.backbone.std).to(self.dtype)
         tokens_BLD = self.backbone(pixels_BCHW, drop_path_scale_RB)
@@ -93,6 +93,7 @@ class DistillationModule(nn.Module):
             loss = objective.weight * self.loss(projected_BLD, target, token_weight_BL=token_weight_BL)
             outputs[objective.loss] = outputs[objective.loss] + loss if objective.loss in outputs else loss
             outputs.setdefault("tokens", projected_BLD.detach())
+            outputs.setdefault("target", target)
         return outputs
 
     def _tokens_for(self, objective: Objective, tokens_BLD: Tensor) -> Tensor:

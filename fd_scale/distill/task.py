@@ -33,6 +33,7 @@ from fd_scale.models import (
     resolved,
     undecayed_parameters,
 )
+from fd_scale.placement import WHOLE, Placement
 from fd_scale.randomness import uniform
 from fd_scale.teachers import Target, Teacher
 
@@ -42,25 +43,48 @@ NUM_PICTURES = 8
 
 
 class DistillationTask:
-    """Frozen teachers' features, regressed by a student."""
+    """Frozen teachers' features, regressed by a student.
+
+    Args:
+        recipe: with its section `distill`.
+        evaluation: images on which the loss is measured.
+        placement: where the student's parameters are.
+        in_parts: where those of teachers are that the recipe wants partitioned.
+    """
 
     best_metric = ("loss", -1)
 
-    def __init__(self, recipe: Recipe, evaluation: EvaluationSet | None) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        evaluation: EvaluationSet | None,
+        placement: Placement = WHOLE,
+        in_parts: Placement = WHOLE,
+    ) -> None:
         recipe = resolved(recipe)
         assert recipe.distill is not None, "a recipe of task distill has its section"
         self.config = config = recipe.distill
         self.seed = recipe.seed
         self.evaluation = evaluation
         self.teachers = [
-            Teacher(teacher, dtype_of(teacher.precision or recipe.train.precision))
+            Teacher(
+                teacher,
+                dtype_of(teacher.precision or recipe.train.precision),
+                in_parts if teacher.partitioned else WHOLE,
+            )
             for teacher in config.teachers
         ]
-        student = build_model(recipe.model)
-        if recipe.model.weights == TEACHER:
-            first = self.teachers[0]
-            load_tensors(student, first.model.state_dict(), f"teacher {first.config.model.name}")
-        student.activation_checkpointing = recipe.train.activation_checkpointing
+        dtype = dtype_of(recipe.train.precision)
+        with placement.building(dtype):
+            student = build_model(recipe.model)
+            if recipe.model.weights == TEACHER:
+                first = self.teachers[0]
+                with first.placement.building(first.dtype):
+                    weights = first.model.state_dict(keep_vars=True)
+                    load_tensors(student, weights, f"teacher {first.config.model.name}")
+        student.set_activation_checkpointing(
+            recipe.train.activation_checkpointing, recipe.train.checkpointing_period
+        )
         self.grid = student.grid_size(recipe.model.size, recipe.model.size)
         # Teacher and target of each objective.
         self.places = [
@@ -76,9 +100,8 @@ class DistillationTask:
         self.phi_s: list[PhiS] = []
         if config.loss == "phi_s":
             self.phi_s = [PhiS(objective.num_features) for objective in objectives]
-        self.module = DistillationModule(
-            student, objectives, choose_loss(config), dtype_of(recipe.train.precision)
-        )
+        with placement.building(dtype):
+            self.module = DistillationModule(student, objectives, choose_loss(config), dtype)
         self.undecayed = undecayed_parameters(self.module)
         self.rates = student.drop_path_rates
 
@@ -161,10 +184,8 @@ class DistillationTask:
         images = images[:NUM_PICTURES]
         if not objective.is_map or not len(images):
             return {}
-        first = [None] + [torch.empty(0, dtype=torch.int64)] * (len(self.teachers) - 1)
-        target_BLD = self._standardised(self._targets(images, first))[0]
         with_cls = objective.cls_weight > 0
-        tokens_BLD = outputs["tokens"][:NUM_PICTURES]
+        target_BLD, tokens_BLD = (outputs[name][:NUM_PICTURES] for name in ("target", "tokens"))
         return {
             "features": side_by_side(images, target_BLD[:, with_cls:], tokens_BLD[:, with_cls:], self.grid)
         }
@@ -184,6 +205,8 @@ class DistillationTask:
             images = images_BCHW if chosen is None else images_BCHW[chosen]
             if len(images):
                 features = teacher.features(images)
+            elif teacher.config.partitioned:  # the other ranks wait for this one's part
+                features = [tokens_BLD[:0] for tokens_BLD in teacher.features(images_BCHW[:1])]
             else:
                 features = [_no_tokens(target, images.device) for target in teacher.targets]
             found += list(zip(features, teacher.targets, strict=True))

@@ -102,7 +102,9 @@ class ClassificationTask:
         self.evaluation = evaluation
         dtype = dtype_of(recipe.train.precision)
         self.module = ClassificationModule(recipe.model, recipe.classification, source.num_classes, dtype)
-        self.module.backbone.activation_checkpointing = recipe.train.activation_checkpointing
+        self.module.backbone.set_activation_checkpointing(
+            recipe.train.activation_checkpointing, recipe.train.checkpointing_period
+        )
         self.undecayed = undecayed_parameters(self.module)
         self.rates = self.module.backbone.drop_path_rates
 

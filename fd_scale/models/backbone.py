@@ -8,14 +8,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
 
 from fd_scale.errors import UserError
-
-CheckpointingMode = Literal["none", "block"]
+from fd_scale.models.layers import CheckpointingMode, ResidualBlock
 
 
 class Backbone(nn.Module, ABC):
@@ -26,7 +25,8 @@ class Backbone(nn.Module, ABC):
         num_prefix_tokens: tokens before those of the patches: CLS, registers, distillation token.
         has_cls: whether the first prefix token is a CLS token.
         drop_path_rates: rate of each residual branch that can be dropped, R entries. The caller draws the masks.
-        activation_checkpointing: "block" recomputes each block in the backward pass, "none" stores all.
+        activation_checkpointing: what the backward pass computes again, see `set_activation_checkpointing`.
+        checkpointing_period: in one block of each so many.
         mean: mean of the RGB channels that it expects, in 0..1.
         std: standard deviation of the RGB channels that it expects, in 0..1.
     """
@@ -37,7 +37,8 @@ class Backbone(nn.Module, ABC):
     num_prefix_tokens: int = 0
     has_cls: bool = False
     drop_path_rates: tuple[float, ...] = ()
-    activation_checkpointing: CheckpointingMode
+    activation_checkpointing: CheckpointingMode = "none"
+    checkpointing_period: int = 1
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
 
@@ -61,6 +62,36 @@ class Backbone(nn.Module, ABC):
     @abstractmethod
     def no_weight_decay_names(self) -> set[str]:
         """Names of parameters without weight decay, besides those with one dimension."""
+
+    def block_classes(self) -> set[type[nn.Module]]:
+        """Classes of its blocks: what ZeRO-3 gathers, and lets go, at a time."""
+        return {type(module) for module in self.modules() if isinstance(module, ResidualBlock)}
+
+    def set_activation_checkpointing(self, mode: CheckpointingMode, period: int = 1) -> None:
+        """Chooses what the backward pass computes again.
+
+        Args:
+            mode: as of `fd_scale.models.layers.ResidualBlock`, for every block that it concerns.
+            period: it concerns the last block of each so many, counted over the whole model; 1: all.
+
+        Raises:
+            UserError: an unknown mode, or one that the model does not have.
+        """
+        if mode not in get_args(CheckpointingMode):
+            raise UserError(
+                f"activation_checkpointing is {mode!r}; expected one of {', '.join(get_args(CheckpointingMode))}"
+            )
+        self._checkpoint_blocks(mode, period)
+        self.activation_checkpointing, self.checkpointing_period = mode, period
+
+    def _checkpoint_blocks(self, mode: CheckpointingMode, period: int) -> None:
+        blocks = [module for module in self.modules() if isinstance(module, ResidualBlock)]
+        if not blocks and mode != "none":
+            raise UserError(
+                f"train.activation_checkpointing: {type(self).__name__} cannot recompute its blocks; set it to none"
+            )
+        for count, block in enumerate(blocks, start=1):
+            block.checkpointing = "none" if count % period else mode
 
     def pooled(self, images_BCHW: Tensor) -> Tensor:
         """One feature for each image, (B, D): the mean of its patch tokens, where the model says nothing else."""

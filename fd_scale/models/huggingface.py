@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fd_scale import hub
 from fd_scale.errors import UserError
-from fd_scale.models.backbone import Backbone, CheckpointingMode, resolve_layers
+from fd_scale.models.backbone import Backbone, resolve_layers
 
 # Final norms that these models leave to their pooler.
 _NORMS_BEHIND_POOLING = {
@@ -51,7 +51,6 @@ class HuggingFaceBackbone(Backbone):
             raise UserError(f"model.overrides: {folder}/config.json has no setting {', '.join(unknown)}")
         in_a_list = isinstance(getattr(config, "image_size", None), list | tuple)
         self.config = config
-        self._mode: CheckpointingMode = "none"
         known_errors: tuple[type[Exception], ...] = hub.settings_errors()
         known_errors += (ValueError, KeyError, AttributeError, TypeError, RuntimeError)
         try:
@@ -77,19 +76,6 @@ class HuggingFaceBackbone(Backbone):
         """Sets the mode of the wrapper alone, see the class."""
         self.training = mode
         return self
-
-    @property
-    def activation_checkpointing(self) -> CheckpointingMode:
-        """See `Backbone`."""
-        return self._mode
-
-    @activation_checkpointing.setter
-    def activation_checkpointing(self, mode: CheckpointingMode) -> None:
-        if mode == "block":
-            raise UserError(
-                "train.activation_checkpointing: models of Hugging Face run without; set it to none"
-            )
-        self._mode = mode
 
     def forward(self, images_BCHW: Tensor, drop_path_scale_RB: Tensor | None = None) -> Tensor:
         """See `Backbone.forward`."""

@@ -4,16 +4,62 @@ Every module initialises the parameters that it owns in its own constructor: a v
 lost where DeepSpeed partitions parameters as soon as their owner is built.
 """
 
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any, Literal
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 INIT_STD = 0.02
+
+CheckpointingMode = Literal["none", "block", "selective"]
 
 
 def at_least_fp32(x: Tensor) -> Tensor:
     """`x` in fp32, or as it is where its dtype is wider."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+class ResidualBlock(nn.Module, ABC):
+    """A transformer block in two parts, either of which the backward pass may compute again.
+
+    The parts read no random numbers and no shared module: drop path and a shared bias are handed in, so that
+    recomputation sees them again.
+
+    Attributes:
+        checkpointing: "none" keeps all that the backward pass needs; "block" keeps the block's inputs;
+            "selective" keeps also what `attend` needs, and computes `finish` again.
+    """
+
+    checkpointing: CheckpointingMode = "none"
+
+    @abstractmethod
+    def attend(self, x: Tensor, bias_hNN: Tensor | None) -> Tensor:
+        """Returns the attention's result, projected, in the shape of `x`."""
+
+    @abstractmethod
+    def finish(self, x: Tensor, attended: Tensor, drop_path_scale_2B: Tensor | None) -> Tensor:
+        """Returns the block's result from its input and what `attend` returned."""
+
+    def run(self, x: Tensor, bias_hNN: Tensor | None, drop_path_scale_2B: Tensor | None) -> Tensor:
+        """Computes the block as `checkpointing` says; a forward is a call of it."""
+        if self.checkpointing == "block":
+            return _recomputed(self._whole, x, bias_hNN, drop_path_scale_2B)
+        attended = self.attend(x, bias_hNN)
+        if self.checkpointing == "selective":
+            return _recomputed(self.finish, x, attended, drop_path_scale_2B)
+        return self.finish(x, attended, drop_path_scale_2B)
+
+    def _whole(self, x: Tensor, bias_hNN: Tensor | None, drop_path_scale_2B: Tensor | None) -> Tensor:
+        return self.finish(x, self.attend(x, bias_hNN), drop_path_scale_2B)
+
+
+def _recomputed(part: Callable[..., Tensor], *inputs: Any) -> Tensor:
+    # Reentrant recomputation, and DeepSpeed's, fail where blocks share a parameter.
+    return checkpoint(part, *inputs, use_reentrant=False, preserve_rng_state=False)
 
 
 class Linear(nn.Linear):

@@ -19,7 +19,7 @@ from fd_scale.models.timm_backbone import (
     is_timm_model,
     nearest_timm_names,
 )
-from fd_scale.models.vit import VisionTransformer, use_fd_kernels
+from fd_scale.models.vit import VisionTransformer, use_our_blocks
 
 HUGGING_FACE = "hf:"
 """Prefix of a model name that is a folder or repository of Hugging Face."""
@@ -137,7 +137,7 @@ def create_model(
     assert img_size is None or isinstance(img_size, int), "timm's models take square images here"
     model = create_timm_model(name, img_size, overrides)
     if isinstance(model, Beit):
-        use_fd_kernels(model)
+        use_our_blocks(model)
     return TimmBackbone(model, target)
 
 

@@ -10,18 +10,17 @@ that owns it: recomputation and any number of ranks see the same model, whole or
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, get_args
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from fd_kernels import window_attention
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from fd_scale.errors import UserError
 from fd_scale.models import layouts
-from fd_scale.models.backbone import Backbone, CheckpointingMode, resolve_layers
-from fd_scale.models.layers import INIT_STD, Linear, Mlp, PostNorm, at_least_fp32
+from fd_scale.models.backbone import Backbone, resolve_layers
+from fd_scale.models.layers import INIT_STD, Linear, Mlp, PostNorm, ResidualBlock, at_least_fp32
 from fd_scale.models.position_bias import ContinuousPositionBias
 
 LOGIT_SCALE_INIT = math.log(10.0)
@@ -64,13 +63,13 @@ class WindowAttention(nn.Module):
         self.qkv = QKV(dim)
         self.proj = Linear(dim, dim)
 
-    def forward(self, x_BHWC: Tensor, shared_bias_hNN: Tensor | None) -> Tensor:
-        bias_hNN = shared_bias_hNN if self.position_bias is None else self.position_bias()
-        assert bias_hNN is not None
+    def forward(self, x_BHWC: Tensor, shared_bias: Tensor | None) -> Tensor:
+        bias = shared_bias if self.position_bias is None else self.position_bias()
+        assert bias is not None
         qkv_BHWE, pad_qkv_E = self.qkv(x_BHWC)
         out_BHWC = window_attention(
             qkv_BHWE,
-            bias_hNN,
+            bias,
             at_least_fp32(self.logit_scale).clamp(max=LOGIT_SCALE_MAX).exp().flatten(),
             window_size=self.window_size,
             shift_size=self.shift_size,
@@ -79,7 +78,7 @@ class WindowAttention(nn.Module):
         return self.proj(out_BHWC)
 
 
-class Block(nn.Module):
+class Block(ResidualBlock):
     """Attention and MLP, each normalised at the end of its residual branch, then perhaps an extra norm."""
 
     def __init__(
@@ -93,12 +92,20 @@ class Block(nn.Module):
         self.norm3 = nn.LayerNorm(dim) if extra_norm else nn.Identity()
 
     def forward(
-        self, x_BHWC: Tensor, shared_bias_hNN: Tensor | None, drop_path_scale_2B: Tensor | None
+        self, x_BHWC: Tensor, shared_bias: Tensor | None, drop_path_scale_2B: Tensor | None
     ) -> Tensor:
+        return self.run(x_BHWC, shared_bias, drop_path_scale_2B)
+
+    def attend(self, x: Tensor, bias_hNN: Tensor | None) -> Tensor:
+        """See `ResidualBlock`."""
+        return self.attn(x, bias_hNN)
+
+    def finish(self, x: Tensor, attended: Tensor, drop_path_scale_2B: Tensor | None) -> Tensor:
+        """See `ResidualBlock`."""
         attn_scale_B, mlp_scale_B = (
             (None, None) if drop_path_scale_2B is None else drop_path_scale_2B.unbind()
         )
-        x_BHWC = x_BHWC + _drop_path(self.norm1(self.attn(x_BHWC, shared_bias_hNN)), attn_scale_B)
+        x_BHWC = x + _drop_path(self.norm1(attended), attn_scale_B)
         x_BHWC = x_BHWC + _drop_path(self.norm2(self.mlp(x_BHWC)), mlp_scale_B)
         return self.norm3(x_BHWC)
 
@@ -182,20 +189,13 @@ class Stage(nn.Module):
             extra_norm = extra_norm_period is not None and (index + 1) % extra_norm_period == 0
             self.blocks.append(Block(dim, attn, mlp_ratio, post_norm_gain_init, extra_norm))
 
-    def forward(
-        self, x_BHWC: Tensor, drop_path_scale_RB: Tensor | None, activation_checkpointing: CheckpointingMode
-    ) -> Tensor:
+    def forward(self, x_BHWC: Tensor, drop_path_scale_RB: Tensor | None) -> Tensor:
         x_BHWC = self.downsample(x_BHWC)
         # Handed to the blocks as a tensor: computed once, and not again when a block is recomputed.
-        shared_bias_hNN = None if self.position_bias is None else self.position_bias()
+        shared_bias = None if self.position_bias is None else self.position_bias()
         for index, block in enumerate(self.blocks):
             scale_2B = None if drop_path_scale_RB is None else drop_path_scale_RB[2 * index : 2 * index + 2]
-            if activation_checkpointing == "block":
-                x_BHWC = checkpoint(
-                    block, x_BHWC, shared_bias_hNN, scale_2B, use_reentrant=False, preserve_rng_state=False
-                )
-            else:
-                x_BHWC = block(x_BHWC, shared_bias_hNN, scale_2B)
+            x_BHWC = block(x_BHWC, shared_bias, scale_2B)
         return x_BHWC
 
 
@@ -222,7 +222,6 @@ class SwinTransformerV2(Backbone):
     Attributes:
         num_features: D, channels of the output tokens.
         drop_path_rates: rate of each residual branch, R = 2 * blocks entries. The caller draws the masks.
-        activation_checkpointing: "block" recomputes each block in the backward pass, "none" stores all.
 
     Raises:
         UserError: an argument does not fit another.
@@ -260,7 +259,6 @@ class SwinTransformerV2(Backbone):
         self.mlp_ratio = mlp_ratio
         self.shared_bias = shared_bias
         self.num_features = embed_dim * 2 ** (num_stages - 1)
-        self.activation_checkpointing: CheckpointingMode = "none"
         rates = [drop_path_rate * index / max(num_blocks - 1, 1) for index in range(num_blocks)]
         self.drop_path_rates = tuple(rate for rate in rates for _ in range(2))
 
@@ -316,7 +314,7 @@ class SwinTransformerV2(Backbone):
             tokens_BLD, (B, rows * columns of `grid_size`, num_features), row by row.
 
         Raises:
-            UserError: a shape does not fit, or `activation_checkpointing` is not one of its values.
+            UserError: a shape does not fit.
         """
         if images_BCHW.dim() != 4 or images_BCHW.shape[1] != self.in_chans:
             raise UserError(
@@ -330,12 +328,6 @@ class SwinTransformerV2(Backbone):
                     f"drop path scales have shape {tuple(drop_path_scale_RB.shape)}; expected {expected}, "
                     "(residual branches, images)"
                 )
-        if self.activation_checkpointing not in get_args(CheckpointingMode):
-            raise UserError(
-                f"activation_checkpointing is {self.activation_checkpointing!r}; "
-                f"expected one of {', '.join(get_args(CheckpointingMode))}"
-            )
-
         return self.norm(self._stages(images_BCHW, drop_path_scale_RB)[-1]).flatten(1, 2)
 
     def _stages(self, images_BCHW: Tensor, drop_path_scale_RB: Tensor | None = None) -> list[Tensor]:
@@ -345,7 +337,7 @@ class SwinTransformerV2(Backbone):
             scales = torch.split(drop_path_scale_RB, [2 * depth for depth in self.depths])
         outputs = []
         for stage, scale_RB in zip(self.layers, scales, strict=True):
-            x_BHWC = stage(x_BHWC, scale_RB, self.activation_checkpointing)
+            x_BHWC = stage(x_BHWC, scale_RB)
             outputs.append(x_BHWC)
         return outputs
 

@@ -19,7 +19,8 @@ from timm.layers import DropPath, to_2tuple
 from torch import Tensor, nn
 
 from fd_scale.errors import UserError
-from fd_scale.models.backbone import Backbone, CheckpointingMode, resolve_layers
+from fd_scale.models.backbone import Backbone, resolve_layers
+from fd_scale.models.layers import CheckpointingMode, ResidualBlock
 
 logger = logging.getLogger(__name__)
 
@@ -116,19 +117,25 @@ class TimmBackbone(Backbone):
         self.num_prefix_tokens = getattr(timm_model, "num_prefix_tokens", 0)
         self.reduction = to_2tuple(timm_model.feature_info[-1]["reduction"])
         self.norm_name = _norm_behind_pooling(timm_model)
-        self._mode: CheckpointingMode = "none"
         for module in timm_model.modules():
             if isinstance(module, nn.modules.dropout._DropoutNd):
                 module.p = 0.0  # it would draw from a global generator, and some models have it unasked
         self.drop_paths, self.drop_path_rates = _replace_drop_paths(timm_model)
 
-    @property
-    def activation_checkpointing(self) -> CheckpointingMode:
-        """See `Backbone`."""
-        return self._mode
+    def block_classes(self) -> set[type[nn.Module]]:
+        """See `Backbone`: what timm's models keep in a list `blocks`."""
+        lists = [module for name, module in self.named_modules() if name.endswith(".blocks")]
+        return super().block_classes() | {type(block) for blocks in lists for block in blocks.children()}
 
-    @activation_checkpointing.setter
-    def activation_checkpointing(self, mode: CheckpointingMode) -> None:
+    def _checkpoint_blocks(self, mode: CheckpointingMode, period: int) -> None:
+        if any(isinstance(module, ResidualBlock) for module in self.modules()):
+            super()._checkpoint_blocks(mode, period)
+            return
+        if mode == "selective" or (mode == "block" and period > 1):
+            raise UserError(
+                f"train.activation_checkpointing: timm's {type(self.model).__name__} can recompute all of each block "
+                f"alone, got {mode} with period {period}; set it to block with checkpointing_period=1, or to none"
+            )
         try:
             self.model.set_grad_checkpointing(mode == "block")
         except AssertionError:
@@ -136,7 +143,6 @@ class TimmBackbone(Backbone):
                 f"train.activation_checkpointing: timm's {type(self.model).__name__} cannot recompute its blocks; "
                 "set it to none"
             ) from None
-        self._mode = mode
 
     def forward(self, images_BCHW: Tensor, drop_path_scale_RB: Tensor | None = None) -> Tensor:
         """See `Backbone.forward`."""

@@ -12,10 +12,11 @@ import torch
 from fd_kernels import biased_attention
 from timm.models.beit import Attention as BeitAttention
 from timm.models.beit import Beit
+from timm.models.beit import Block as BeitBlock
 from torch import Tensor, nn
 
 from fd_scale.errors import UserError
-from fd_scale.models.layers import INIT_STD
+from fd_scale.models.layers import INIT_STD, ResidualBlock, at_least_fp32
 from fd_scale.models.timm_backbone import TimmBackbone
 
 logger = logging.getLogger(__name__)
@@ -29,19 +30,46 @@ class BiasedAttention(BeitAttention):  # type: ignore[misc]  # timm is untyped h
         biases = [shared_rel_pos_bias] if shared_rel_pos_bias is not None else []
         if self.relative_position_bias_table is not None:
             biases.append(self._get_rel_pos_bias()[0])
-        bias_hNN = (
-            torch.stack(biases).sum(0) if biases else x_BNC.new_zeros(self.num_heads, *[x_BNC.shape[1]] * 2)
-        )
+        if not biases:
+            biases.append(x_BNC.new_zeros(self.num_heads, *[x_BNC.shape[1]] * 2))
+        bias_hNN = at_least_fp32(sum(biases[1:], biases[0]))
         qkv_BNE = self.qkv(x_BNC)  # called as a module: ZeRO-3 gathers its weight there
         if self.q_bias is not None:
             qkv_BNE = qkv_BNE + torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
         return self.proj(biased_attention(qkv_BNE, bias_hNN))
 
 
-def use_fd_kernels(model: Beit) -> None:
-    """Makes the attention of a timm BEiT call `fd_kernels`; parameters stay what and where they are."""
+class Block(ResidualBlock, BeitBlock):  # type: ignore[misc]  # timm is untyped here
+    """timm's BEiT block in two parts: same parameters, same names, same numbers; drop path is in its modules."""
+
+    norm1: nn.Module
+    norm2: nn.Module
+    attn: BiasedAttention
+    mlp: nn.Module
+    drop_path1: nn.Module
+    drop_path2: nn.Module
+    gamma_1: Tensor | None
+    gamma_2: Tensor | None
+
+    def forward(self, x: Tensor, shared_rel_pos_bias: Tensor | None = None) -> Tensor:
+        return self.run(x, shared_rel_pos_bias, None)
+
+    def attend(self, x: Tensor, bias_hNN: Tensor | None) -> Tensor:
+        """See `ResidualBlock`."""
+        return self.attn(self.norm1(x), shared_rel_pos_bias=bias_hNN)
+
+    def finish(self, x: Tensor, attended: Tensor, drop_path_scale_2B: Tensor | None) -> Tensor:
+        """See `ResidualBlock`."""
+        x = x + self.drop_path1(attended if self.gamma_1 is None else self.gamma_1 * attended)
+        mlp = self.mlp(self.norm2(x))
+        return x + self.drop_path2(mlp if self.gamma_2 is None else self.gamma_2 * mlp)
+
+
+def use_our_blocks(model: Beit) -> None:
+    """Makes a timm BEiT call `fd_kernels` in blocks that can be recomputed; parameters stay what and where they are."""
     for block in model.blocks:
-        # The same object with another forward: nothing is copied, no initialisation is drawn twice.
+        # The same objects with another forward: nothing is copied, no initialisation is drawn twice.
+        block.__class__ = Block
         block.attn.__class__ = BiasedAttention
 
 
@@ -161,4 +189,4 @@ def _initialise(model: Beit) -> None:
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
     model.fix_init_weight()
-    use_fd_kernels(model)
+    use_our_blocks(model)

@@ -81,7 +81,8 @@ def load_weights(model: Backbone, path: str) -> None:
         UserError: no such file, damaged, more than tensors, or weights of another architecture.
     """
     on_meta = next(model.parameters()).is_meta
-    load_tensors(model, read_state(path, "meta" if on_meta else "cpu"), path)
+    # Not by way of `load_tensors`, which would hold the whole file to its end.
+    _move_into(model, fitted(model, read_state(path, "meta" if on_meta else "cpu"), path))
 
 
 def read_weights(model: Backbone, path: str) -> dict[str, Tensor]:
@@ -99,9 +100,19 @@ def read_weights(model: Backbone, path: str) -> dict[str, Tensor]:
 
 def load_tensors(model: Backbone, state: Mapping[str, Tensor], origin: str) -> None:
     """Loads tensors of any layout that the model knows, strictly; errors name their `origin`."""
-    found = fitted(model, state, origin)
-    if not next(model.parameters()).is_meta:
-        model.load_state_dict(found)
+    _move_into(model, fitted(model, state, origin))
+
+
+@torch.no_grad()
+def _move_into(model: Backbone, found: dict[str, Tensor]) -> None:
+    """Moves tensors out of `found`, one by one, into the model; on the meta device nothing is moved.
+
+    A file of tensors is mapped, not read: its pages are let go with its last tensor, and of a model in parts
+    one parameter at a time is whole.
+    """
+    own = model.state_dict(keep_vars=True)  # a copy would keep parameters whole that are held in parts
+    for name in list(found):
+        own[name].copy_(found.pop(name))
 
 
 def fitted(model: Backbone, state: Mapping[str, Tensor], origin: str) -> dict[str, Tensor]:
@@ -114,7 +125,7 @@ def fitted(model: Backbone, state: Mapping[str, Tensor], origin: str) -> dict[st
         found = model.translate(state)
     except UserError as error:
         raise UserError(f"weights: {origin}: {error}") from None
-    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict(keep_vars=True).items()}
     problems = [f"{name} is missing" for name in expected if name not in found]
     problems += [f"{name} is unknown" for name in found if name not in expected]
     problems += [

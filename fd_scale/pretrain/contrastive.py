@@ -105,7 +105,9 @@ class ContrastiveTask:
         assert recipe.contrastive is not None, "a recipe of task contrastive has its section"
         self.seed = recipe.seed
         self.module = ContrastiveModule(recipe.model, recipe.contrastive, dtype_of(recipe.train.precision))
-        self.module.backbone.activation_checkpointing = recipe.train.activation_checkpointing
+        self.module.backbone.set_activation_checkpointing(
+            recipe.train.activation_checkpointing, recipe.train.checkpointing_period
+        )
         self.undecayed = undecayed_parameters(self.module)
         self.rates = self.module.backbone.drop_path_rates
 

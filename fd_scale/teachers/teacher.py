@@ -6,14 +6,16 @@ Shape legend: B = images, L = tokens, D = channels of a target, H, W = pixels.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from fd_scale.config import TeacherConfig
 from fd_scale.models import Backbone, build_model, cls_and_patches, normalize, resolved_model
+from fd_scale.placement import WHOLE, Placement
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,7 @@ class Teacher:
     Args:
         config: the model, its weights, and which of its features are targets.
         dtype: dtype of its forward pass.
+        placement: where its parameters are.
 
     Attributes:
         targets: what `features` gives, in order.
@@ -42,22 +45,25 @@ class Teacher:
         UserError: the model does not give such a target.
     """
 
-    def __init__(self, config: TeacherConfig, dtype: torch.dtype) -> None:
+    def __init__(self, config: TeacherConfig, dtype: torch.dtype, placement: Placement = WHOLE) -> None:
         self.config = config
         self.dtype = dtype
         self.img_size = resolved_model(config.model).size
         # eval() for good: DeepSpeed's coordinator also mistakes a teacher in train mode under no_grad.
-        self.model = build_model(config.model, config.target)
+        self.placement = placement
+        with placement.building(dtype):
+            self.model = build_model(config.model, config.target)
         self.model.to(dtype).eval().requires_grad_(False)
         self.targets = _probe(config, self.img_size)
+        self.run: Callable[[Tensor], list[Tensor]] = _Targets(self.model, config)
 
     def to(self, device: torch.device) -> None:
-        """Moves the teacher to a device."""
-        self.model.to(device)
+        """Moves the teacher to a device; all ranks call it."""
+        self.run = self.placement.frozen(_Targets(self.model, self.config), device, self.dtype)
 
     @torch.no_grad()
     def features(self, images_BCHW: Tensor) -> list[Tensor]:
-        """Returns the targets for a batch of views.
+        """Returns the targets for a batch of views; where it is partitioned, all ranks call it equally often.
 
         Args:
             images_BCHW: uint8 views, as the student gets them; resized (bilinear) to the teacher's input
@@ -73,7 +79,19 @@ class Teacher:
         size = (self.img_size, self.img_size)
         if pixels_BCHW.shape[-2:] != size:
             pixels_BCHW = F.interpolate(pixels_BCHW, size=size, mode="bilinear", align_corners=False)
-        return _targets_of(self.model, self.config, pixels_BCHW.to(self.dtype))
+        return self.run(pixels_BCHW.to(self.dtype))
+
+
+class _Targets(nn.Module):
+    """All that a teacher computes in one forward, at which ZeRO-3 gathers."""
+
+    def __init__(self, model: Backbone, config: TeacherConfig) -> None:
+        super().__init__()
+        self.model = model
+        self.config = config
+
+    def forward(self, pixels_BCHW: Tensor) -> list[Tensor]:
+        return _targets_of(self.model, self.config, pixels_BCHW)
 
 
 def _targets_of(model: Backbone, config: TeacherConfig, pixels_BCHW: Tensor) -> list[Tensor]:

@@ -26,7 +26,7 @@ TIMEOUT_S = 75  # for each tool: with the tests before it, `make gpu-check` stay
 
 
 def run_calls(device: torch.device) -> None:
-    """Forward and backward of each op: one and several tiles, shifted and padded windows, odd widths."""
+    """Forward and backward of each op: several tiles, shifted and padded windows, a table of biases, odd widths."""
     generator = torch.Generator().manual_seed(0)
 
     def normal(*size: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
@@ -34,15 +34,15 @@ def run_calls(device: torch.device) -> None:
         return torch.randn(size, generator=generator).to(device, dtype).requires_grad_()
 
     calls: list[tuple[Callable[..., Tensor], list[Tensor]]] = []
-    for grid, window in ((16, 8), (24, 12), (15, 8)):
-        N = window**2
+    for grid, window, table in ((16, 8, False), (24, 12, False), (15, 8, False), (20, 10, True)):
+        positions = ((2 * window - 1) ** 2,) if table else (window**2,) * 2
         attention = partial(
             window_attention, window_size=(window, window), shift_size=(window // 2, window // 2)
         )
         if grid % window:
             attention = partial(attention, pad_qkv_E=normal(3 * 64))
-        bias_hNN, scale_h = normal(2, N, N, dtype=torch.float32), normal(2, dtype=torch.float32)
-        calls.append((attention, [normal(2, grid, grid, 3 * 64), bias_hNN, scale_h]))
+        bias, scale_h = normal(2, *positions, dtype=torch.float32), normal(2, dtype=torch.float32)
+        calls.append((attention, [normal(2, grid, grid, 3 * 64), bias, scale_h]))
     calls.append((biased_attention, [normal(2, 50, 3 * 128), normal(2, 50, 50, dtype=torch.float32)]))
     for width in (100, 1024):
         calls.append((whitened_smooth_l1, [normal(2, 9, width), normal(2, 9, width).detach()]))

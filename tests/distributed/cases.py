@@ -1,7 +1,9 @@
 """What ranks do in the tests: top-level functions, so that a fork server can find them."""
 
+import errno
 import os
 import signal
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fd_scale import api, distributed, log
-from fd_scale.checkpoint import TrainState
+from fd_scale import api, checkpoint, distributed, log
+from fd_scale.checkpoint import Checkpoints, TrainState
 from fd_scale.config import Recipe, build_recipe, load_recipe, to_dict
 from fd_scale.data import Batch, open_source
 from fd_scale.engine import Engine
@@ -34,6 +36,23 @@ def train(values: dict[str, Any]) -> TrainState:
     return api.train(build_recipe(values))
 
 
+def train_all(runs: list[dict[str, Any]]) -> None:
+    """Trains several recipes, one after the other, on the same ranks."""
+    for values in runs:
+        train(values)
+
+
+def measured_state(values: dict[str, Any]) -> list[tuple[float, float]]:
+    """Returns predicted and measured bytes of parameters, gradients and optimizer states."""
+    predicted, found = api.measure(build_recipe(values))
+    state = predicted.memory.state
+    return [
+        (state.parameters, found.parameters),
+        (state.gradients, found.gradients),
+        (state.optimizer, found.optimizer),
+    ]
+
+
 def train_or_error(values: dict[str, Any]) -> str:
     """Trains; returns the sentence of a UserError, empty where there was none."""
     try:
@@ -53,10 +72,10 @@ def train_then_die(values: dict[str, Any], step: int, where: str, victim: int) -
     if where == "between steps":
         original = Trainer.train_step
 
-        def train_step(self: Trainer, micro_batches: list[Batch]) -> None:
+        def train_step(self: Trainer, *arguments: Any) -> None:
             if self.state.step == step:
                 die()
-            original(self, micro_batches)
+            original(self, *arguments)
 
         Trainer.train_step = train_step  # type: ignore[method-assign]
     elif where == "before the evaluation":
@@ -64,48 +83,77 @@ def train_then_die(values: dict[str, Any], step: int, where: str, victim: int) -
 
         def die_then_evaluate(self: Trainer) -> None:
             if self.state.step == step:
+                self.complete_checkpoint()
+                self.world.barrier()  # the manifest stands
                 die()
             evaluate(self)
 
         Trainer.evaluate = die_then_evaluate  # type: ignore[method-assign]
     else:
-        save = Engine.save
+        snapshot, write, complete = Engine.snapshot, checkpoint._write, Checkpoints.complete
+        saved = f"step_{step:08d}"
 
-        def save_then_die(self: Engine, folder: Path) -> None:
-            if where == "before the files" and folder.name == f"step_{step:08d}":
+        def die_then_snapshot(self: Engine, folder: Path) -> dict[str, Any]:
+            if where == "before the files" and folder.name == saved:
                 die()
-            save(self, folder)
-            if where == "before the manifest" and folder.name == f"step_{step:08d}":
-                die()
+            return snapshot(self, folder)
 
-        Engine.save = save_then_die  # type: ignore[method-assign]
+        def die_while_writing(folder: Path, objects: dict[str, Any], probes: bool) -> Any:
+            if where == "while writing" and folder.name == saved:
+                write(folder, dict(list(objects.items())[:1]), probes)
+                die()
+            return write(folder, objects, probes)
+
+        def write_then_die(self: Checkpoints) -> dict[str, float]:
+            if (
+                where == "before the manifest"
+                and self.pending is not None
+                and self.pending.folder.name == saved
+            ):
+                self.pending.written.result()
+                die()
+            return complete(self)
+
+        Engine.snapshot = die_then_snapshot  # type: ignore[method-assign]
+        checkpoint._write = die_while_writing
+        Checkpoints.complete = write_then_die  # type: ignore[method-assign]
     train(values)
 
 
-def train_with_nan(values: dict[str, Any], poisoned: list[int]) -> tuple[list[bool], str]:
-    """Trains with a NaN in the loss of the last rank at some steps; returns which were skipped, and the error."""
-    skipped = []
-    original = Engine.backward_and_step
+def train_with_bad_losses(
+    values: dict[str, Any], poisoned: list[int], factor: float
+) -> tuple[list[bool], str]:
+    """Trains with the last rank's loss multiplied at some steps; returns which were skipped, and the error.
 
-    def backward_and_step(self: Engine, loss: Tensor) -> None:
+    Steps are counted from the start of the process, also after a rollback.
+    """
+    skipped: list[bool] = []
+    forward, step = Engine.forward, Engine.step
+
+    def bad_forward(self: Engine, **inputs: Any) -> dict[str, Tensor]:
+        outputs = forward(self, **inputs)
         bad = len(skipped) in poisoned and self.world.rank == self.world.size - 1
-        original(self, loss * float("nan") if bad else loss)
+        # The loss sums are scalars.
+        return {name: out * factor if bad and out.dim() == 0 else out for name, out in outputs.items()}
+
+    def noted(self: Engine) -> None:
+        step(self)
         skipped.append(self.skipped)
 
-    Engine.backward_and_step = backward_and_step  # type: ignore[method-assign]
+    Engine.forward, Engine.step = bad_forward, noted  # type: ignore[method-assign]
     return skipped, train_or_error(values)
 
 
 def train_until_preempted(values: dict[str, Any], step: int) -> TrainState:
     """Trains; writes the run folder's `preempt` file before step number `step`."""
-    original = Trainer.train_step
+    original = Trainer.agree
 
-    def train_step(self: Trainer, micro_batches: list[Batch]) -> None:
+    def agree(self: Trainer, micro_batches: list[Batch]) -> dict[str, float]:
         if self.state.step == step - 1 and self.world.is_main:
             (Path(values["run_dir"]) / "preempt").touch()
-        original(self, micro_batches)
+        return original(self, micro_batches)
 
-    Trainer.train_step = train_step  # type: ignore[method-assign]
+    Trainer.agree = agree  # type: ignore[method-assign]
     return train(values)
 
 
@@ -187,14 +235,63 @@ def train_with_small_files(values: dict[str, Any], largest_file: int, from_step:
     """Trains; from `from_step` on no file can grow beyond `largest_file` bytes, as on a full disk."""
     import resource
 
-    original = Engine.save
+    original = checkpoint._write
 
-    def save(self: Engine, folder: Path) -> None:
+    def write(folder: Path, objects: dict[str, Any], probes: bool) -> Any:
         if folder.name >= f"step_{from_step:08d}":
             resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
-        original(self, folder)
+        return original(folder, objects, probes)
 
-    Engine.save = save  # type: ignore[method-assign]
+    checkpoint._write = write
+    return train_or_error(values)
+
+
+def train_with_a_slow_disk(values: dict[str, Any], saved: int, until: int) -> TrainState:
+    """Trains; the checkpoint of step `saved` is not written before step `until` is taken."""
+    taken, write, train_step = threading.Event(), checkpoint._write, Trainer.train_step
+
+    def write_late(folder: Path, objects: dict[str, Any], probes: bool) -> Any:
+        if folder.name == f"step_{saved:08d}":
+            assert taken.wait(60), "training waits for the disk"
+        return write(folder, objects, probes)
+
+    def step_and_tell(self: Trainer, *arguments: Any) -> None:
+        train_step(self, *arguments)
+        if self.state.step == until:
+            taken.set()
+
+    checkpoint._write = write_late
+    Trainer.train_step = step_and_tell  # type: ignore[method-assign]
+    return train(values)
+
+
+def train_and_watch_a_checkpoint(values: dict[str, Any]) -> list[bool]:
+    """Trains; returns before each step whether a checkpoint is in hand. The disk is done by the end of step 4."""
+    seen: list[bool] = []
+    train_step = Trainer.train_step
+
+    def look_then_step(self: Trainer, *arguments: Any) -> None:
+        pending = self.checkpoints.pending
+        seen.append(pending is not None)
+        train_step(self, *arguments)
+        if pending is not None and self.state.step == 4:
+            pending.written.result()
+
+    Trainer.train_step = look_then_step  # type: ignore[method-assign]
+    train(values)
+    return seen
+
+
+def train_on_a_full_disk(values: dict[str, Any], step: int, victim: int) -> str:
+    """Trains; rank `victim` finds no space for the checkpoint of `step`."""
+    write = checkpoint._write
+
+    def write_or_not(folder: Path, objects: dict[str, Any], probes: bool) -> Any:
+        if folder.name == f"step_{step:08d}" and int(os.environ["RANK"]) == victim:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(folder, objects, probes)
+
+    checkpoint._write = write_or_not
     return train_or_error(values)
 
 
@@ -229,3 +326,32 @@ def train_recipes(names: list[str], folder: str) -> dict[str, list[float]]:
         train(values)
         found[name] = losses(values["run_dir"])
     return found
+
+
+def sent_bytes(values: dict[str, Any]) -> tuple[list[float], list[int]]:
+    """Trains; returns what this rank sends in each step, and the elements of each trained parameter."""
+    sent: list[float] = []
+    original = Trainer.train_step
+
+    def train_step(self: Trainer, *arguments: Any) -> None:
+        before = self.engine.sent_bytes
+        original(self, *arguments)
+        sent.append(self.engine.sent_bytes - before)
+
+    Trainer.train_step = train_step  # type: ignore[method-assign]
+    recipe = build_recipe(values)
+    world = distributed.start("cpu", 60)
+    trainer = api.build_trainer(recipe, world)
+    sizes = [getattr(p, "ds_numel", p.numel()) for p in trainer.task.module.parameters()]
+    trainer.train()
+    return sent, sizes
+
+
+def train_without_saving(values: dict[str, Any]) -> TrainState:
+    """Trains; a snapshot for a checkpoint is an error."""
+
+    def refuse(self: Engine, folder: Path) -> dict[str, Any]:
+        raise AssertionError(f"{folder} is saved")
+
+    Engine.snapshot = refuse  # type: ignore[method-assign]
+    return train(values)

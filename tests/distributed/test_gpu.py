@@ -39,3 +39,13 @@ def test_losses_are_those_of_the_cpu(
     np.testing.assert_allclose(
         cases.losses(on_gpu["run_dir"]), cases.losses(on_cpu["run_dir"]), rtol=tolerance
     )
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_states_on_the_gpu_are_as_predicted(recipe_values: Callable[..., dict[str, Any]], stage: int) -> None:
+    values = recipe_values(
+        train__device="cuda", train__precision="bf16", train__ds_config=f"zero{stage}", train__micro_batch=4
+    )
+    [found] = run_ranks(cases.measured_state, 1, values)
+    predicted, measured = np.array(found).T
+    np.testing.assert_allclose(predicted, measured, rtol=0.05)

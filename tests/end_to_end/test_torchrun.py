@@ -17,17 +17,9 @@ from fd_scale.models import resolved
 from fd_scale.run_folder import read_recipe
 
 
-@pytest.mark.slow
-def test_two_ranks_from_the_command_line(
-    recipe_values: Callable[..., dict[str, Any]], tmp_path: Path
-) -> None:
-    values = recipe_values(
-        train__ds_config="zero3",
-        data__num_workers=1,
-        log__images_every_steps=2,
-        data__evaluation="digits:test",
-    )
-    file = tmp_path / "recipe.yaml"
+def torchrun_distill(values: dict[str, Any], *settings: str, **environment: str) -> str:
+    """Runs a recipe on two ranks; returns what was said."""
+    file = Path(values["run_dir"]).with_suffix(".yaml")
     file.write_text(json.dumps(values))  # JSON is YAML
     command = [
         "-m",
@@ -39,29 +31,71 @@ def test_two_ranks_from_the_command_line(
         "distill",
     ]
     done = subprocess.run(
-        [sys.executable, *command, str(file), "train.steps=4"],
-        env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=200, check=False,
+        [sys.executable, *command, str(file), *settings],
+        env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
+        capture_output=True, text=True, timeout=200, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    run = Path(values["run_dir"])
-    assert "distill step 4/4" in done.stderr, "plain lines where there is no terminal"
-    assert done.stderr.count("distill step 4/4  loss") == 1, "rank 0 alone speaks"
+    return done.stderr
 
-    assert read_recipe(run) == resolved(load_recipe(file, ["train.steps=4"]))
+
+@pytest.mark.slow
+def test_two_ranks_from_the_command_line(recipe_values: Callable[..., dict[str, Any]]) -> None:
+    values = recipe_values(
+        train__ds_config="zero3",
+        data__num_workers=1,
+        log__images_every_steps=2,
+        data__evaluation="digits:test",
+    )
+    said = torchrun_distill(values, "train.steps=5", "--profile")
+    run = Path(values["run_dir"])
+    assert "distill step 5/5" in said, "plain lines where there is no terminal"
+    assert said.count("distill step 5/5  loss") == 1, "rank 0 alone speaks"
+
+    assert read_recipe(run) == resolved(
+        load_recipe(run.with_suffix(".yaml"), ["train.steps=5", "log.profile=true"])
+    )
     start = json.loads((run / "environment.json").read_text())[0]
     assert "distill" in start["command"]
     assert start["versions"]["deepspeed"]
     assert {path.name for path in (run / "logs").iterdir()} == {"rank_0.log", "rank_1.log"}
     kinds = [json.loads(line)["kind"] for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert kinds == ["train"] * 4 + ["evaluation"]
+    assert [kind for kind in kinds if kind != "checkpoint"] == ["train"] * 5 + ["evaluation"]
+    assert kinds.count("checkpoint") == 3, "steps 2, 4 and 5"
 
     events = EventAccumulator(str(run / "tensorboard"), size_guidance={"images": 0})
     events.Reload()
     scalars = events.Tags()["scalars"]
-    for name in ("loss", "learning_rate", "grad_norm", "images_per_s", "memory_peak_gib"):
+    for name in ("loss", "learning_rate", "grad_norm", "images_per_s", "memory_peak_gib", "forward_s"):
         assert f"train/{name}" in scalars
         assert np.isfinite([event.value for event in events.Scalars(f"train/{name}")]).all()
     pictures = events.Images("features")
     assert [picture.step for picture in pictures] == [2, 4]
     size = (pictures[0].width, pictures[0].height)
     assert size == (3 * 24, 8 * 24), "eight rows: image, teacher and student side by side"
+
+    traces = sorted((run / "profile").glob("rank_*.pt.trace.json"))
+    assert [trace.name[:6] for trace in traces] == ["rank_0", "rank_1"]
+    names = [event.get("name") for event in json.loads(traces[0].read_text())["traceEvents"]]
+    for phase in ("data", "agree", "forward", "backward", "optimizer"):
+        assert names.count(phase) == 3, "of three steps"
+
+
+@pytest.mark.slow
+def test_triton_kernels_under_zero3(recipe_values: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+    """Partitioned, recomputed, on two ranks: the same losses and gradients as with plain PyTorch."""
+    pytest.importorskip("triton", reason="triton is not installed on this platform")
+    values = recipe_values(train__ds_config="zero3", train__activation_checkpointing="block")
+    values["train"] |= {"global_batch": 4, "micro_batch": 2, "steps": 2}
+    values["model"]["overrides"] |= {"embed_dim": 32, "depths": [2, 1]}
+    found = {}
+    for name, interpreted in (("reference", "0"), ("kernels", "1")):
+        values["run_dir"] = str(tmp_path / name)
+        said = torchrun_distill(values, TRITON_INTERPRET=interpreted)
+        assert f"window_attention runs the {'Triton kernel' if interpreted == '1' else 'PyTorch'}" in said
+        lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
+        steps = [line for line in map(json.loads, lines) if line["kind"] == "train"]
+        found[name] = np.array([[line["loss"], line["grad_norm"]] for line in steps])
+    assert found["reference"].shape == (2, 2)
+    # fp32 sums in another order, one step of AdamW between the lines.
+    np.testing.assert_allclose(found["kernels"], found["reference"], rtol=1e-5)

@@ -98,8 +98,8 @@ def test_failures_do_not_hide_each_other(recipe_values: Values, check: Check, tm
     assert {name: verdict for name, (verdict, _) in rows.items() if name not in ("teacher", "driver")} == {
         "recipe": "ok", "DeepSpeed JSON": "fails", "network": "ok", "training data": "fails",
         "evaluation data": "fails",
-        "epoch": "skipped", "student": "fails", "task": "skipped", "run folder": "fails", "resume": "skipped",
-        "disk": "skipped",
+        "epoch": "skipped", "student": "fails", "task": "skipped", "memory": "skipped",
+        "run folder": "fails", "resume": "skipped", "disk": "skipped",
         "device": "ok", "Apex": "ok", "versions": "ok",
     }  # fmt: skip
     assert "one of the shipped configs: zero0, zero1" in rows["DeepSpeed JSON"][1]
@@ -207,8 +207,10 @@ def test_a_run_to_resume(recipe_values: Values, check: Check) -> None:
     assert "names step_00000004, which is not whole" in rows["run folder"][1]
     recipe, alone = build_recipe(values), World(rank=0, local_rank=0, size=1, device=torch.device("cpu"))
     identity = run_folder.identity(recipe, open_source(recipe.data.train).fingerprint, 0, 1)
-    engine: Any = SimpleNamespace(save=lambda folder: None)
-    Checkpoints(root.parent, 2, identity, alone).save(engine, TrainState(step=4))
+    engine: Any = SimpleNamespace(snapshot=lambda folder: {})
+    checkpoints = Checkpoints(root.parent, 2, identity, alone)
+    checkpoints.save(engine, TrainState(step=4))
+    checkpoints.complete()
     assert "resumes at step 4 (step_00000004)" in check(values)["run folder"][1]
 
 

@@ -2,12 +2,14 @@
 
 import json
 import re
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from fd_scale import checkpoint
 from fd_scale.checkpoint import MANIFEST, Checkpoints, TrainState, newest_checkpoint, refuse_other_identity
 from fd_scale.distributed import World
 from fd_scale.errors import UserError
@@ -20,8 +22,8 @@ class Tensors:
 
     loaded: str | None = None
 
-    def save(self, folder: Path) -> None:
-        (folder / "tensors.txt").write_text(folder.name)
+    def snapshot(self, folder: Path) -> dict[str, Any]:
+        return {"tensors.txt": folder.name}
 
     def load(self, folder: Path) -> None:
         self.loaded = folder.name
@@ -37,7 +39,12 @@ def names(run_dir: Path) -> list[int]:
 
 def save(run_dir: Path, steps: list[int], keep_last: int = 10, best: int | None = None) -> None:
     for step in steps:
-        make(run_dir, keep_last).save(Tensors(), TrainState(step=step, best_step=best, best_value=1.0))
+        whole(make(run_dir, keep_last), TrainState(step=step, best_step=best, best_value=1.0))
+
+
+def whole(checkpoints: Checkpoints, state: TrainState) -> None:
+    checkpoints.save(Tensors(), state)
+    checkpoints.complete()
 
 
 def damage(run_dir: Path, step: int) -> None:
@@ -62,7 +69,7 @@ def test_refused_checkpoints_do_not_count(
     state = checkpoints.resume(tensors)
     assert tensors.loaded == f"step_{kept[0]:08d}"
     state.step = saved
-    checkpoints.save(tensors, state)
+    whole(checkpoints, state)
     assert names(tmp_path) == kept
     assert (tmp_path / "checkpoints" / "latest").read_text() == f"step_{saved:08d}\n"
 
@@ -87,7 +94,7 @@ def test_every_digit_and_key_of_a_manifest_counts(tmp_path: Path) -> None:
 
 def test_a_newer_state_is_written_into_the_checkpoint_of_its_step(tmp_path: Path) -> None:
     checkpoints, state = make(tmp_path), TrainState(step=3)
-    checkpoints.save(Tensors(), state)
+    whole(checkpoints, state)
     state.best_value, state.best_step, state.evaluated_step = 0.5, 3, 3
     checkpoints.update(state)
     assert make(tmp_path).resume(Tensors()) == state
@@ -118,3 +125,40 @@ def test_a_manifest_is_readable_by_people(tmp_path: Path) -> None:
     manifest = json.loads((tmp_path / "checkpoints" / "step_00000001" / MANIFEST).read_text())
     assert manifest["state"]["step"] == 1
     assert set(manifest["files"]["tensors.txt"]) == {"bytes", "sha256"}
+
+
+def test_a_checkpoint_is_whole_when_it_is_completed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save(tmp_path, [1])
+    checkpoints, write, may_write = make(tmp_path), checkpoint._write, threading.Event()
+
+    def write_late(*arguments: Any) -> Any:
+        assert may_write.wait(60)
+        return write(*arguments)
+
+    monkeypatch.setattr(checkpoint, "_write", write_late)
+    state = TrainState(step=2)
+    checkpoints.save(Tensors(), state)
+    state.step = 3  # training goes on
+    assert not checkpoints.written
+    assert names(tmp_path) == [1]
+    may_write.set()
+    took = checkpoints.complete()
+    assert took["step"] == 2
+    assert names(tmp_path) == [1, 2]
+    assert make(tmp_path).resume(Tensors()).step == 2
+    assert checkpoints.complete() == {}
+
+
+def test_saves_that_never_ended_give_way(tmp_path: Path) -> None:
+    save(tmp_path, [2])
+    (tmp_path / "checkpoints" / "step_00000003").mkdir()
+    save(tmp_path, [4])
+    assert [path.name for path in sorted(tmp_path.glob("checkpoints/step_*"))] == [
+        "step_00000002",
+        "step_00000004",
+    ]
+
+
+def test_checkpoints_of_0_1_0_named_their_ranks(tmp_path: Path) -> None:
+    whole(make(tmp_path, world_size=2), TrainState(step=1))
+    refuse_other_identity(tmp_path, {"seed": 0})

@@ -118,7 +118,9 @@ def test_every_setting_is_described() -> None:
         ("optim.betas", [0.9, 1.0]), ("optim.betas", [-0.1, 0.9]),
         ("optim.warmup_lr", -1.0), ("optim.min_lr", -1.0), ("optim.warmup_epochs", -1.0),
         ("optim.warmup_steps", -1), ("optim.weight_decay", -0.1), ("optim.grad_clip", float("nan")),
-        ("train.global_batch", 0), ("train.micro_batch", -1), ("train.max_skipped_steps", 0),
+        ("train.global_batch", 0), ("train.micro_batch", -1), ("watch.max_bad_steps", 0),
+        ("watch.spike_factor", 1.0), ("watch.spike_factor", -2.0), ("watch.max_rollbacks", -1),
+        ("train.checkpointing_period", 0),
         ("train.timeout_s", 0), ("train.steps", 0),
         ("checkpoint.save_every_steps", 0), ("checkpoint.keep_last", 0),
         ("log.every_steps", 0), ("log.images_every_steps", -1), ("log.evaluate_every_steps", -1),
@@ -132,7 +134,7 @@ def test_range(recipe_values: Values, key: str, value: Any) -> None:
     section, *_, name = key.split(".")
     task = section if section in ("distill", "contrastive", "classification") else "distill"
     values = recipe_values(task)
-    (values["distill"]["teachers"][0] if ".0." in key else values[section])[name] = value
+    (values["distill"]["teachers"][0] if ".0." in key else values.setdefault(section, {}))[name] = value
     with pytest.raises(UserError, match=rf"recipe: .*{re.escape(key.replace('.0.', '.'))}.*: got .*expected"):
         build_recipe(values)
 
@@ -146,8 +148,9 @@ def test_every_limit_is_in_the_table_above() -> None:
         "data.train", "data.train.0.source", "data.train.0.weight", "data.train.0.only", "data.train.0.without",
         "data.evaluation", "train.epochs", "train.precision", "train.device", "train.ds_config",
         "train.activation_checkpointing", "train.kernels", "distill.teachers", "distill.teachers.0.precision",
-        "distill.teachers.0.target", "distill.teachers.0.projector", "distill.loss", "contrastive.jitter",
-        "classification.head_init_scale",
+        "distill.teachers.0.target", "distill.teachers.0.projector", "distill.teachers.0.partitioned",
+        "distill.loss", "contrastive.jitter",
+        "classification.head_init_scale", "log.profile",
     }  # fmt: skip
     assert tested | free == leaves(Recipe)
 

@@ -105,13 +105,24 @@ def test_fp16_needs_a_stage_that_scales_the_loss(make_recipe: MakeRecipe) -> Non
         resolve(read("zero0"), make_recipe(train__precision="fp16"), 1, "cuda")
 
 
-def test_a_misspelt_section_and_offload_are_refused(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+def test_a_misspelt_section_and_offload_elsewhere_are_refused(
+    make_recipe: MakeRecipe, tmp_path: Path
+) -> None:
     file = tmp_path / "ds.json"
     file.write_text('{"zero_optimisation": {"stage": 3}}')
     with pytest.raises(UserError, match="zero_optimisation; did you mean zero_optimization"):
         read(str(file))
-    file.write_text('{"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu"}}}')
-    with pytest.raises(UserError, match=r"offload_optimizer in .* moves state to cpu, which this version"):
+    file.write_text('{"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme"}}}')
+    with pytest.raises(UserError, match=r"offload_optimizer\.device is nvme in .*, expected cpu or none"):
+        resolve(read(str(file)), make_recipe(), 1, "cpu")
+    file.write_text('{"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}}')
+    with pytest.raises(UserError, match=r"offload_param in .* needs ZeRO stage 3 or above, got 2"):
         resolve(read(str(file)), make_recipe(), 1, "cpu")
     file.write_text('{"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "none"}}}')
     assert zero_stage(resolve(read(str(file)), make_recipe(), 1, "cpu")) == 3
+
+
+def test_another_layout_of_checkpoints_is_refused(make_recipe: MakeRecipe) -> None:
+    config = {"zero_optimization": {"stage": 2, "elastic_checkpoint": True}}
+    with pytest.raises(UserError, match=r"elastic_checkpoint .* a run resumes on another number of ranks"):
+        resolve(config, make_recipe(), 1, "cpu")

@@ -46,6 +46,13 @@ def test_what_decides_the_losses_counts(recipe_of: Callable[..., Recipe]) -> Non
     assert smaller != standardised, "the rounding of the teacher's features would move the target"
 
 
+def test_the_number_of_ranks_is_free_but_for_phi_s(recipe_of: Callable[..., Recipe]) -> None:
+    model = {"name": "vit_tiny_patch16_224", "img_size": 32, "overrides": TINY}
+    plain, standardised = recipe_of({"model": model}), recipe_of({"model": model}, loss="phi_s")
+    assert identity(plain, "data", 0, 1) == identity(plain, "data", 0, 2)
+    assert identity(standardised, "data", 0, 1) != identity(standardised, "data", 0, 2)
+
+
 def test_a_teacher_may_be_moved(recipe_of: Callable[..., Recipe], tmp_path: Path) -> None:
     model = {"name": "vit_tiny_patch16_224", "img_size": 32, "overrides": TINY}
     vit = create_model("vit_tiny_patch16_224", img_size=32, **TINY)

@@ -10,7 +10,7 @@ from timm.models.swin_transformer_v2 import SwinTransformerV2 as TimmSwinTransfo
 from torch import Tensor, nn
 
 from fd_scale.errors import UserError
-from fd_scale.models import SwinTransformerV2
+from fd_scale.models import SwinTransformerV2, position_bias
 
 SMALL: dict[str, Any] = {
     "img_size": 32,
@@ -227,33 +227,6 @@ def test_dropped_branches_get_no_gradient() -> None:
     assert all(parameter.grad.abs().max() > 0 for parameter in first.parameters())
 
 
-@pytest.mark.parametrize("shared_bias", [True, False])
-def test_checkpointing_gives_identical_gradients(shared_bias: bool) -> None:
-    model = small_model(shared_bias=shared_bias, extra_norm_period=2)
-    scale_RB = torch.tensor([0.0, 2.0]).expand(8, 2)
-    runs = []
-    for mode in ("none", "block"):
-        model.zero_grad()
-        model.activation_checkpointing = mode
-        out = model(random_images(), scale_RB)
-        out.square().sum().backward()
-        runs.append([out, *(parameter.grad for parameter in model.parameters())])
-    assert all(torch.equal(plain, recomputed) for plain, recomputed in zip(*runs, strict=True))
-
-
-def test_checkpointing_recomputes_blocks_and_not_the_shared_bias() -> None:
-    model = small_model()
-    model.activation_checkpointing = "block"
-    calls: list[str] = []
-    stage = model.layers[0]
-    stage.position_bias.register_forward_hook(lambda *_: calls.append("bias"))
-    for block in stage.blocks:
-        # Before the forward: recomputation stops early, as soon as it has what it needs.
-        block.register_forward_pre_hook(lambda *_: calls.append("block"))
-    model(random_images()).sum().backward()
-    assert (calls.count("bias"), calls.count("block")) == (1, 4)
-
-
 def test_bfloat16_weights() -> None:
     model = small_model()
     lowered = copy.deepcopy(model).bfloat16()
@@ -352,6 +325,19 @@ def test_wrong_inputs_are_named() -> None:
         model(torch.zeros(1, 1, 32, 32))
     with pytest.raises(UserError, match=r"drop path scales have shape \(4, 1\); expected \(8, 1\)"):
         model(torch.zeros(1, 3, 32, 32), torch.ones(4, 1))
-    model.activation_checkpointing = "blocks"
-    with pytest.raises(UserError, match="activation_checkpointing is 'blocks'; expected one of none, block"):
-        model(torch.zeros(1, 3, 32, 32))
+
+
+def test_large_windows_read_the_table_of_biases(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same tokens and gradients, up to the order of sums, whichever way the bias reaches the blocks."""
+    model = SwinTransformerV2(
+        img_size=32, patch_size=4, embed_dim=16, depths=(2,), num_heads=(2,), window_size=(4, 8)
+    ).double()
+    images = torch.randn(2, 3, 32, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    found = []
+    for limit, dims in ((position_bias.LARGEST_DENSE_WINDOW, 3), (31, 2)):
+        monkeypatch.setattr(position_bias, "LARGEST_DENSE_WINDOW", limit)
+        assert model.layers[0].position_bias().dim() == dims
+        tokens = model.forward_features(images)
+        found.append([tokens, *torch.autograd.grad(tokens[:, :5].square().sum(), list(model.parameters()))])
+    for table, dense in zip(*reversed(found), strict=True):
+        torch.testing.assert_close(table, dense, rtol=1e-9, atol=1e-12)

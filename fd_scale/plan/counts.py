@@ -1,0 +1,340 @@
+"""What a step of a recipe computes and keeps, counted on the real modules on the meta device.
+
+Nothing is allocated and no weights are read: shapes alone decide.
+"""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from fd_kernels.dispatch import implementation
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+from fd_scale import distributed
+from fd_scale.config import ModelConfig, Recipe
+from fd_scale.data import Batch, Source
+from fd_scale.distill import DistillationTask
+from fd_scale.errors import UserError
+from fd_scale.finetune import ClassificationTask
+from fd_scale.models import Backbone, dtype_of, resolved
+from fd_scale.pretrain import ContrastiveTask
+from fd_scale.teachers import Teacher
+
+logger = logging.getLogger(__name__)
+
+
+class NotCountedError(UserError):
+    """A model that cannot be followed on the meta device: no plan of it can be made."""
+
+
+Task = DistillationTask | ContrastiveTask | ClassificationTask
+
+# What is kept is a line in the images of a micro-batch, from two on: one alone saves copies. What is worked with is a
+# maximum of lines: between these two sizes its chord lies above it.
+_SIZES = (2, 64)
+
+
+@dataclass(frozen=True)
+class Policy:
+    """A setting of activation checkpointing."""
+
+    mode: str
+    period: int = 1
+
+    def __str__(self) -> str:
+        return self.mode if self.period == 1 else f"{self.mode}/{self.period}"
+
+
+@dataclass(frozen=True)
+class Line:
+    """What grows with the micro-batch: constant + an_image * images."""
+
+    constant: float
+    an_image: float
+
+    def at(self, images: int) -> float:
+        """Returns the value at a micro-batch of so many images."""
+        return self.constant + self.an_image * images
+
+
+@dataclass(frozen=True)
+class Activations:
+    """What a policy costs on a GPU.
+
+    `kept` is what the forward pass keeps for the backward pass; `working` is the most that is held besides at
+    any time: a block that is computed again, gradients on their way back, results of single ops.
+    """
+
+    kept: Line
+    working: Line
+    recomputed_flops: float
+    """FLOPs an image that are computed a second time."""
+
+
+@dataclass(frozen=True)
+class Counts:
+    """All that the plan knows of a recipe's models."""
+
+    parameters: tuple[int, ...]
+    """Numbers of elements of the trained parameters."""
+    teacher_bytes: int
+    """Weights of the teachers that are whole on each GPU."""
+    teacher_working: Line
+    """The most that the teachers' forward passes hold."""
+    student_flops: float
+    """FLOPs of a forward pass of the trained module, an image."""
+    teacher_flops: float
+    """FLOPs of the teachers' forward passes, an image."""
+    activations: dict[Policy, Activations]
+    refused: dict[Policy, str]
+    """Policies that the model does not have, and why."""
+    kernels: str
+    """Which path of the ops was counted."""
+    partitioned_teacher_bytes: int = 0
+    """Weights of the teachers of which each GPU holds a part."""
+
+    @property
+    def num_parameters(self) -> int:
+        """Trained parameters."""
+        return sum(self.parameters)
+
+
+def count(recipe: Recipe, source: Source | None = None) -> Counts:
+    """Counts a recipe's models, as a GPU runs them: with the Triton kernels where they serve the model.
+
+    Args:
+        recipe: any task; weights are not read.
+        source: training images, which classification asks for its number of classes.
+
+    Raises:
+        UserError: a model cannot be built.
+    """
+    try:
+        return _counted(_without_weights(resolved(recipe)), source)
+    except (
+        RuntimeError
+    ) as error:  # an op that needs values, or (NotImplementedError) has no shapes of its own
+        raise NotCountedError(
+            f"plan: {recipe.model.name} or a teacher of it cannot be followed without values: "
+            f"{' '.join(str(error).split())[:200]}; plan a model of another family"
+        ) from None
+
+
+def _counted(recipe: Recipe, source: Source | None) -> Counts:
+    shares = [] if recipe.distill is None else [teacher.share for teacher in recipe.distill.teachers]
+    with torch.device("meta"):
+        task = _build(_all_images(recipe), source)
+        task.module.to(dtype_of(recipe.train.precision))
+    if recipe.train.kernels == "reference":
+        with implementation("reference"):
+            return _count(task, recipe, shares, "PyTorch reference, as train.kernels says")
+    try:
+        with implementation("triton"):
+            return _count(task, recipe, shares, "Triton kernels")
+    except UserError:
+        raise
+    except ValueError as error:  # an op does not serve this model: on a GPU it runs its reference
+        with implementation("reference"):
+            return _count(task, recipe, shares, f"PyTorch reference: {error}")
+
+
+def _count(task: Task, recipe: Recipe, shares: list[float], kernels: str) -> Counts:
+    backbone = task.module.backbone
+    assert isinstance(backbone, Backbone)
+    teachers = task.teachers if isinstance(task, DistillationTask) else []
+    teacher_working, teacher_flops = Line(0, 0), 0.0
+    batches = [_batch(recipe, size) for size in _SIZES]
+    for teacher, share in zip(teachers, shares, strict=True):
+        meters = [_measured_teacher(teacher, batch.images) for batch in batches]
+        teacher_flops += share * _line(*[meter.flops for meter in meters]).at(1)
+        working = _line(*[meter.peak for meter in meters])
+        teacher_working = max(teacher_working, working, key=lambda line: line.an_image)
+    inputs = [task.inputs(batch) for batch in batches]
+    backbone.set_activation_checkpointing("none")
+    student_flops = _line(*[_forward_flops(task.module, given) for given in inputs]).at(1)
+
+    activations, refused = {}, {}
+    plain_flops = 0.0
+    own = Policy(recipe.train.activation_checkpointing, recipe.train.checkpointing_period)
+    for policy in dict.fromkeys([Policy("none"), Policy("selective"), Policy("block"), own]):
+        try:
+            backbone.set_activation_checkpointing(policy.mode, policy.period)  # type: ignore[arg-type]
+        except UserError as error:
+            refused[policy] = str(error)
+            continue
+        kept = [kept_bytes(task.module, given) for given in inputs]
+        meters = [_measured_step(task.module, given) for given in inputs]
+        flops = _line(*[meter.flops for meter in meters]).at(1)
+        plain_flops = plain_flops or flops
+        activations[policy] = Activations(
+            kept=_line(*kept),
+            working=_line(*[meter.peak - held for meter, held in zip(meters, kept, strict=True)]),
+            recomputed_flops=flops - plain_flops,
+        )
+    return Counts(
+        parameters=tuple(parameter.numel() for parameter in task.module.parameters()),
+        teacher_bytes=sum(_bytes_of(teacher.model) for teacher in teachers if not teacher.config.partitioned),
+        partitioned_teacher_bytes=sum(
+            _bytes_of(teacher.model) for teacher in teachers if teacher.config.partitioned
+        ),
+        teacher_working=teacher_working,
+        student_flops=student_flops,
+        teacher_flops=teacher_flops,
+        activations=activations,
+        refused=refused,
+        kernels=kernels,
+    )
+
+
+def kept_bytes(module: nn.Module, inputs: dict[str, Any]) -> int:
+    """Returns the bytes that a forward pass keeps for its backward pass: storages, once each, without parameters.
+
+    Args:
+        module: its forward returns a dict with losses.
+        inputs: the forward's arguments.
+    """
+    own = {tensor.untyped_storage()._cdata for tensor in (*module.parameters(), *module.buffers())}
+    kept: dict[int, Any] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in own:
+            kept[storage._cdata] = storage  # held, so that no other storage gets its number
+        return tensor.detach()
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        module(**inputs)
+    return sum(storage.nbytes() for storage in kept.values())
+
+
+class Meter(TorchDispatchMode):
+    """Counts the FLOPs of ops, and the bytes of the storages that they make, now and at the most.
+
+    Args:
+        outside: tensors that are there before; their storages do not count.
+
+    Attributes:
+        flops: those of matrix products, convolutions and attention, by torch's formulas and those of `fd_kernels`.
+        now: bytes of the storages that live.
+        peak: the most that `now` was.
+    """
+
+    def __init__(self, outside: Iterable[Tensor]) -> None:
+        super().__init__()
+        self.flops = 0
+        self.now = 0
+        self.peak = 0
+        self._known = {tensor.untyped_storage()._cdata for tensor in outside}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        formula = flop_registry.get(func._overloadpacket)
+        if formula is not None:
+            self.flops += formula(*args, **kwargs, out_val=out)
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, Tensor):
+                self._meet(tensor.untyped_storage())
+        return out
+
+    def _meet(self, storage: torch.UntypedStorage) -> None:
+        number, size = storage._cdata, storage.nbytes()
+        if number in self._known:
+            return
+        self._known.add(number)
+        self.now += size
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self._freed, number, size)
+
+    def _freed(self, number: int, size: int) -> None:
+        self._known.discard(number)
+        self.now -= size
+
+
+def _forward_flops(module: nn.Module, inputs: dict[str, Any]) -> int:
+    with Meter([]) as meter:
+        module(**inputs)
+    return meter.flops
+
+
+def _measured_step(module: nn.Module, inputs: dict[str, Any]) -> Meter:
+    """A forward and backward pass; gradients of parameters go as they come."""
+
+    def drop(parameter: Tensor) -> None:
+        parameter.grad = None
+
+    hooks = [parameter.register_post_accumulate_grad_hook(drop) for parameter in module.parameters()]
+    given = [leaf for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)]
+    with Meter([*module.parameters(), *module.buffers(), *given]) as meter:
+        outputs = module(**inputs)
+        losses = [value for value in outputs.values() if value.requires_grad]
+        torch.stack(losses).sum().backward()
+    for hook in hooks:
+        hook.remove()
+    meter.peak += sum(tensor.untyped_storage().nbytes() for tensor in given)
+    return meter
+
+
+def _measured_teacher(teacher: Teacher, images: Tensor) -> Meter:
+    with Meter([*teacher.model.parameters(), *teacher.model.buffers(), images]) as meter:
+        teacher.features(images)
+    return meter
+
+
+def _line(small: float, large: float) -> Line:
+    an_image = (large - small) / (_SIZES[1] - _SIZES[0])
+    return Line(constant=small - _SIZES[0] * an_image, an_image=an_image)
+
+
+def _bytes_of(module: nn.Module) -> int:
+    return sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))
+
+
+def _build(recipe: Recipe, source: Source | None) -> Task:
+    if recipe.distill is not None:
+        return DistillationTask(recipe, None)
+    if recipe.contrastive is not None:
+        distributed.start("cpu", recipe.train.timeout_s)  # its loss asks how many ranks there are
+        return ContrastiveTask(recipe)
+    if source is None:
+        raise UserError(
+            f"data.train: {recipe.data.train} cannot be opened here, and classification needs its classes; plan where "
+            "the data is, or set data.train"
+        )
+    return ClassificationTask(recipe, None, source)
+
+
+def _batch(recipe: Recipe, size: int) -> Batch:
+    views = (2,) if recipe.contrastive is not None else ()
+    pixels = (3, recipe.model.size, recipe.model.size)
+    with torch.device("meta"):
+        images = torch.zeros(size, *views, *pixels, dtype=torch.uint8)
+        labels = torch.zeros(size, dtype=torch.int64)
+    return Batch(images, labels, torch.arange(size), 0)
+
+
+def _without_weights(recipe: Recipe) -> Recipe:
+    def bare(config: ModelConfig) -> ModelConfig:
+        return replace(config, weights=None)
+
+    recipe = replace(recipe, model=bare(recipe.model))
+    if recipe.distill is None:
+        return recipe
+    teachers = [replace(teacher, model=bare(teacher.model)) for teacher in recipe.distill.teachers]
+    return replace(recipe, distill=replace(recipe.distill, teachers=teachers))
+
+
+def _all_images(recipe: Recipe) -> Recipe:
+    """A teacher that sees some of the images may see all of one micro-batch."""
+    if recipe.distill is None:
+        return recipe
+    teachers = [replace(teacher, share=1.0) for teacher in recipe.distill.teachers]
+    return replace(recipe, distill=replace(recipe.distill, teachers=teachers))

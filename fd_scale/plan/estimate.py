@@ -1,0 +1,305 @@
+"""The plan: memory, step time and cost of every way to run a recipe, and the one that fits best."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from fd_scale import ds_config
+from fd_scale.config import Recipe
+from fd_scale.data import Source, open_source
+from fd_scale.distributed import micro_batch_of_a_rank
+from fd_scale.errors import UserError
+from fd_scale.hardware import GPUS, GPUS_PER_NODE, Gpu, mfu, model_flops, named_like
+from fd_scale.plan.counts import Counts, Policy, count
+from fd_scale.plan.memory import HIERARCHICAL, STAGES, Memory, memory, persistent_parameters, state
+
+UTILISATION = 0.4
+"""Assumed unless a measured one is given."""
+
+
+_REUSE_DISTANCE = 1e9
+"""DeepSpeed's, where the JSON has none."""
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """What a GPU sends in an optimizer step; bytes."""
+
+    gathered: float
+    """Parameters, all-gathered."""
+    reduced: float
+    """Gradients, reduce-scattered (an all-reduce is both: it adds to `gathered` too)."""
+    seconds: float
+    """Over the slower of NVLink and InfiniBand."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One way to run the recipe."""
+
+    stage: str
+    policy: Policy
+    micro_batch: int
+    accumulation: int
+    memory: Memory
+    compute_seconds: float
+    traffic: Traffic
+
+    @property
+    def step_seconds(self) -> float:
+        """Communication hides behind computation as far as it can."""
+        return max(self.compute_seconds, self.traffic.seconds)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A recipe on a number of GPUs."""
+
+    name: str
+    recipe: Recipe
+    counts: Counts
+    gpu: Gpu
+    num_gpus: int
+    choices: tuple[Choice, ...]
+    """All combinations of stage, policy and micro-batch."""
+    own: Choice
+    """The recipe's."""
+    utilisation: float
+    """Share of the GPUs' peak that a step is assumed to reach, recomputation counted as work."""
+    num_steps: int | None
+    """Of the run; none where the images of an epoch are not known."""
+
+    def fits(self, choice: Choice) -> bool:
+        """Whether a choice fits into a GPU's memory."""
+        return choice.memory.total <= self.gpu.memory
+
+    @property
+    def fitting(self) -> list[Choice]:
+        """Those that fit and that this version runs."""
+        return [choice for choice in self.choices if choice.stage != HIERARCHICAL and self.fits(choice)]
+
+    @property
+    def best(self) -> Choice | None:
+        """The quickest that fits; of equals what sends least, then the largest micro-batch, then the smallest."""
+        return min(
+            self.fitting,
+            key=lambda choice: (
+                choice.step_seconds,
+                choice.traffic.seconds,
+                -choice.micro_batch,
+                choice.memory.total,
+            ),
+            default=None,
+        )
+
+    @property
+    def nearest(self) -> Choice | None:
+        """What fits with the fewest changes to the recipe: first a smaller micro-batch, then a policy, then a stage."""
+        own = self.own
+        return min(
+            self.fitting,
+            key=lambda choice: (
+                choice.stage != own.stage,
+                choice.policy != own.policy,
+                choice.micro_batch > own.micro_batch,
+                abs(int(choice.stage) - int(own.stage)),
+                choice.policy.mode == "block",
+                -choice.micro_batch,
+            ),
+            default=None,
+        )
+
+    def mfu(self, choice: Choice) -> float:
+        """Model FLOPs utilisation that the assumed step time means."""
+        flops = self.recipe.train.global_batch * _model_flops(self.counts)
+        return mfu(flops, choice.step_seconds, self.num_gpus, self.gpu.peak_flops)
+
+    @property
+    def peak_images_per_s(self) -> float | None:
+        """Images a second at an MFU of 1; none where the GPU is not in the table, whose peak is then a stand-in."""
+        if not named_like(self.gpu.name):
+            return None
+        return self.num_gpus * self.gpu.peak_flops / _model_flops(self.counts)
+
+    def gpu_hours(self, choice: Choice) -> float | None:
+        """GPU-hours of the whole run."""
+        return None if self.num_steps is None else self.num_steps * choice.step_seconds * self.num_gpus / 3600
+
+
+def plan(
+    name: str,
+    recipe: Recipe,
+    gpu: Gpu,
+    num_gpus: int,
+    *,
+    source: Source | None = None,
+    images: int | None = None,
+    utilisation: float = UTILISATION,
+) -> Plan:
+    """Plans a run.
+
+    Args:
+        name: of the recipe, for titles.
+        recipe: any task; neither its weights nor, where `images` is given, its data are needed.
+        gpu: what to run on.
+        num_gpus: how many of them.
+        source: training images; none: the recipe's, where they can be opened here.
+        images: how many they are; none: as many as are in `source`.
+        utilisation: share of the GPUs' peak that a step is assumed to reach.
+
+    Raises:
+        UserError: the recipe does not allow it.
+    """
+    if num_gpus < 1:
+        raise UserError(f"--gpus: got {num_gpus}, expected at least 1")
+    train = recipe.train
+    largest = micro_batch_of_a_rank(train.global_batch, train.micro_batch, num_gpus)
+    zero = ds_config.read(train.ds_config)
+    if source is None and (images is None or recipe.classification is not None):
+        source = _source(recipe)
+    counts = count(recipe, source)
+    share = train.global_batch // num_gpus
+    sizes = [size for size in range(1, share + 1) if share % size == 0]
+    own_policy = Policy(train.activation_checkpointing, train.checkpointing_period)
+    own_stage = str(ds_config.zero_stage(zero))
+    choices = tuple(
+        _choice(recipe, counts, gpu, num_gpus, utilisation, _section(stage, zero), stage, policy, size)
+        for stage in STAGES
+        for policy in counts.activations
+        for size in sizes
+    )
+    own = next(
+        choice
+        for choice in choices
+        if (choice.stage, choice.policy, choice.micro_batch) == (own_stage, own_policy, largest)
+    )
+    if images is None and source is not None:
+        images = len(source)
+    return Plan(
+        name=name,
+        recipe=recipe,
+        counts=counts,
+        gpu=gpu,
+        num_gpus=num_gpus,
+        choices=choices,
+        own=own,
+        utilisation=utilisation,
+        num_steps=_num_steps(recipe, images),
+    )
+
+
+def present_gpu(device: torch.device) -> Gpu:
+    """Returns the CUDA device of this machine: its own memory, and the rates of the nearest one in the table."""
+    found = torch.cuda.get_device_properties(device)
+    nearest = min(
+        named_like(found.name) or GPUS.values(), key=lambda gpu: abs(gpu.memory - found.total_memory)
+    )
+    return replace(nearest, name=found.name, memory=found.total_memory)
+
+
+def _section(stage: str, zero: dict[str, Any]) -> dict[str, Any]:
+    """`zero_optimization` of the recipe's JSON where it is of this stage, else that of the shipped one."""
+    if stage != str(ds_config.zero_stage(zero)):
+        zero = ds_config.read(f"zero{3 if stage == HIERARCHICAL else stage}")
+    section: dict[str, Any] = zero.get("zero_optimization", {})
+    return {key: value for key, value in section.items() if value != "auto"}
+
+
+def _choice(
+    recipe: Recipe, counts: Counts, gpu: Gpu, num_gpus: int, utilisation: float, zero: dict[str, Any], stage: str,
+    policy: Policy, micro_batch: int,
+) -> Choice:  # fmt: skip
+    train = recipe.train
+    accumulation = train.global_batch // (micro_batch * num_gpus)
+    held = state(counts, stage, num_gpus, train.precision, accumulation, zero)
+    activations = counts.activations[policy]
+    flops = train.global_batch * (_model_flops(counts) + activations.recomputed_flops)
+    size = 4 if train.precision == "fp32" else 2
+    return Choice(
+        stage=stage,
+        policy=policy,
+        micro_batch=micro_batch,
+        accumulation=accumulation,
+        memory=memory(counts, held, activations, micro_batch),
+        compute_seconds=flops / (num_gpus * gpu.peak_flops * utilisation),
+        traffic=traffic(counts.parameters, size, stage, gpu, num_gpus, accumulation, zero),
+    )
+
+
+def traffic(
+    parameters: Sequence[int],
+    size: int,
+    stage: str,
+    gpu: Gpu,
+    num_gpus: int,
+    accumulation: int,
+    zero: dict[str, Any],
+) -> Traffic:
+    """What a GPU sends in a step, and the time that it takes.
+
+    Stages 0 and 1 reduce gradients once a step, the others once a micro-batch. Stage 3 gathers parameters for the
+    forward and for the backward pass of each micro-batch, but does not let go in between of those that are read
+    again within `stage3_max_reuse_distance` elements; the others gather them after the step. Recomputation gathers
+    nothing more: DeepSpeed keeps what the backward pass is about to read. Tests count what gloo ranks send.
+
+    Args:
+        parameters: elements of each trained parameter.
+        size: bytes of an element as it travels.
+        stage: one of `memory.STAGES`.
+        gpu: whose links they are.
+        num_gpus: GPUs of the job, 8 in a node.
+        accumulation: micro-batches a step.
+        zero: `zero_optimization` of the DeepSpeed JSON.
+
+    Source: volumes: Rajbhandari et al. 2020 (arXiv:1910.02054), section 7; a ring over n moves (n - 1) / n of the
+    whole through each member.
+    """
+    total = sum(parameters)
+    gathered: float
+    reduced: float
+    if stage in ("3", HIERARCHICAL):
+        moving = total - persistent_parameters(parameters, zero)
+        kept = min(moving, float(zero.get("stage3_max_reuse_distance", _REUSE_DISTANCE)) / 2)
+        gathered = accumulation * (2 * moving - kept) + (total - moving)
+        reduced = accumulation * total
+    else:
+        reduced = total * (accumulation if stage == "2" else 1)
+        gathered = 0.0 if stage == "0" else total
+        # Stages 1 and 2 reduce a bucket that lies on several ranks for all of them: an all-reduce.
+        if stage == "0" or zero.get("use_multi_rank_bucket_allreduce", True):
+            gathered += reduced
+    gathered, reduced = size * gathered, size * reduced
+    in_node = min(num_gpus, GPUS_PER_NODE)
+    num_nodes = -(-num_gpus // GPUS_PER_NODE)
+    ring = in_node if stage == HIERARCHICAL else num_gpus
+    # Between nodes: a node takes in what its cards bring, and its GPUs share it; or, hierarchically, each GPU
+    # all-reduces the gradients of its own shard, once a step.
+    between = 2 * size * total if stage == HIERARCHICAL else gathered + reduced
+    between *= (num_nodes - 1) / num_nodes / in_node
+    gathered, reduced = gathered * (ring - 1) / ring, reduced * (ring - 1) / ring
+    within = (gathered + reduced) / gpu.nvlink
+    if stage == HIERARCHICAL:
+        gathered, reduced = gathered + between / 2, reduced + between / 2
+    return Traffic(gathered, reduced, max(within, between / gpu.infiniband))
+
+
+def _model_flops(counts: Counts) -> float:
+    return model_flops(counts.student_flops, counts.teacher_flops)
+
+
+def _num_steps(recipe: Recipe, images: int | None) -> int | None:
+    if recipe.train.steps is not None or images is None:
+        return recipe.train.steps
+    assert recipe.train.epochs is not None, "a recipe has steps or epochs"
+    return round(recipe.train.epochs * (images // recipe.train.global_batch))
+
+
+def _source(recipe: Recipe) -> Source | None:
+    try:
+        return open_source(recipe.data.train)
+    except UserError:
+        return None  # it is on the cluster

@@ -1,0 +1,122 @@
+"""Bytes on a GPU: what DeepSpeed holds for each ZeRO stage, and what a micro-batch adds to it.
+
+As DeepSpeed 0.19.8 was seen to allocate (`fd-scale plan --measure` shows it beside what is predicted here).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from fd_scale.ds_config import offload_device
+from fd_scale.hardware import GPUS_PER_NODE
+from fd_scale.plan.counts import Activations, Counts
+
+HIERARCHICAL = "hierarchical"
+"""ZeRO-3 within a node, replicated between nodes, as MiCS does (arXiv 2205.00119). Planned, not run by this version."""
+STAGES = ("0", "1", "2", "3", HIERARCHICAL)
+
+# What DeepSpeed takes where its JSON names no other number; in elements.
+_REDUCE_BUCKET = 5e8
+_PERSISTENT = 1e5
+_LIVE_PARAMETERS = 1e9
+_SUB_GROUP = 1e9
+
+
+@dataclass(frozen=True)
+class State:
+    """What a GPU holds whatever the micro-batch; bytes."""
+
+    parameters: float
+    gradients: float
+    optimizer: float
+    """fp32 master weights and AdamW's two moments."""
+    teacher: float
+    buffers: float
+    """Of communication: buckets, and at stage 3 the parameters that are gathered at a time."""
+    step: float
+    """Of the optimizer step alone, when activations are gone: gradients in fp32."""
+
+    @property
+    def steady(self) -> float:
+        """Parameters, gradients and optimizer states: what `--measure` counts."""
+        return self.parameters + self.gradients + self.optimizer
+
+
+def state(
+    counts: Counts, stage: str, num_gpus: int, precision: str, accumulation: int, zero: dict[str, Any]
+) -> State:
+    """Predicts what a GPU holds.
+
+    Args:
+        counts: of the recipe.
+        stage: one of `STAGES`.
+        num_gpus: GPUs of the job.
+        precision: fp32, bf16 or fp16.
+        accumulation: micro-batches a step.
+        zero: section `zero_optimization` of the DeepSpeed JSON.
+    """
+    size = 4 if precision == "fp32" else 2
+    total = counts.num_parameters
+    bucket = size * float(zero.get("reduce_bucket_size", _REDUCE_BUCKET))
+    ranks = min(num_gpus, GPUS_PER_NODE) if stage == HIERARCHICAL else num_gpus
+    in_parts = counts.partitioned_teacher_bytes
+    teacher = counts.teacher_bytes + in_parts / num_gpus
+    most_live = size * float(zero.get("stage3_max_live_parameters", _LIVE_PARAMETERS))
+    teacher_live = min(in_parts, most_live) if num_gpus > 1 else 0
+    if stage == "0":
+        masters = 0 if size == 4 else 4  # in fp32 the parameters are the masters
+        return State(
+            parameters=size * total, gradients=size * total, optimizer=(8 + masters) * total,
+            teacher=teacher, buffers=teacher_live, step=max(masters * total, min(bucket, size * total)),
+        )  # fmt: skip
+    own = total / ranks
+    # What is offloaded is on the host: the optimizer's states and the gradients that it reads, or the parameters.
+    stays = offload_device({"zero_optimization": zero}, "offload_optimizer") == "none"
+    if stage in ("1", "2"):
+        # Stage 1 accumulates whole gradients; where it does not accumulate, they go as they are reduced.
+        whole = stage == "1" and accumulation > 1
+        return State(
+            parameters=size * total, gradients=size * (total if whole else own * stays), optimizer=12 * own * stays,
+            teacher=teacher, buffers=bucket * (2 if zero.get("overlap_comm", False) else 1) + teacher_live,
+            step=4 * own * stays,
+        )  # fmt: skip
+    persistent = persistent_parameters(counts.parameters, zero) if ranks > 1 else 0
+    parameters_stay = offload_device({"zero_optimization": zero}, "offload_param") == "none"
+    live = min(most_live, size * (total - persistent)) if ranks > 1 or not parameters_stay else 0
+    return State(
+        parameters=size * (own * parameters_stay + persistent), gradients=size * own * stays,
+        optimizer=12 * own * stays,
+        teacher=teacher, buffers=bucket + max(live, teacher_live),  # teacher and student are gathered in turns
+        step=4 * min(own, float(zero.get("sub_group_size", _SUB_GROUP))) * stays,
+    )  # fmt: skip
+
+
+def persistent_parameters(parameters: Sequence[int], zero: dict[str, Any]) -> int:
+    """Elements of the parameters that stage 3 leaves whole on each rank, of those of these sizes."""
+    threshold = float(zero.get("stage3_param_persistence_threshold", _PERSISTENT))
+    return sum(count for count in parameters if count <= threshold)
+
+
+@dataclass(frozen=True)
+class Memory:
+    """A GPU's memory at the fullest moment of a step; bytes."""
+
+    state: State
+    kept: float
+    """Activations that wait for the backward pass."""
+    working: float
+    """The rest that is needed at that moment: a block that is computed again, the teacher's pass, the step."""
+
+    @property
+    def total(self) -> float:
+        """All of it."""
+        return self.state.steady + self.state.teacher + self.state.buffers + self.kept + self.working
+
+
+def memory(counts: Counts, state: State, activations: Activations, micro_batch: int) -> Memory:
+    """Predicts the fullest moment of a step: in the backward pass, the teachers' forward pass or the optimizer."""
+    kept = activations.kept.at(micro_batch)
+    alone = max(counts.teacher_working.at(micro_batch), state.step)
+    return Memory(state, kept, max(activations.working.at(micro_batch), alone - kept))

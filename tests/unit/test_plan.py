@@ -1,0 +1,536 @@
+"""`fd-scale plan`: FLOPs by hand, activations as they are really kept, and the arithmetic of memory and time."""
+
+import io
+import json
+import resource
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import timm
+import torch
+from fd_kernels.dispatch import implementation
+from omegaconf import OmegaConf
+from rich.console import Console
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from fd_scale import api, check, cli
+from fd_scale.config import Recipe, build_recipe, load_recipe
+from fd_scale.data import open_source
+from fd_scale.errors import UserError
+from fd_scale.hardware import GPUS, Gpu, find_gpu, mfu, model_flops
+from fd_scale.models import Backbone, create_model
+from fd_scale.plan import Plan, Policy, count, plan, plot, present_gpu, require_fit, show, to_json, write_json
+from fd_scale.plan.counts import Activations, Counts, Line, Meter, NotCountedError, kept_bytes
+from fd_scale.plan.estimate import Traffic, traffic
+from fd_scale.plan.memory import Memory, State, memory, state
+
+G = 10**9
+
+
+def swin_v2_flops(size: int, window: int, dim: int, depths: tuple[int, ...], heads: tuple[int, ...]) -> int:
+    """Forward FLOPs an image of a Swin V2 with one bias a stage, counted by hand; two a multiply-add."""
+    grid = size // 4
+    total = 2 * grid**2 * 4 * 4 * 3 * dim  # patches
+    for stage, (depth, head_count) in enumerate(zip(depths, heads, strict=True)):
+        if stage:
+            grid, dim = grid // 2, 2 * dim
+            total += 2 * grid**2 * (2 * dim) * dim  # four merged tokens of dim / 2 channels to one of dim
+        side = min(window, grid)
+        positions = (2 * side - 1) ** 2
+        total += 2 * positions * (2 * 512 + 512 * head_count)  # the bias, computed once a stage
+        products = 2 * grid**2 * (3 + 1 + 4 + 4) * dim * dim  # qkv, projection, MLP
+        attention = 2 * 2 * grid**2 * side**2 * dim  # queries x keys, weights x values
+        total += depth * (products + attention)
+    return total
+
+
+def forward_flops(model: torch.nn.Module, size: int) -> int:
+    with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(torch.zeros(1, 3, size, size))
+    return int(counter.get_total_flops())
+
+
+@pytest.mark.parametrize(("size", "window"), [(192, 12), (224, 14), (640, 40)])
+def test_flops_of_the_giant_by_hand(size: int, window: int) -> None:
+    with torch.device("meta"):
+        model = create_model("swin_v2_giant", img_size=size, window_size=window)
+    expected = swin_v2_flops(size, window, 512, (2, 2, 42, 4), (16, 32, 64, 128))
+    assert forward_flops(model, size) == expected
+    if window <= 24:  # larger ones no kernel serves
+        with implementation("triton"):
+            assert forward_flops(model, size) == expected
+
+
+@pytest.mark.parametrize("path", ["reference", "triton"])
+def test_flops_of_the_base_are_those_of_timm(path: Any) -> None:
+    with torch.device("meta"):
+        ours = create_model("swin_v2_base", img_size=256, window_size=8, shared_bias=False)
+        theirs = timm.create_model("swinv2_base_window8_256", num_classes=0)
+    with implementation(path):
+        found = forward_flops(ours, 256)
+    expected = forward_flops(theirs, 256)
+    # Stage 4 has one window, of which timm computes the bias at window 8 x 8 in all stages, as here.
+    assert found == expected
+
+
+def small(recipe_values: Callable[..., dict[str, Any]], **changes: Any) -> Recipe:
+    return build_recipe(recipe_values(**changes))
+
+
+def test_what_is_counted_on_meta_is_what_the_cpu_keeps(make_recipe: Callable[..., Recipe]) -> None:
+    """The reference path, with numbers: storages that wait for the backward pass, found from outside.
+
+    In fp32: of a bf16 LayerNorm the CPU keeps the statistics in bf16, CUDA and the meta device in fp32.
+    """
+    recipe = make_recipe(train__kernels="reference", train__precision="fp32")
+    counts = count(recipe)
+    assert counts.kernels == "PyTorch reference, as train.kernels says"
+    for policy, expected in counts.activations.items():
+        for size in (2, 3):
+            task: Any = api.build_task(recipe, Any)  # type: ignore[arg-type]  # distillation asks its source nothing
+            task.module.backbone.set_activation_checkpointing(policy.mode, policy.period)
+            images = torch.zeros(size, 3, 24, 24, dtype=torch.uint8)
+            batch: Any = SimpleNamespace(
+                images=images, positions=torch.arange(size), labels=torch.zeros(size)
+            )
+            kept: dict[int, Tensor] = {}
+
+            def pack(tensor: Tensor, kept: dict[int, Tensor] = kept) -> Tensor:
+                kept[tensor.untyped_storage().data_ptr()] = tensor
+                return tensor.detach()
+
+            inputs = task.inputs(batch)
+            with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+                outputs = task.module(**inputs)
+            assert outputs["loss"].requires_grad
+            own = {parameter.untyped_storage().data_ptr() for parameter in task.module.parameters()}
+            found = sum(
+                tensor.untyped_storage().nbytes() for pointer, tensor in kept.items() if pointer not in own
+            )
+            assert found == pytest.approx(expected.kept.at(size), abs=1), (policy, size)
+
+
+def test_the_kernels_keep_less_than_the_reference(make_recipe: Callable[..., Recipe]) -> None:
+    """Kernels keep qkv, output and a statistic; the reference keeps its softmax and more."""
+    changes: dict[str, Any] = {
+        "overrides": {"embed_dim": 32, "depths": [1, 1], "num_heads": [1, 2], "window_size": 8}
+    }
+    model = {"name": "swin_v2_tiny", "img_size": 32, **changes}
+    settings: dict[str, Any] = {"model": model, "distill": {"teachers": [{"model": model}]}}
+    kernels = count(make_recipe(**settings))
+    reference = count(make_recipe(train__kernels="reference", **settings))
+    assert kernels.kernels == "Triton kernels"
+    none = Policy("none")
+    assert kernels.activations[none].kept.an_image < 0.9 * reference.activations[none].kept.an_image
+    assert kernels.student_flops == reference.student_flops
+    narrow = count(make_recipe())  # heads of 16 channels: no kernel serves them
+    assert narrow.kernels.startswith("PyTorch reference: window_attention: the Triton kernel")
+
+
+def test_meter_counts_storages_that_live_at_a_time() -> None:
+    with torch.device("meta"):
+        given = torch.zeros(256)
+    with Meter([given]) as meter:
+        view = given[:10]  # no storage of its own
+        one = view.new_zeros(1000)
+        two = one + 1
+        del one
+        three = two.view(10, 100) @ two.view(100, 10)
+    assert meter.now == 4 * (1000 + 100)
+    assert meter.peak == 4 * 2000
+    assert meter.flops == 2 * 10 * 100 * 10
+    assert three.shape == (10, 10)
+
+
+def test_flops_of_a_plan(make_recipe: Callable[..., Recipe]) -> None:
+    recipe = make_recipe()
+    counts = count(recipe)
+    assert recipe.distill is not None
+    teacher = recipe.distill.teachers[0]
+    with torch.device("meta"):
+        backbone = create_model("swin_v2_tiny", img_size=24, **teacher.model.overrides)
+        student = create_model("swin_v2_tiny", img_size=24, **recipe.model.overrides)
+    projector = 2 * 9 * 32 * 48  # 3 x 3 tokens
+    assert counts.teacher_flops == forward_flops(backbone, 24)
+    assert counts.student_flops == forward_flops(student, 24) + projector
+    none, selective, block = (counts.activations[Policy(mode)] for mode in ("none", "selective", "block"))
+    assert none.recomputed_flops == 0
+    blocks = forward_flops(student, 24) - sum(  # all but patches, merging and the biases
+        [2 * 36 * 48 * 16, 2 * 9 * 64 * 32, 2 * 49 * (1024 + 512), 2 * 25 * (1024 + 1024)]
+    )
+    mlps = 2 * (36 * 8 * 16**2 + 2 * 9 * 8 * 32**2)
+    assert block.recomputed_flops == blocks
+    assert selective.recomputed_flops == mlps
+    assert none.kept.an_image > selective.kept.an_image > block.kept.an_image
+    assert block.working.at(64) > none.working.at(64)
+    half = replace(recipe, distill=replace(recipe.distill, teachers=[replace(teacher, share=0.5)]))
+    assert count(half).teacher_flops == counts.teacher_flops / 2
+
+
+@pytest.mark.parametrize("task", ["contrastive", "classification"])
+def test_other_tasks_are_planned(make_recipe: Callable[..., Recipe], task: str) -> None:
+    found = plan("small", make_recipe(task, train__micro_batch=16), GPUS["h100"], 1)
+    assert found.counts.teacher_flops == found.counts.teacher_bytes == 0
+    assert found.best is not None
+    assert found.num_steps == 6
+
+
+def numbers(num_parameters: int = 10 * G, kept: float = 1 * G, teacher: int = 0) -> Counts:
+    """Counts made up: few large parameters, and small ones that stay whole at stage 3."""
+    costs = {
+        Policy("none"): Activations(Line(0, 10 * kept), Line(0, 0), 0.0),
+        Policy("block"): Activations(Line(0, kept), Line(0, kept), 5.0 * G),
+    }
+    small = [1000] * 10
+    return Counts((num_parameters - sum(small), *small), teacher, Line(0, 0), 5.0 * G, 7.0 * G, costs, {}, "")
+
+
+@pytest.mark.parametrize(
+    ("stage", "gpus", "precision", "accumulation", "expected"),
+    [  # parameters, gradients, optimizer; in units of 1e9 bytes, for 1e10 parameters
+        ("0", 4, "fp32", 1, (40, 40, 80)),
+        ("0", 4, "bf16", 1, (20, 20, 120)),
+        ("1", 4, "bf16", 1, (20, 5, 30)),
+        ("1", 4, "bf16", 2, (20, 20, 30)),
+        ("2", 4, "bf16", 2, (20, 5, 30)),
+        ("2", 4, "fp32", 2, (40, 10, 30)),
+        ("3", 1, "bf16", 1, (20, 20, 120)),
+        ("3", 4, "bf16", 1, (5, 5, 30)),
+        ("3", 4, "fp32", 2, (10, 10, 30)),
+        ("hierarchical", 4, "bf16", 1, (5, 5, 30)),
+        ("hierarchical", 64, "bf16", 1, (2.5, 2.5, 15)),
+    ],
+)
+def test_states_of_every_stage(
+    stage: str, gpus: int, precision: str, accumulation: int, expected: tuple[float, ...]
+) -> None:
+    found = state(numbers(), stage, gpus, precision, accumulation, {})
+    whole = 10_000 * (4 if precision == "fp32" else 2) if gpus > 1 and stage in ("3", "hierarchical") else 0
+    assert found.parameters == expected[0] * G + whole
+    assert (found.gradients, found.optimizer) == (expected[1] * G, expected[2] * G)
+    assert found.steady == sum(expected) * G + whole
+
+
+def test_buffers_are_those_of_the_json() -> None:
+    def buffers(stage: str, **zero: Any) -> float:
+        return state(numbers(), stage, 4, "bf16", 1, zero).buffers
+
+    assert buffers("0") == 0
+    assert buffers("2") == 2 * 5e8
+    assert buffers("2", overlap_comm=True, reduce_bucket_size=100) == 2 * 2 * 100
+    assert (
+        buffers("3") == 2 * 5e8 + 2 * 1e9
+    )  # the bucket, and a billion parameters that are gathered at a time
+    assert buffers("3", reduce_bucket_size=100, stage3_max_live_parameters=1000) == 2 * 100 + 2 * 1000
+    threshold = state(numbers(), "3", 4, "bf16", 1, {"stage3_param_persistence_threshold": 0}).parameters
+    assert threshold == 5 * G
+
+
+def test_the_fullest_moment() -> None:
+    held = State(1, 2, 4, 8, 16, step=1000)
+    costs = Activations(Line(10, 100), Line(5, 1), 0.0)
+    counts = replace(numbers(), teacher_working=Line(0, 300))
+    assert memory(counts, replace(held, step=0), costs, 1) == Memory(replace(held, step=0), 110, 300 - 110)
+    assert memory(counts, held, costs, 1).working == 1000 - 110
+    assert memory(counts, held, costs, 1).total == 31 + 1000
+    alone = replace(counts, teacher_working=Line(0, 0))
+    assert memory(alone, held, costs, 10).working == 15
+
+
+def test_traffic_by_hand() -> None:
+    """1 GB of parameters; NVLink 300 and InfiniBand 25 GB/s."""
+    gpu = GPUS["a100-80g"]
+
+    def sent(stage: str, count: int, accumulation: int, gpu: Gpu = gpu, **zero: Any) -> Traffic:
+        return traffic([G // 2], 2, stage, gpu, count, accumulation, {"stage3_max_reuse_distance": 0} | zero)
+
+    alone, node, two = (sent("3", count, 2) for count in (1, 8, 16))
+    assert (alone.gathered, alone.reduced, alone.seconds) == (0, 0, 0)
+    # Two micro-batches, there and back.
+    assert (node.gathered, node.reduced) == (4 * G * 7 / 8, 2 * G * 7 / 8)
+    assert node.seconds == pytest.approx(6 * 7 / 8 / 300)
+    # Half of 6 GB comes from the other node, over 8 cards; by NVLink it goes on to all GPUs, and that takes longer.
+    assert 6 / 8 / 2 / 25 < two.seconds == pytest.approx(6 * 15 / 16 / 300)
+    assert sent("3", 16, 2, replace(gpu, infiniband=10e9)).seconds == pytest.approx(6 / 8 / 2 / 10)
+    assert (two.gathered, two.reduced) == (4 * G * 15 / 16, 2 * G * 15 / 16)
+    # 0.2 of 0.5 G elements are kept until they are read again; a parameter that stays whole is gathered once a step.
+    assert sent("3", 8, 2, stage3_max_reuse_distance=0.4 * G).gathered == pytest.approx(3.2 * G * 7 / 8)
+    assert sent("3", 8, 2, stage3_param_persistence_threshold=G).gathered == G * 7 / 8
+    # An all-reduce of the gradients is 2 GB; stage 1 gathers the parameters after it, stage 2 reduces four times.
+    assert sent("0", 8, 4).seconds == pytest.approx(2 * 7 / 8 / 300)
+    assert sent("1", 8, 4).seconds == pytest.approx(3 * 7 / 8 / 300)
+    assert sent("1", 8, 4, use_multi_rank_bucket_allreduce=False).seconds == pytest.approx(2 * 7 / 8 / 300)
+    assert (sent("2", 8, 4).gathered, sent("2", 8, 4).reduced) == (5 * G * 7 / 8, 4 * G * 7 / 8)
+    layered = sent("hierarchical", 16, 2)
+    assert layered.gathered == 4 * G * 7 / 8 + G / 16
+    assert layered.seconds == pytest.approx(max(6 * 7 / 8 / 300, 2 / 8 / 2 / 25))
+
+
+def test_one_meaning_of_mfu() -> None:
+    assert model_flops(10, 4) == 34
+    assert mfu(34e12, seconds=2, num_gpus=10, peak_flops=17e12) == pytest.approx(0.1)
+
+
+@pytest.fixture
+def planned(make_recipe: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Plan]:
+    """Plans made-up counts, so that a test can say what fits."""
+
+    def make(counts: Counts, gpus: int = 1, **changes: Any) -> Plan:
+        monkeypatch.setattr("fd_scale.plan.estimate.count", lambda recipe, source: counts)
+        recipe = make_recipe(train__precision="bf16", train__steps=1000, **changes)
+        return plan("made up", recipe, GPUS["a100-80g"], gpus)
+
+    return make
+
+
+def test_step_time_and_cost(planned: Callable[..., Plan]) -> None:
+    found = planned(numbers(10**6), gpus=2, train__activation_checkpointing="block")
+    own = found.own
+    flops = 16 * (3 * 5 + 7 + 5) * G
+    assert own.compute_seconds == pytest.approx(flops / (2 * 312e12 * 0.4))
+    assert own.step_seconds == max(own.compute_seconds, own.traffic.seconds)
+    assert found.mfu(own) == pytest.approx(0.4 * 22 / 27 * own.compute_seconds / own.step_seconds)
+    assert found.gpu_hours(own) == pytest.approx(1000 * own.step_seconds * 2 / 3600)
+
+
+def test_the_choice_that_fits_best(planned: Callable[..., Plan]) -> None:
+    """79 GiB: 3e9 parameters take 48 GB on one GPU; 16 images keep 160 GB, or 32 GB where blocks are recomputed."""
+    found = planned(numbers(3 * G))
+    assert found.best is not None
+    assert (found.best.policy, found.best.micro_batch) == (Policy("none"), 2)  # 20 GB; quicker than "block"
+    assert require_fit(planned(numbers(3 * G), train__micro_batch=2)) is not None
+    assert all(choice.memory.total <= GPUS["a100-80g"].memory for choice in found.fitting)
+    assert "hierarchical" not in {choice.stage for choice in found.fitting}
+    nothing = planned(numbers(10 * G))
+    assert nothing.best is nothing.nearest is None
+    with pytest.raises(UserError, match="nothing does on so many GPUs: take more or larger ones"):
+        require_fit(nothing)
+
+
+def test_what_does_not_fit_is_refused_with_the_nearest_that_does(planned: Callable[..., Plan]) -> None:
+    """The recipe has stage 0 and a micro-batch of 8: 3e9 parameters are 48 GB, an image keeps 10 GB or 1 + 1."""
+    with pytest.raises(
+        UserError, match=r"micro_batch=8 .*=none needs .*: train.ds_config=zero0 train.micro_batch=2 "
+    ):
+        require_fit(planned(numbers(3 * G)))
+    heavy = numbers(3 * G, kept=4 * G)  # 40 GB an image, or 4 GB and as much to work with
+    with pytest.raises(UserError, match=r"zero0 train.micro_batch=4 train.activation_checkpointing=block$"):
+        require_fit(planned(heavy))
+    with pytest.raises(
+        UserError, match=r"into the 79.00 GiB of a100-80g on 2 GPUs; .* train.ds_config=zero\d"
+    ):
+        require_fit(planned(numbers(6 * G), gpus=2))
+
+
+def test_report_json_and_plot(planned: Callable[..., Plan], tmp_path: Path) -> None:
+    found = planned(numbers(3 * G))
+    console = Console(width=200, file=io.StringIO())
+    show(found, console)
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "made up on 1 x a100-80g, 79.00 GiB each" in text
+    assert "recipe as it is: does not fit" in text
+    assert "best: train.ds_config=zero0 train.micro_batch=2 train.activation_checkpointing=none" in text
+    assert "40% of 312 TFLOP/s (dense bf16, NVIDIA's datasheet) is assumed" in text
+    assert "as MiCS does; planned, not run by this version" in text
+    write_json(to_json(found), str(tmp_path / "plan.json"))
+    values = json.loads((tmp_path / "plan.json").read_text())
+    assert values["best"]["micro_batch"] == 2
+    assert values["own"]["fits"] is False
+    assert sum(values["own"]["memory"].values()) == pytest.approx(values["own"]["memory_total"])
+    plot(found, str(tmp_path / "plan.png"))
+    assert (tmp_path / "plan.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    with pytest.raises(UserError, match=r"nowhere/plan.png: cannot be written \(No such file"):
+        plot(found, str(tmp_path / "nowhere" / "plan.png"))
+
+
+@pytest.fixture
+def recipe_file(recipe_values: Callable[..., dict[str, Any]], tmp_path: Path) -> Callable[..., str]:
+    def write(**changes: Any) -> str:
+        OmegaConf.save(OmegaConf.create(recipe_values(**changes)), tmp_path / "recipe.yaml")
+        return str(tmp_path / "recipe.yaml")
+
+    return write
+
+
+def test_the_verb(recipe_file: Callable[..., str], capsys: pytest.CaptureFixture[str]) -> None:
+    """Settings may stand behind the options; a refusal is a row, not an end."""
+    cli.main(["plan", recipe_file(), "--gpus", "2", "--gpu", "h200", "train.micro_batch=4"])
+    out = capsys.readouterr().out
+    assert "micro-batch 4, checkpointing none" in out
+    assert "recipe as it is: fits" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--gpus", "2", "--gpu", "H-100"], "got H-100, expected one of a100-40g, .*; the nearest is h100"),
+        (["--gpus", "2"], "--gpus N and --gpu NAME say for what to plan"),
+        (["--gpus", "0", "--gpu", "h100"], "--gpus: got 0, expected at least 1"),
+        (["--gpus", "2", "--gpu", "h100", "--images", "0"], "--images: got 0, expected at least 1"),
+        (["--gpus", "3", "--gpu", "h100"], "16 images do not divide over 3 ranks"),
+    ],
+)
+def test_wrong_options(
+    recipe_file: Callable[..., str], capsys: pytest.CaptureFixture[str], arguments: list[str], sentence: str
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["plan", recipe_file(), *arguments])
+    assert ended.value.code == 2
+    found = capsys.readouterr().err
+    assert found.startswith("fd-scale: ")
+    with pytest.raises(AssertionError, match=sentence):
+        raise AssertionError(found)
+
+
+def test_unknown_arguments_are_still_refused(recipe_file: Callable[..., str]) -> None:
+    for arguments in (
+        ["plan", recipe_file(), "--gpuz=3"],
+        ["recipes", "a=b"],
+        ["plan", recipe_file(), "--gpus", "2", "x"],
+    ):
+        with pytest.raises(SystemExit) as ended:
+            cli.main(arguments)
+        assert ended.value.code == 2
+
+
+def test_check_refuses_what_does_not_fit(
+    recipe_file: Callable[..., str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "400")
+    arguments = ["check", recipe_file(), "--gpus", "2", "--gpu", "h100"]
+    cli.main(arguments)
+    assert "GiB of h100, x 2" in capsys.readouterr().out
+    monkeypatch.setattr(check, "find_gpu", lambda name: replace(find_gpu(name), memory=2**20))
+    with pytest.raises(SystemExit) as ended:
+        cli.main(arguments)
+    assert ended.value.code == 2
+    out = capsys.readouterr().out
+    assert "GiB a GPU, micro-batch 8" in out
+    assert "nothing does on so many GPUs" in out
+
+
+def test_training_is_refused_where_it_cannot_fit(
+    make_recipe: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What `build_trainer` calls on CUDA."""
+    world: Any = SimpleNamespace(device=torch.device("cuda"), size=2)
+    recipe = make_recipe()
+    source = open_source(recipe.data.train)
+    monkeypatch.setattr(api, "present_gpu", lambda device: replace(GPUS["h100"], memory=2**40))
+    api._refuse_what_does_not_fit(recipe, source, world)
+    monkeypatch.setattr(api, "present_gpu", lambda device: replace(GPUS["h100"], memory=2**20))
+    with pytest.raises(UserError, match=r"does not fit into the 0.00 GiB of h100"):
+        api._refuse_what_does_not_fit(recipe, source, world)
+
+    def not_counted(recipe: Recipe, source: Any) -> Counts:
+        raise NotCountedError("an op has no shapes")
+
+    monkeypatch.setattr("fd_scale.plan.estimate.count", not_counted)
+    api._refuse_what_does_not_fit(recipe, source, world)
+    assert "whether the run fits into memory is not known: an op has no shapes" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("name", "gib", "rates"),
+    [
+        ("NVIDIA A100-SXM4-40GB", 39.4, "a100-40g"),
+        ("NVIDIA A100-SXM4-80GB", 79.1, "a100-80g"),
+        ("NVIDIA H200", 139.8, "h200"),
+        ("NVIDIA L40S", 44.4, "a100-40g"),
+    ],
+)
+def test_the_gpu_that_is_here(monkeypatch: pytest.MonkeyPatch, name: str, gib: float, rates: str) -> None:
+    found = SimpleNamespace(name=name, total_memory=int(gib * 2**30))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: found)
+    gpu = present_gpu(torch.device("cuda", 0))
+    assert (gpu.name, gpu.memory) == (name, found.total_memory)
+    assert gpu.peak_flops == GPUS[rates].peak_flops
+
+
+def test_from_python(make_recipe: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fd_scale.plan.estimate.count", lambda recipe, source: numbers())
+    found = api.plan(make_recipe(), "h100", 2)
+    assert found.num_steps == 6
+    epochs = api.plan(make_recipe(train__steps=None, train__epochs=2.0), "h100", 2)
+    assert epochs.num_steps == 2 * (1497 // 16)
+    assert api.plan(make_recipe(train__steps=None, train__epochs=2.0), "h100", 2, images=160).num_steps == 20
+    elsewhere = make_recipe(train__steps=None, train__epochs=2.0, data__train="imagefolder:/nowhere")
+    assert api.plan(elsewhere, "h100", 2).num_steps is None
+
+
+def test_what_cannot_be_followed_is_named(
+    make_recipe: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def needs_values(self: Backbone, images: Tensor, scale: Tensor | None = None) -> Tensor:
+        return images[images > 0]
+
+    monkeypatch.setattr("fd_scale.models.swin_v2.SwinTransformerV2.forward", needs_values)
+    with pytest.raises(
+        NotCountedError, match="swin_v2_tiny or a teacher of it cannot be followed without values"
+    ):
+        count(make_recipe())
+
+
+def test_a_timm_student_is_planned_as_far_as_timm_recomputes(make_recipe: Callable[..., Recipe]) -> None:
+    model = {
+        "name": "vit_tiny_patch16_224",
+        "img_size": 32,
+        "overrides": {"embed_dim": 24, "depth": 2, "num_heads": 2},
+    }
+    counts = count(make_recipe(model=model, distill={"teachers": [{"model": model}]}))
+    assert set(counts.activations) == {Policy("none"), Policy("block")}
+    assert "got selective" in counts.refused[Policy("selective")]
+    own = make_recipe(
+        model=model, distill={"teachers": [{"model": model}]}, train__activation_checkpointing="selective"
+    )
+    with pytest.raises(UserError, match="got selective with period 1"):
+        require_fit(plan("timm", own, GPUS["h100"], 1))
+
+
+def test_a_period_of_the_recipe_is_planned(make_recipe: Callable[..., Recipe]) -> None:
+    recipe = make_recipe(train__activation_checkpointing="block", train__checkpointing_period=2)
+    found = plan("period", recipe, GPUS["h100"], 2)
+    assert str(found.own.policy) == "block/2"
+    none, half, block = (
+        found.counts.activations[policy] for policy in (Policy("none"), found.own.policy, Policy("block"))
+    )
+    assert none.kept.an_image > half.kept.an_image > block.kept.an_image
+
+
+@pytest.mark.slow
+def test_three_billion_parameters_in_seconds() -> None:
+    """No GPU, no data, no weights: under 20 s and 2 GiB, imports included."""
+    arguments = ["plan", "imagenet/swin_v2_giant", "--gpus", "64", "--gpu", "h100", "--images", "1281167"]
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    code = (
+        "import resource, sys; from fd_scale import cli; cli.main(sys.argv[1:]); "
+        "print('KiB', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True
+    )
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    # The processor's seconds, not the clock's: other tests run beside this one.
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 20
+    assert int(done.stdout.split("KiB")[1]) < 2 * 2**20
+    assert "trained parameters 3012.99 M" in done.stdout
+    expected = swin_v2_flops(192, 12, 512, (2, 2, 42, 4), (16, 32, 64, 128)) + 2 * 36 * 4096**2
+    assert f"student forward {expected / 1e9:.2f} G" in done.stdout
+
+
+def test_the_giants_recipe_is_planned_for_its_own_hardware() -> None:
+    recipe = load_recipe("imagenet/swin_v2_giant")
+    assert (recipe.train.activation_checkpointing, recipe.train.ds_config) == ("block", "zero3")
+
+
+def test_kept_bytes_leave_parameters_out() -> None:
+    module = torch.nn.Linear(8, 8, device="meta")
+    given = torch.zeros(4, 8, device="meta", requires_grad=True)
+    assert kept_bytes(module, {"input": given}) == 4 * 8 * 4
