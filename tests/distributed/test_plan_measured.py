@@ -13,6 +13,8 @@ from ranks import run_ranks
 from fd_scale.hardware import GPUS
 from fd_scale.plan.estimate import traffic
 
+pytestmark = pytest.mark.slow
+
 WIDE = {"patch_size": 4, "embed_dim": 128, "depths": [1, 2], "num_heads": [4, 8], "window_size": 4}
 
 # Let go between the forward and the backward pass: nothing may be kept for later, nothing fetched early.
