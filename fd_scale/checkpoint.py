@@ -18,8 +18,8 @@ import os
 import shutil
 import time
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -54,6 +54,8 @@ class TrainState:
     """Step of the last evaluation: a run killed between its save and its evaluation makes up for it."""
     bad_in_a_row: int = 0
     """Steps with a spike or a skipped gradient since the last good one."""
+    recent_losses: list[float] = field(default_factory=list)
+    """Those by which the next ones are judged."""
     rollbacks: int = 0
     """Times that the run went back to a checkpoint and took other samples from there."""
 
@@ -129,8 +131,11 @@ class Checkpoints:
         """Whether this rank has written its part of a checkpoint that is not whole yet."""
         return self.pending is not None and self.pending.written.done()
 
-    def complete(self) -> dict[str, float]:
+    def complete(self, alive: Callable[[], None] = lambda: None) -> dict[str, float]:
         """Waits until all ranks have written the checkpoint in hand and makes it whole; all ranks call it.
+
+        Args:
+            alive: called while its files grow.
 
         Returns:
             Its step and what it took, the slowest rank's: `stall_s` of training, `write_s` until the files
@@ -145,13 +150,13 @@ class Checkpoints:
         pending, self.pending = self.pending, None
         mine: _Written | str
         try:
-            mine = pending.written.result()
+            mine = _wait(pending, alive)
         except UserError as error:
             mine = str(error)
         parts = self.world.gather(mine)
         problem = next((part for part in parts if isinstance(part, str)), None)
         if problem is not None:
-            self.world.on_main(lambda: shutil.rmtree(pending.folder))
+            self.world.on_main(lambda: shutil.rmtree(pending.folder, ignore_errors=True))
             raise UserError(problem)
         files = {name: entry for part in parts for name, entry in part.files.items()}
         self.world.on_main(
@@ -188,31 +193,51 @@ class Checkpoints:
 
         return self.world.on_main(lambda: self._told(folder, rewrite))
 
-    def resume(self, engine: Saveable) -> TrainState:
+    def resume(
+        self, engine: Saveable, accepts: Callable[[TrainState], bool] = lambda state: True
+    ) -> TrainState:
         """Loads the newest whole checkpoint into `engine`; a fresh state where none was ever written.
+
+        Args:
+            engine: reads it.
+            accepts: whether a state is one to go on from; others are passed over.
 
         Raises:
             UserError: a checkpoint is there and none is whole.
         """
-        refused = []
+        refused: list[Path] = []
+        passed_over: list[Path] = []
         for folder in self.world.from_main(_newest_first(self.root)):
             problems = verify(folder, self.world)
             if problems:
                 logger.warning("%s is refused: %s", folder, "; ".join(problems))
                 refused.append(folder)
                 continue
-            manifest = read_manifest(folder)
+            state = TrainState(**read_manifest(folder)["state"])
+            if not accepts(state):
+                passed_over.append(folder)
+                continue
             engine.load(folder)
-            if self.world.is_main:  # a kill before the last move of `latest`, or a refusal, left it wrong
-                write_atomically(self.root / "latest", folder.name + "\n")
+            self._adopt(folder, refused + passed_over)
             logger.info("resumed %s", folder)
-            return TrainState(**manifest["state"])
+            return state
         if refused:
             raise UserError(
                 f"{self.root}: no checkpoint there is whole ({', '.join(folder.name for folder in refused)} refused); "
                 "restore one, or remove the folder to start from step 0"
             )
         return TrainState()
+
+    def _adopt(self, folder: Path, others: list[Path]) -> None:
+        """Makes a checkpoint the newest: the others must not be taken for one when their step comes."""
+
+        def move() -> None:
+            for other in others:
+                (other / MANIFEST).unlink(missing_ok=True)
+            # A kill before the last move of `latest`, or a refusal, left it wrong.
+            write_atomically(self.root / "latest", folder.name + "\n")
+
+        self.world.on_main(lambda: self._told(folder, move))
 
     def _complete(self, folder: Path, state: TrainState, files: dict[str, dict[str, Any]]) -> None:
         body = {"format": FORMAT, "state": asdict(state), "identity": self.identity, "files": files}
@@ -248,6 +273,18 @@ class Checkpoints:
     def _newest_name(self) -> str:
         newest = _newest_first(self.root)
         return newest[0].name if newest else "none"
+
+
+def _wait(pending: _Pending, alive: Callable[[], None]) -> _Written:
+    size = -1
+    while True:
+        wait([pending.written], timeout=1.0)
+        if pending.written.done():
+            return pending.written.result()
+        now = sum(path.stat().st_size for path in pending.folder.iterdir())
+        if now != size:
+            size = now
+            alive()
 
 
 def verify(folder: Path, world: World) -> list[str]:

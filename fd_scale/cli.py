@@ -294,6 +294,9 @@ def _check(options: argparse.Namespace) -> None:
 def _plan(options: argparse.Namespace) -> None:
     recipe = load_recipe(options.recipe, options.overrides)
     if options.measure:
+        planned = ("gpus", "gpu", "images", "json", "plot")
+        if given := [f"--{name}" for name in planned if getattr(options, name) is not None]:
+            raise UserError(f"plan: --measure prints what this machine holds; remove {', '.join(given)}")
         from fd_scale import api
         from fd_scale.plan.measure import measured_table
 

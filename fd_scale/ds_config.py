@@ -57,7 +57,14 @@ def read(name: str) -> dict[str, Any]:
             raise UserError(
                 f"train.ds_config: {section} is {json.dumps(values[section])} in {path}, expected an object"
             )
-    if zero_stage(values) not in range(4):
+    for key in ("offload_optimizer", "offload_param"):
+        offload = values.get("zero_optimization", {}).get(key) or {}
+        if not isinstance(offload, dict):
+            raise UserError(
+                f"train.ds_config: zero_optimization.{key} is {json.dumps(offload)} in {path}, expected an object, "
+                'as {"device": "cpu"}'
+            )
+    if zero_stage(values) not in range(4) or isinstance(zero_stage(values), bool):
         raise UserError(
             f"train.ds_config: zero_optimization.stage is {json.dumps(zero_stage(values))} in {path}, "
             "expected 0, 1, 2 or 3"

@@ -128,6 +128,10 @@ class _BuildInParts(TorchFunctionMode):
         self.whole = [parameter for parameter in self.whole if any(parameter is other for other in kept)]
 
 
+def _refused(error: Exception) -> UserError:
+    return UserError(f"train.ds_config: DeepSpeed refuses it: {' '.join(str(error).split())}")
+
+
 class Partition:
     """A `Placement`: parameters in parts over the ranks, by ZeRO-3.
 
@@ -138,15 +142,18 @@ class Partition:
 
     def __init__(self, ds_config: dict[str, Any], world: World) -> None:
         _choose_accelerator(world)
-        zero = ds_config["zero_optimization"] | {"stage": 3}
+        zero = ds_config.get("zero_optimization", {}) | {"stage": 3}
         zero.pop("offload_optimizer", None)
         # Nothing is trained here: batch sizes, which DeepSpeed would check, are of no concern.
         self.config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": zero}
 
     def building(self, dtype: torch.dtype) -> _BuildInParts:
         """See `Placement`."""
-        # A module of its own, without parameters: DeepSpeed's hooks into constructors are not wanted.
-        init = deepspeed.zero.Init(module=nn.Module(), config_dict_or_path=self.config)
+        try:
+            # A module of its own, without parameters: DeepSpeed's hooks into constructors are not wanted.
+            init = deepspeed.zero.Init(module=nn.Module(), config_dict_or_path=self.config)
+        except ValidationError as error:
+            raise _refused(error) from None
         return _BuildInParts(init, dtype)
 
     def frozen(self, module: nn.Module, device: torch.device, dtype: torch.dtype) -> Callable[..., Any]:
@@ -239,9 +246,7 @@ class Engine:
                 model=module, optimizer=optimizer, config=ds_config, dist_init_required=False
             )
         except (ValidationError, ZeRORuntimeException) as error:
-            raise UserError(
-                f"train.ds_config: DeepSpeed refuses it: {' '.join(str(error).split())}"
-            ) from None
+            raise _refused(error) from None
 
         if stage == 0 and not precise:
             # DeepSpeed has stepped it once on zero gradients, which leaves AdamW's bias correction a step ahead.
@@ -346,7 +351,10 @@ class Engine:
     def load(self, folder: Path) -> None:
         """Reads what `snapshot` gave on any number of ranks, with the same ZeRO stage."""
         shards = Shards(folder)
-        if shards.world_size not in (0, self.world.size):
+        # Where DeepSpeed keeps a parameter also depends on its settings, and it reads by position.
+        if shards.world_size and (
+            shards.world_size != self.world.size or shards.zero != self.deepspeed.config["zero_optimization"]
+        ):
             self._load_from_other_ranks(shards)
             return
         path, _ = self.deepspeed.load_checkpoint(str(folder.parent), tag=folder.name)

@@ -107,6 +107,8 @@ class Shards:
         self.shapes: dict[str, torch.Size] = {}
         self.pieces: dict[str, list[Piece]] = {}
         self.stage = int(self.optimizer_states(0)["zero_stage"]) if self.world_size else 0
+        self.zero: dict[str, Any] = self.model_states(0)["ds_config"].get("zero_optimization", {})
+        """That section of the DeepSpeed JSON it was written with."""
         self._find(self.model_states(0))
         # Mapped pages count as resident memory: they are let go after so many bytes.
         self.most_touched = max(4 * shape.numel() for shape in self.shapes.values())

@@ -98,6 +98,8 @@ class Trainer:
         self.sent_bytes = engine.sent_bytes
         """At the last line of metrics."""
         self.preempted = False
+        self.save_owed = False
+        """Whether a checkpoint was due at a step that went wrong."""
         self.written = False
         """Whether all ranks have written the checkpoint in hand."""
 
@@ -105,6 +107,7 @@ class Trainer:
         """Trains from the newest whole checkpoint to the last step, or until preempted."""
         try:
             self.state = self.checkpoints.resume(self.engine)
+            self.loss_watch = LossWatch(self.recipe.watch.spike_factor, self.state.recent_losses)
             self.recorder.start(self.state.step, self.num_steps, self._evaluated())
             folder = Path(self.recipe.run_dir) / "profile" if self.recipe.log.profile else None
             with self.watchdog, profiling(folder, self.world) as self.end_profiled_step:
@@ -195,14 +198,15 @@ class Trainer:
         self.sent_bytes = self.engine.sent_bytes
 
     def save(self) -> None:
-        """Begins a checkpoint, which is written while training goes on, unless the last losses go wrong."""
-        if self.state.bad_in_a_row == 0 or self._last() or self.preempted:
+        """Begins a checkpoint, which is written while training goes on; where the last losses go wrong, later."""
+        self.save_owed = self.state.bad_in_a_row > 0 and not self._last() and not self.preempted
+        if not self.save_owed:
             self.complete_checkpoint()  # the one before
             self.checkpoints.save(self.engine, self.state)
 
     def complete_checkpoint(self) -> None:
         """Waits for the checkpoint in writing, if there is one, and makes it whole."""
-        took = self.checkpoints.complete()
+        took = self.checkpoints.complete(lambda: self.watchdog.beat("a checkpoint grew"))
         if took:
             self.recorder.checkpoint(took)
 
@@ -237,7 +241,8 @@ class Trainer:
         return self.state.evaluated_step == self.state.step
 
     def _save_due(self) -> bool:
-        return self._last() or self.preempted or self._due(self.recipe.checkpoint.save_every_steps)
+        due = self._due(self.recipe.checkpoint.save_every_steps)
+        return self._last() or self.preempted or self.save_owed or due
 
     def _last(self) -> bool:
         return self.state.step == self.num_steps
@@ -283,9 +288,12 @@ class Trainer:
             return
         self.loss = None
         spike = self.loss_watch.is_spike(loss)
-        if spike:
+        if spike and not self.engine.skipped:
             logger.warning("step %d: the loss spikes, %.4g", self.state.step, loss)
-        self.state.bad_in_a_row = self.state.bad_in_a_row + 1 if spike or self.engine.skipped else 0
+        # In fp16 a finite loss may be scaled too high; DeepSpeed lowers the scale, and stops at its least.
+        skipped = self.engine.skipped and self.recipe.train.precision != "fp16"
+        self.state.bad_in_a_row = self.state.bad_in_a_row + 1 if spike or skipped else 0
+        self.state.recent_losses = list(self.loss_watch.losses)
 
     def _report_skip(self, micro_batches: list[Batch]) -> None:
         """Says on which ranks the loss itself was not finite, and there, of which samples."""
@@ -303,19 +311,20 @@ class Trainer:
         """Goes back to the newest checkpoint, and on from there with other samples."""
         bad, times = self.state.bad_in_a_row, self.state.rollbacks
         problem = f"{bad} steps in a row had a loss that spikes or a gradient that is not finite (watch.max_bad_steps)"
-        advice = "lower optim.lr or check the data"
+        advice = "check the data, or take a lower optim.lr in a run_dir of its own"
         self.complete_checkpoint()
         if times == self.recipe.watch.max_rollbacks:
             raise UserError(
-                f"{problem}, after going back {times} times (watch.max_rollbacks); {advice}, and start the same "
-                "command again"
+                f"{problem}, after going back {times} times (watch.max_rollbacks); {advice}; a higher "
+                "watch.max_rollbacks goes on from the newest checkpoint"
             )
-        restored = self.checkpoints.resume(self.engine)
+        restored = self.checkpoints.resume(self.engine, lambda state: state.bad_in_a_row == 0)
         if restored.step == 0:
             raise UserError(f"{problem}, and there is no checkpoint to go back to; {advice}")
         logger.warning("%s: back to step %d, and on with other samples", problem, restored.step)
         self.state = replace(restored, rollbacks=times + 1, bad_in_a_row=0)
         self.checkpoints.update(self.state)
-        self.loss_watch = LossWatch(self.recipe.watch.spike_factor)
+        self.save_owed = False
+        self.loss_watch = LossWatch(self.recipe.watch.spike_factor, self.state.recent_losses)
         self.recorder.finish()
         self.recorder.start(self.state.step, self.num_steps, self._evaluated())

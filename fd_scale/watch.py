@@ -11,6 +11,7 @@ import statistics
 import threading
 import time
 from collections import deque
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 
@@ -84,19 +85,20 @@ class LossWatch:
 
     Args:
         spike_factor: a loss above so many times the mean of the last ones is a spike; 0: none is.
+        losses: the last ones, of a run that goes on.
     """
 
     NUM_LOSSES = 50
     NUM_NEEDED = 20
 
-    def __init__(self, spike_factor: float) -> None:
+    def __init__(self, spike_factor: float, losses: Sequence[float] = ()) -> None:
         self.spike_factor = spike_factor
-        self.losses: deque[float] = deque(maxlen=self.NUM_LOSSES)
+        self.losses: deque[float] = deque(losses, maxlen=self.NUM_LOSSES)
 
     def is_spike(self, loss: float) -> bool:
-        """Judges the loss of a step; one that is no spike counts for the next ones."""
+        """Judges the loss of a step, finite or not; one that is no spike counts for the next ones."""
         if not math.isfinite(loss):
-            return False  # its gradient is not finite either, and the engine has skipped the step
+            return True
         judged = self.spike_factor > 0 and len(self.losses) >= self.NUM_NEEDED
         if judged and loss > self.spike_factor * statistics.fmean(self.losses):
             return True

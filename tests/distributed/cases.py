@@ -104,7 +104,7 @@ def train_then_die(values: dict[str, Any], step: int, where: str, victim: int) -
                 die()
             return write(folder, objects, probes)
 
-        def write_then_die(self: Checkpoints) -> dict[str, float]:
+        def write_then_die(self: Checkpoints, *arguments: Any) -> dict[str, float]:
             if (
                 where == "before the manifest"
                 and self.pending is not None
@@ -112,7 +112,7 @@ def train_then_die(values: dict[str, Any], step: int, where: str, victim: int) -
             ):
                 self.pending.written.result()
                 die()
-            return complete(self)
+            return complete(self, *arguments)
 
         Engine.snapshot = die_then_snapshot  # type: ignore[method-assign]
         checkpoint._write = die_while_writing

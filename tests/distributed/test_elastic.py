@@ -37,20 +37,33 @@ def test_another_number_of_ranks_goes_on(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("stage", "before", "after"), [(2, 4, 2), (3, 1, 4)])
+@pytest.mark.parametrize(("stage", "before", "after"), [(2, 4, 2), (3, 1, 4), (2, 2, 2), (3, 2, 2)])
 def test_a_users_json_goes_on_too(
     recipe_values: Values, tmp_path: Path, stage: int, before: int, after: int
 ) -> None:
     file = tmp_path / "mine.json"
     file.write_text(json.dumps({"zero_optimization": ELSEWHERE[stage]}))
     values = recipe_values(train__ds_config=str(file), checkpoint__save_every_steps=3)
-    goes_on(values, tmp_path, before, after, "fp32")
+    # On as many ranks as before it is the JSON alone that changes.
+    earlier = str(file) if before != after else f"zero{stage}"
+    goes_on(values, tmp_path, before, after, "fp32", earlier)
 
 
-def goes_on(values: dict[str, Any], tmp_path: Path, before: int, after: int, precision: str) -> None:
-    """Goes on from step 3 of a run that went on itself."""
+def goes_on(
+    values: dict[str, Any],
+    tmp_path: Path,
+    before: int,
+    after: int,
+    precision: str,
+    earlier: str | None = None,
+) -> None:
+    """Goes on from step 3 of a run that went on itself, with another JSON (`earlier`) where one is given."""
     values["train"]["micro_batch"] = 4  # the same micro-batches on 1, 2 and 4 ranks
-    unbroken = values | {"run_dir": str(tmp_path / "unbroken")}
+    ds_config = earlier or values["train"]["ds_config"]
+    unbroken = values | {
+        "run_dir": str(tmp_path / "unbroken"),
+        "train": values["train"] | {"ds_config": ds_config},
+    }
     run_ranks(cases.train, before, unbroken)
     shutil.copytree(unbroken["run_dir"], values["run_dir"])
     shutil.rmtree(Path(values["run_dir"]) / "checkpoints" / "step_00000006")

@@ -51,6 +51,26 @@ def damage(run_dir: Path, step: int) -> None:
     (run_dir / "checkpoints" / f"step_{step:08d}" / "tensors.txt").write_text(f"step_{step + 1:08d}")
 
 
+def test_a_refused_checkpoint_is_not_taken_for_one_when_its_step_comes(tmp_path: Path) -> None:
+    """An evaluation at step 6 would write its manifest anew, and retention then delete the one that is whole."""
+    save(tmp_path, [4, 6])
+    damage(tmp_path, 6)
+    checkpoints = make(tmp_path, keep_last=1)
+    assert checkpoints.resume(Tensors()).step == 4
+    assert not checkpoints.update(TrainState(step=6, best_step=6, best_value=2.0))
+    assert names(tmp_path) == [4]
+
+
+def test_going_back_passes_over_what_is_not_accepted(tmp_path: Path) -> None:
+    checkpoints, tensors = make(tmp_path), Tensors()
+    for step, bad in ((2, 0), (4, 3)):
+        whole(checkpoints, TrainState(step=step, bad_in_a_row=bad, recent_losses=[0.1, 0.2]))
+    state = checkpoints.resume(tensors, lambda state: state.bad_in_a_row == 0)
+    assert (state, tensors.loaded) == (TrainState(step=2, recent_losses=[0.1, 0.2]), "step_00000002")
+    assert names(tmp_path) == [2]
+    assert checkpoints.resume(tensors, lambda state: False) == TrainState(), "none to go back to"
+
+
 def test_the_last_and_the_best_are_kept(tmp_path: Path) -> None:
     save(tmp_path, [1, 2, 3, 4, 5], keep_last=2, best=1)
     assert names(tmp_path) == [1, 4, 5]

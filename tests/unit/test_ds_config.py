@@ -126,3 +126,17 @@ def test_another_layout_of_checkpoints_is_refused(make_recipe: MakeRecipe) -> No
     config = {"zero_optimization": {"stage": 2, "elastic_checkpoint": True}}
     with pytest.raises(UserError, match=r"elastic_checkpoint .* a run resumes on another number of ranks"):
         resolve(config, make_recipe(), 1, "cpu")
+
+
+@pytest.mark.parametrize(
+    ("zero", "sentence"),
+    [
+        ({"offload_optimizer": "cpu"}, 'offload_optimizer is "cpu" in .*expected an object'),
+        ({"stage": True}, "stage is true in .*expected 0, 1, 2 or 3"),
+    ],
+)
+def test_wrong_types_are_one_sentence(zero: dict[str, Any], sentence: str, tmp_path: Path) -> None:
+    file = tmp_path / "mine.json"
+    file.write_text(json.dumps({"zero_optimization": zero}))
+    with pytest.raises(UserError, match=sentence):
+        read(str(file))

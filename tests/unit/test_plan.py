@@ -534,3 +534,12 @@ def test_kept_bytes_leave_parameters_out() -> None:
     module = torch.nn.Linear(8, 8, device="meta")
     given = torch.zeros(4, 8, device="meta", requires_grad=True)
     assert kept_bytes(module, {"input": given}) == 4 * 8 * 4
+
+
+def test_measure_takes_no_options_of_a_plan(capsys: pytest.CaptureFixture[str]) -> None:
+    from fd_scale.cli import main
+
+    with pytest.raises(SystemExit) as ended:
+        main(["plan", "digits/distill", "--measure", "--gpu", "h100", "--json", "out.json"])
+    assert ended.value.code == 2
+    assert "remove --gpu, --json" in capsys.readouterr().err

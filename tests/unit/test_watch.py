@@ -19,8 +19,9 @@ def test_a_spike_is_many_times_the_mean_of_the_losses_before() -> None:
     assert not watch.is_spike(6.0)
     assert watch.is_spike(6.7), "three times the mean, 2.19, is 6.57"
     assert watch.is_spike(6.7), "a spike does not move the mean"
-    assert not watch.is_spike(math.nan), "the engine skips those"
-    assert watch.is_spike(6.7), "nor does it count"
+    assert watch.is_spike(math.nan)
+    assert watch.is_spike(6.7), "nor does that move it"
+    assert LossWatch(3.0, list(watch.losses)).is_spike(6.7), "a run that goes on judges by the same losses"
     for _ in range(50):
         watch.is_spike(4.0)
     assert not watch.is_spike(11.9), "only the last 50 count"
@@ -29,6 +30,7 @@ def test_a_spike_is_many_times_the_mean_of_the_losses_before() -> None:
 def test_zero_means_that_nothing_is_a_spike() -> None:
     watch = LossWatch(0.0)
     assert not any(watch.is_spike(10.0**power) for power in range(40))
+    assert watch.is_spike(math.inf), "but what is not finite is"
 
 
 def test_a_run_that_beats_is_left_alone(tmp_path: Path) -> None:

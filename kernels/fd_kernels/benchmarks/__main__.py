@@ -70,7 +70,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.report in (None, "-"):
         sys.stdout.write(text)
     else:
-        Path(options.report).write_text(text)
+        try:
+            Path(options.report).write_text(text)
+        except OSError as error:
+            parser.error(f"--report: {options.report} cannot be written ({error.strerror})")
     if options.plot:
         if records is None:
             parser.error(
