@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-FORMAT = 1
+FORMAT = 2
 """Version of the layout, of the sample order and of the random streams behind it."""
 
 MANIFEST = "manifest.json"

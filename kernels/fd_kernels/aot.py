@@ -30,6 +30,8 @@ KERNEL_MODULES = ("fd_kernels.feature_loss.launch", "fd_kernels.window_attention
 """Modules with a function `aot_configurations() -> Iterator[Configuration]`."""
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+SHARED_BYTES = 163 * 1024
+"""What a program may have on the smallest of these GPUs, an A100; tiles are the same on all."""
 TENSOR_CORE = re.compile(r"\b(HMMA|HGMMA|UTC\w*MMA)\b")
 SPILL = re.compile(r"\b(?:STL|LDL)\b")  # stores to and loads from a thread's local memory
 
@@ -112,10 +114,12 @@ def _cuobjdump(option: str, path: str) -> str:
 
 
 def faults(configuration: Configuration, resources: Resources) -> list[str]:
-    """What must not be in a 16-bit kernel: spills, a stack, matrix products outside the tensor cores."""
-    if configuration.dtype not in (torch.bfloat16, torch.float16):
-        return []
+    """What must not be: too much shared memory; in a 16-bit kernel spills, a stack, products outside tensor cores."""
     found = []
+    if resources.shared_bytes > SHARED_BYTES:
+        found.append(f"{resources.shared_bytes} bytes of shared memory")
+    if configuration.dtype not in (torch.bfloat16, torch.float16):
+        return found
     if resources.spills:
         found.append(f"{resources.spills} spill instructions")
     if resources.stack_bytes:

@@ -125,6 +125,7 @@ def test_every_argument_of_a_kernel_is_declared() -> None:
         ({"stack_bytes": 8}, False, ["8 bytes of stack"]),
         ({}, True, ["no tensor-core instruction"]),
         ({"tensor_core": "HGMMA"}, True, []),
+        ({"shared_bytes": 163 * 1024}, False, []),
     ],
 )
 def test_faults(changes: dict[str, int], uses_dot: bool, expected: list[str]) -> None:
@@ -140,3 +141,10 @@ def test_faults(changes: dict[str, int], uses_dot: bool, expected: list[str]) ->
     assert faults(configuration(torch.bfloat16), resources) == expected
     assert faults(configuration(torch.float16), resources) == expected
     assert faults(configuration(torch.float32), resources) == []
+
+
+def test_shared_memory_is_limited_in_every_dtype() -> None:
+    resources = Resources(registers=64, spills=0, stack_bytes=0, shared_bytes=166_913, tensor_core="")
+    for dtype in (torch.bfloat16, torch.float32):
+        configuration = Configuration(name="kernel", kernel=None, dtype=dtype, signature={}, constants={})
+        assert faults(configuration, resources) == ["166913 bytes of shared memory"]

@@ -24,7 +24,7 @@ _ONE_TILE = 64
 _KEPT_BIAS = 24 * 24
 """Tokens up to which the keys' kernel keeps the gradient of the bias in registers; above, they spill."""
 _KEPT_PADDED_BIAS = 16 * 16
-"""The same where windows reach over the grid."""
+"""The same where windows reach over the grid, and in fp32, whose tiles take more than an A100's shared memory."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class Plan:
     @property
     def keeps_bias(self) -> bool:
         """Whether the keys' kernel makes the gradient of the bias too."""
-        largest = _KEPT_PADDED_BIAS if self.padded else _KEPT_BIAS
+        largest = _KEPT_PADDED_BIAS if self.padded or self.dtype == torch.float32 else _KEPT_BIAS
         return self.num_tokens <= largest and self.head_dim == 32 and not self.table
 
     @property
