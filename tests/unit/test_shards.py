@@ -49,7 +49,7 @@ def save(folder: Path, tensors: dict[str, Tensor], stage: int, world_size: int) 
         row = torch.cat(flat)
         parts = list(torch.nn.functional.pad(row, (0, -row.numel() % (2 * world_size))).chunk(world_size))
     model = {
-        "buffer_names": ["steps"], "module": {"steps": torch.tensor(3)}, "param_shapes": [shapes],
+        "ds_config": {}, "buffer_names": ["steps"], "module": {"steps": torch.tensor(3)}, "param_shapes": [shapes],
         "frozen_param_shapes": {}, "shared_params": {"e": "a"} if "a" in shapes else {},
     }  # fmt: skip
     key = "fp32_flat_groups" if stage == 3 else "single_partition_of_fp32_groups"
