@@ -587,6 +587,10 @@ def test_sanitizer_is_found_in_the_toolkit_or_said_to_be_absent(
         assert sanitize._sanitizer() == str(tmp_path / "bin" / "compute-sanitizer")
 
 
-def test_sanitized_calls_are_served() -> None:
-    """On the CPU, by the references: the calls themselves are right."""
+def test_sanitized_calls_are_served(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the CPU, by the references: the calls themselves are right, and each has its gradients taken."""
+    taken: list[int] = []
+    grad = torch.autograd.grad
+    monkeypatch.setattr(torch.autograd, "grad", lambda *args: taken.append(len(grad(*args))))
     sanitize.run_calls(CPU)
+    assert taken == [3, 3, 3, 3, 2, 1, 1], "window attention four times, the ViT's, the loss twice"
