@@ -7,10 +7,10 @@ STAMP := $(VENV)/.installed
 # A company's certificates count too.
 export UV_SYSTEM_CERTS := 1
 
-.PHONY: help setup demo test lint bench gpu-bench gpu-check aot lock clean
+.PHONY: help setup demo test lint bench gpu-bench gpu-3b gpu-check aot lock clean
 
 help:  ## this list
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
+	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
 
 setup: $(STAMP)  ## .venv from the hashed requirements.lock
 
@@ -40,6 +40,9 @@ bench: setup  ## our step against a bare loop, and the loader
 
 gpu-bench: setup  ## kernels beside their peers on a GPU, 9 minutes a call, resumed; SHAPE=regex picks
 	$(BIN)/python -m fd_kernels.benchmarks --match "$(SHAPE)"
+
+gpu-3b: setup  ## whole steps of SwinV2-G and -B on one GPU, 9 minutes a call, resumed; CELL=regex picks
+	$(BIN)/fd-scale bench giant --match "$(CELL)"
 
 gpu-check: setup  ## the tests that need a CUDA device, and compute-sanitizer
 	$(BIN)/python -m pytest -m gpu --require-gpu

@@ -6,6 +6,7 @@ api.train(api.load_recipe("digits/distill", ["train.steps=100"]))
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import tempfile
 from dataclasses import replace
@@ -113,14 +114,33 @@ def measure(recipe: Recipe) -> tuple[Choice, Measured]:
     return planned.own, found
 
 
-def build_trainer(recipe: Recipe, world: World) -> Trainer:
-    """Builds all that a run needs, cheapest checks first."""
+def build_trainer(
+    recipe: Recipe,
+    world: World,
+    *,
+    source: Source | None = None,
+    must_fit: bool = True,
+    initialise_on: torch.device | None = None,
+) -> Trainer:
+    """Builds all that a run needs, cheapest checks first.
+
+    Args:
+        recipe: a recipe of any task.
+        world: ranks.
+        source: training images; none: those that the recipe names.
+        must_fit: whether a run is refused that the plan does not see fit into the GPUs here.
+        initialise_on: device that draws the initial weights, quickly, and other ones than a run would have; none: the
+            CPU, with the same values whatever the run's device.
+
+    Raises:
+        UserError: the recipe, its data or what is in its run folder do not allow it.
+    """
     recipe = resolved(recipe)
     choose_kernels(recipe.train.kernels, world.device)
     engine_config = ds_config.resolve(
         ds_config.read(recipe.train.ds_config), recipe, world.size, world.device.type
     )
-    source = open_source(recipe.data.train)
+    source = open_source(recipe.data.train) if source is None else source
     loader = TrainLoader(
         source,
         training_transform(recipe),
@@ -139,11 +159,12 @@ def build_trainer(recipe: Recipe, world: World) -> Trainer:
             f"train.epochs: {recipe.train.epochs} epochs of {loader.steps_per_epoch} steps are no step; raise it"
         )
     peak_images_per_s = None
-    if world.device.type == "cuda":
+    if must_fit and world.device.type == "cuda":
         peak_images_per_s = world.on_main(lambda: _refuse_what_does_not_fit(recipe, source, world))
     stage = ds_config.zero_stage(engine_config)
     parts = Partition(engine_config, world)
-    task = build_task(recipe, source, parts if stage == 3 else WHOLE, parts)
+    with initialise_on or contextlib.nullcontext():
+        task = build_task(recipe, source, parts if stage == 3 else WHOLE, parts)
     if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in task.module.modules()):
         logger.warning("the model has BatchNorm, whose statistics are those of a rank's micro-batch: on another number "
                        "of ranks it trains otherwise")  # fmt: skip

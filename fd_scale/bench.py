@@ -11,10 +11,11 @@ import tempfile
 import time
 from collections.abc import Generator
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from rich.table import Table
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from fd_scale import api, distributed, log
@@ -25,7 +26,6 @@ from fd_scale.errors import UserError
 from fd_scale.log import console
 from fd_scale.models import dtype_of
 from fd_scale.run_folder import environment
-from fd_scale.trainer import Task
 
 VARIANTS = (("zero0", 1), ("zero3", 2))
 WARM_UP_STEPS = 5
@@ -80,7 +80,7 @@ class _TakingTurns:
     The time between a batch and the next one is that of the whole loop, with its log lines.
     """
 
-    def __init__(self, loader: TrainLoader, bare: _BareLoop, num_batches: int) -> None:
+    def __init__(self, loader: TrainLoader, bare: BareLoop, num_batches: int) -> None:
         self.steps_per_epoch = loader.steps_per_epoch
         self.bare = bare
         batches = loader.iterate(0)
@@ -109,11 +109,30 @@ class _TakingTurns:
         return time.perf_counter()
 
 
-class _BareLoop:
-    """What one would write without this package: DDP on many ranks, torch's fused AdamW, clipping."""
+class Bare(Protocol):
+    """What a bare loop asks of a task; each as of `fd_scale.trainer.Task`."""
 
-    def __init__(self, task: Task, recipe: Recipe, world: distributed.World) -> None:
+    @property
+    def module(self) -> nn.Module: ...
+
+    def counts(self, batch: Batch) -> dict[str, float]: ...
+
+    def inputs(self, batch: Batch) -> dict[str, Any]: ...
+
+
+class BareLoop:
+    """What one would write without this package: DDP on many ranks, torch's fused AdamW, clipping.
+
+    Args:
+        task: what is trained.
+        recipe: learning rate, clipping and precision.
+        world: ranks.
+        autocast: whether the precision is autocast's; else it is the module's own.
+    """
+
+    def __init__(self, task: Bare, recipe: Recipe, world: distributed.World, autocast: bool = True) -> None:
         self.task = task
+        self.autocast = autocast
         self.recipe = recipe
         self.device = world.device
         module = task.module.to(world.device)
@@ -126,7 +145,7 @@ class _BareLoop:
         optimizer = self.optimizer
         for batch in micro_batches:
             on_device = batch.to(self.device)
-            with torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32):
+            with torch.autocast(self.device.type, dtype, enabled=self.autocast and dtype != torch.float32):
                 outputs = self.module(**self.task.inputs(on_device))
             # DDP averages over ranks.
             terms = [outputs[name] / count for name, count in self.task.counts(batch).items()]
@@ -143,7 +162,7 @@ def _measure(recipe: Recipe, num_steps: int, json_file: str) -> None:
     trainer = api.build_trainer(recipe, world)
     bare_task = api.build_task(recipe, open_source(recipe.data.train))
     bare_task.prepare(world, trainer.loader)
-    turns = _TakingTurns(trainer.loader, _BareLoop(bare_task, recipe, world), min(num_steps, 16))
+    turns = _TakingTurns(trainer.loader, BareLoop(bare_task, recipe, world), min(num_steps, 16))
     trainer.loader = turns  # type: ignore[assignment]
     trainer.train()
     if world.is_main:

@@ -6,6 +6,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
@@ -180,10 +181,11 @@ def _add_tools(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
 
 def _add_bench(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     bench = _add_verb(
-        verbs, "bench", "measurements: step, kernels",
-        "Measures the training step, or the kernels.",
+        verbs, "bench", "measurements: step, kernels, giant",
+        "Measures the training step, the kernels, or whole steps of SwinV2-G on a GPU.",
         "  fd-scale bench step --json step.json\n"
-        "  fd-scale bench kernels --match swin_g_w12",
+        "  fd-scale bench kernels --match swin_g_w12\n"
+        "  fd-scale bench giant --match '^G'",
     )  # fmt: skip
     subjects = bench.add_subparsers(metavar="WHAT", required=True)
 
@@ -213,6 +215,26 @@ def _add_bench(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
     kernels.add_argument("--report", metavar="FILE", nargs="?", const="-", help="measure nothing; the table")
     kernels.add_argument("--plot", metavar="FILE", help="draw what was measured")
     kernels.set_defaults(run=_bench_kernels)
+
+    giant = _add_verb(
+        subjects, "giant", "whole steps of SwinV2-G and -B on one GPU, beside timm and FSDP2",
+        "Measures whole distillation steps on one GPU: time, MFU, memory beside the plan's; random weights, no data.\n"
+        "Each cell (model, checkpointing, micro-batch, way) runs in a process of its own and is recorded at once; a\n"
+        "second call goes on where the first one stopped.",
+        "  fd-scale bench giant --match '^G block'\n"
+        "  fd-scale bench giant --report",
+    )  # fmt: skip
+    giant.add_argument(
+        "--match", metavar="REGEX", default="", help='on "model policy micro-batch way", as "G none 64 zero3"'
+    )
+    giant.add_argument(
+        "--out", metavar="DIR", default="docs/measurements", help="JSON files (default: docs/measurements)"
+    )
+    giant.add_argument(
+        "--minutes", type=float, default=8.5, help="start nothing new after them (default: 8.5)"
+    )
+    giant.add_argument("--report", action="store_true", help="measure nothing; print the newest file's table")
+    giant.set_defaults(run=_bench_giant)
 
 
 def _add_weights_tools(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -374,6 +396,12 @@ def _bench_kernels(options: argparse.Namespace) -> None:
     raise SystemExit(
         bench_kernels([f"--{name}={value}" for name, value in given.items() if value is not None])
     )
+
+
+def _bench_giant(options: argparse.Namespace) -> None:
+    from fd_scale.benchmarks import bench_giant
+
+    bench_giant(Path(options.out), options.match, options.minutes, report=options.report)
 
 
 def _demo(options: argparse.Namespace) -> None:

@@ -138,6 +138,8 @@ def resolve(ds_config: dict[str, Any], recipe: Recipe, world_size: int, device_t
         _check_optimizer(optimizer, recipe)
     # torch's fused AdamW steps on the host too; DeepSpeed's own would be compiled at the first run.
     resolved.setdefault("zero_force_ds_cpu_optimizer", False)
+    # The trainer measures without waiting for the device, for which DeepSpeed's timer waits twice a micro-batch.
+    resolved.setdefault("timers", {"throughput": {"enabled": False}})
     resolved.setdefault("steps_per_print", 10**9)  # the trainer reports; DeepSpeed's line would say it twice
     return resolved
 

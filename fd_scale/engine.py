@@ -57,9 +57,10 @@ _SHAPE = torch.Tensor.shape.__get__  # type: ignore[attr-defined]
 class _BuildInParts(TorchFunctionMode):
     """Builds modules of which DeepSpeed's ZeRO-3 holds a part on each rank, with the values of a plain build.
 
-    A parameter is partitioned as soon as another one is touched, and gathered again when it is touched. So code
-    that initialises, in whatever order, draws the same numbers as where all is whole, and what one call of torch
-    touches is all that is whole on the host at a time.
+    A parameter is partitioned as soon as one of another module is made or another one is touched, and gathered again
+    when it is touched, to torch's default device, where it was made. So code that initialises, in whatever order, draws
+    the same numbers as where all is whole; and what one constructor makes, or one call of torch touches, is all that is
+    whole there at a time.
 
     Args:
         init: DeepSpeed's, which partitions and gathers.
@@ -75,6 +76,7 @@ class _BuildInParts(TorchFunctionMode):
         self.freed = 0
 
     def __enter__(self) -> _BuildInParts:
+        self.home = torch.get_default_device()
         self.hook = register_module_parameter_registration_hook(self._take)
         super().__enter__()
         return self
@@ -101,15 +103,17 @@ class _BuildInParts(TorchFunctionMode):
             for parameter in touched:
                 if parameter.ds_status == ZeroParamStatus.NOT_AVAILABLE:
                     parameter.all_gather()
-                    parameter.data = parameter.data.cpu()  # a device draws other numbers
+                    parameter.data = parameter.data.to(self.home)  # another device draws other numbers
                     self.whole.append(parameter)
         return function(*args, **kwargs)
 
     def _take(self, module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
         if parameter is None or parameter.is_meta or is_zero_param(parameter):
             return
+        # Those of the same module stay: they are to be initialised, and a gather would bring back what was never set.
+        siblings = [other for other in module._parameters.values() if other is not None]
         with torch._C.DisableTorchFunction():  # called by a constructor, not by way of this mode
-            self._partition([])
+            self._partition(siblings)
             self.init._convert_to_deepspeed_param(parameter)
         self.made.append(weakref.ref(parameter))
         self.whole.append(parameter)

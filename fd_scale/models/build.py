@@ -94,8 +94,12 @@ def normalize(images_BCHW: Tensor, mean: Sequence[float], std: Sequence[float]) 
         mean: of the three channels, in 0..1.
         std: of the three channels, in 0..1.
     """
-    shift = torch.tensor(mean, device=images_BCHW.device).view(3, 1, 1) * 255
-    scale = torch.tensor(std, device=images_BCHW.device).view(3, 1, 1) * 255
+    # Made on the host: torch.tensor(..., device=...) would wait for all that the GPU still has to do, the teacher's
+    # forward pass among it.
+    shift, scale = (
+        torch.tensor(values).view(3, 1, 1).to(images_BCHW.device, non_blocking=True) * 255
+        for values in (mean, std)
+    )
     return (images_BCHW.float() - shift) / scale
 
 

@@ -139,6 +139,7 @@ def plan(
     source: Source | None = None,
     images: int | None = None,
     utilisation: float = UTILISATION,
+    counts: Counts | None = None,
 ) -> Plan:
     """Plans a run.
 
@@ -150,6 +151,7 @@ def plan(
         source: training images; none: the recipe's, where they can be opened here.
         images: how many they are; none: as many as are in `source`.
         utilisation: share of the GPUs' peak that a step is assumed to reach.
+        counts: those of the recipe where they are known, which its batch and its engine do not change.
 
     Raises:
         UserError: the recipe does not allow it.
@@ -161,7 +163,7 @@ def plan(
     zero = ds_config.read(train.ds_config)
     if source is None and (images is None or recipe.classification is not None):
         source = _source(recipe)
-    counts = count(recipe, source)
+    counts = counts or count(recipe, source)
     share = train.global_batch // num_gpus
     sizes = [size for size in range(1, share + 1) if share % size == 0]
     own_policy = Policy(train.activation_checkpointing, train.checkpointing_period)

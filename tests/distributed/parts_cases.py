@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import cases
+import deepspeed
 import torch
 from torch import nn
 
@@ -14,6 +15,7 @@ from fd_scale.data import open_source
 from fd_scale.engine import Engine, Partition
 from fd_scale.models import build_model
 from fd_scale.placement import WHOLE
+from fd_scale.traffic import traffic_of
 
 MIB = 2**20
 
@@ -48,6 +50,16 @@ def built_both_ways(sections: list[dict[str, Any]], dtype: torch.dtype) -> list[
         differing = [name for name in whole if not _same(parts[name], whole[name])]
         found.append((differing, len(whole), left))
     return found
+
+
+def bytes_sent_by_building(section: dict[str, Any]) -> tuple[float, int]:
+    """Builds a model in parts: bytes that the rank sent for it, and bytes of its parameters."""
+    with partition().building(torch.float32):
+        traffic = traffic_of(deepspeed.comm.comm.cdb)
+        before = traffic.sent_bytes
+        model = build_model(ModelConfig(**section))
+        sent = traffic.sent_bytes - before
+    return sent, 4 * sum(parameter.ds_numel for parameter in model.parameters())
 
 
 def _cast(module: nn.Module, dtype: torch.dtype) -> nn.Module:

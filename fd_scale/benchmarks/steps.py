@@ -1,0 +1,176 @@
+"""One cell in a process of its own: it builds, warms up, measures, and writes what it found as JSON.
+
+python -m fd_scale.benchmarks.steps FILE WAY STEPS key=value ...
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from fd_scale import api, distributed, log
+from fd_scale.bench import Bare, BareLoop
+from fd_scale.benchmarks.cells import FSDP2, PEERS, RECIPE, TIMM_COMPILED
+from fd_scale.benchmarks.peers import TimmPair, shard_and_compile
+from fd_scale.checkpoint import write_atomically
+from fd_scale.config import Recipe, load_recipe
+from fd_scale.data import Batch, TrainLoader
+from fd_scale.data.base import UNLABELLED
+from fd_scale.distill import DistillationTask
+from fd_scale.distributed import World
+from fd_scale.models import choose_kernels, dtype_of
+from fd_scale.randomness import hash64
+
+WARM_UP_STEPS = 3
+NUM_BATCHES = 2
+
+Step = Callable[[list[Batch]], None]
+Phases = Callable[[], dict[str, float]]
+"""Seconds in each phase since the last call."""
+
+
+class Noise:
+    """A source of images that are nowhere: noise, 224 px."""
+
+    class_names: list[str] | None = None
+    num_classes = 0
+    fingerprint = "noise"
+
+    def __len__(self) -> int:
+        return 2**20
+
+    def name(self, sample_id: int) -> str:
+        return f"noise:{sample_id}"
+
+    def key(self, sample_id: int) -> str:
+        return str(sample_id)
+
+    def read(self, sample_id: int) -> tuple[Image.Image, int]:
+        words = hash64(0, "noise", sample_id, np.arange(224 * 224 * 3 // 8))
+        return Image.fromarray(words.view(np.uint8).reshape(224, 224, 3)), UNLABELLED
+
+
+def measured(recipe: Recipe, way: str, num_steps: int, world: World) -> dict[str, Any]:
+    """Builds a cell and measures its steps.
+
+    Returns:
+        Fields of `fd_scale.benchmarks.records.Record`.
+    """
+    batches = _batches(recipe, world)
+    began = _now(world)
+    step, phases = _peer(recipe, way, world) if way in PEERS else _ours(recipe, world)
+    built = _now(world)
+    times = []
+    for index in range(WARM_UP_STEPS + num_steps):
+        if index == WARM_UP_STEPS:
+            phases()
+            if world.device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats(world.device)
+        start = _now(world)
+        step(batches[index % len(batches)])
+        times.append(_now(world) - start)
+    p10, *_, p90 = statistics.quantiles(times[WARM_UP_STEPS:], n=10, method="inclusive")
+    median = statistics.median(times[WARM_UP_STEPS:])
+    return {
+        "num_steps": num_steps, "median_ms": 1e3 * median, "p10_ms": 1e3 * p10, "p90_ms": 1e3 * p90,
+        "images_per_s": recipe.train.global_batch / median, "build_s": built - began, "first_step_s": times[0],
+        "phases_s": {name: seconds / num_steps for name, seconds in phases().items()},
+    } | _memory(world)  # fmt: skip
+
+
+def _ours(recipe: Recipe, world: World) -> tuple[Step, Phases]:
+    """The trainer's own step: teacher, loss, engine, agreement between ranks."""
+    trainer = api.build_trainer(
+        recipe, world, source=Noise(), must_fit=False, initialise_on=world.device
+    )  # that the plan may be wrong is what is measured, and what the weights are does not matter
+    trainer.preemption.close()
+    trainer.engine.train()
+
+    def step(micro_batches: list[Batch]) -> None:
+        trainer.train_step(micro_batches, trainer.agree(micro_batches))
+        if trainer.engine.skipped:
+            raise RuntimeError("a step was skipped: a gradient is not finite")
+
+    return step, trainer.phases.read
+
+
+def _peer(recipe: Recipe, way: str, world: World) -> tuple[Step, Phases]:
+    task: Bare
+    if way == FSDP2:
+        choose_kernels(recipe.train.kernels, world.device)
+        with world.device:
+            task = api.build_task(recipe, Noise())
+        assert isinstance(task, DistillationTask), "the cells distil"
+        for teacher in task.teachers:
+            teacher.to(world.device)
+        shard_and_compile(task.module, world, dtype_of(recipe.train.precision))
+    else:
+        task = TimmPair(recipe, world.device, compiled=way == TIMM_COMPILED)
+    # FSDP2 casts by itself.
+    return BareLoop(task, recipe, world, autocast=way != FSDP2).take_step, dict
+
+
+def _batches(recipe: Recipe, world: World) -> list[list[Batch]]:
+    loader = TrainLoader(
+        Noise(),
+        api.training_transform(recipe),
+        seed=recipe.seed,
+        global_batch=recipe.train.global_batch,
+        micro_batch=recipe.train.micro_batch,
+        rank=world.rank,
+        world_size=world.size,
+        num_workers=0,
+        max_bad_fraction=0,
+        pin_memory=world.device.type == "cuda",
+    )
+    with closing(loader.iterate(0)) as stream:
+        return [next(stream) for _ in range(NUM_BATCHES)]
+
+
+def _memory(world: World) -> dict[str, float]:
+    if world.device.type != "cuda":
+        return {}
+    return {
+        "peak_gib": torch.cuda.max_memory_allocated(world.device) / 2**30,
+        "reserved_gib": torch.cuda.max_memory_reserved(world.device) / 2**30,
+    }
+
+
+def _now(world: World) -> float:
+    if world.device.type == "cuda":
+        torch.cuda.synchronize(world.device)
+    return time.perf_counter()
+
+
+def main(file: str, way: str, num_steps: int, settings: list[str]) -> int:
+    """Measures a cell; what goes wrong is written in the place of the measurement."""
+    with tempfile.TemporaryDirectory() as folder:
+        recipe = load_recipe(RECIPE, [*settings, f"run_dir={folder}/run"])
+        world = distributed.start(recipe.train.device, recipe.train.timeout_s)
+        log.set_up(world.rank)
+        found: dict[str, Any]
+        try:
+            found = measured(recipe, way, num_steps, world)
+        except Exception as error:  # whatever it is, it is this cell's result
+            traceback.print_exc()
+            kind = "out of memory" if isinstance(error, torch.OutOfMemoryError) else type(error).__name__
+            found = {"error": f"{kind}: {' '.join(str(error).split())[:300]}"}
+        write_atomically(Path(file), json.dumps(found))
+    return int("error" in found)
+
+
+if __name__ == "__main__":
+    name, chosen_way, steps, *given = sys.argv[1:]
+    sys.exit(main(name, chosen_way, int(steps), given))
