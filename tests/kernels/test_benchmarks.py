@@ -75,7 +75,7 @@ class CpuInPlaceOfGpu:
 def environment(**changes: Any) -> Environment:
     values: dict[str, Any] = {
         "gpu": "Fake GPU", "driver": "1.2", "torch": "2.13.0+x", "triton": "3.7", "commit": None,
-        "source": "abc", "time": "2026-01-01T00:00:00+00:00", "rates": H200,
+        "source": "abc", "peer_source": "def", "time": "2026-01-01T00:00:00+00:00", "rates": H200,
     }  # fmt: skip
     return Environment(**values | changes)
 
@@ -231,8 +231,14 @@ def test_measured_records_are_skipped(bench: Any) -> None:
     assert ours.inputs, "the other passes were not measured yet"
     assert len(records.by_key) == 3
     ours.inputs.clear()
-    bench({"ours": Variant(ours)}, environment=environment(source="changed"))
+    peer = Counted()
+    bench({"ours": Variant(ours), "eager": Variant(peer)})
+    ours.inputs.clear(), peer.inputs.clear()
+    bench({"ours": Variant(ours), "eager": Variant(peer)}, environment=environment(source="changed"))
     assert ours.inputs, "the kernels have changed"
+    assert not peer.inputs, "the peers have not"
+    bench({"eager": Variant(peer)}, environment=environment(peer_source="changed"))
+    assert peer.inputs
 
 
 def test_each_repeat_reads_other_inputs(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -331,7 +337,7 @@ def test_environment_and_rates(
     assert found.rates.copy == pytest.approx(2 * 1000 / 1e-3)
     assert found.rates.matmul == pytest.approx(2 * 8**3 / 1e-3)
     assert found.commit is None or re.fullmatch("[0-9a-f]{40}(-dirty)?", found.commit)
-    assert len(found.source) == 12
+    assert len(found.source) == len(found.peer_source) == 12
     assert measure._first_line("no-such-command") is None
 
 
@@ -343,7 +349,8 @@ def test_the_digest_follows_the_code(tmp_path: Path, monkeypatch: pytest.MonkeyP
     found = set()
     for text in ("a", "b", "a"):
         kernel.write_text(text)
-        found.add(source_digest())
+        found.add(source_digest("**/*.py"))
+        assert source_digest("benchmarks/*.py") == source_digest("benchmarks/*.py", "*/reference.py")
     assert len(found) == 2
 
 
@@ -437,7 +444,7 @@ def test_page_of_measurements(tmp_path: Path) -> None:
     for record in records_of("swin_g_w8", ours=200.0, eager=None).values():
         records.add(record)
     old = records_of("swin_g_w8", sdpa=450.0)["swin_g_w8", "both", "sdpa"]
-    records.add(dataclasses.replace(old, environment=environment(source="old", time="2025")))
+    records.add(dataclasses.replace(old, environment=environment(peer_source="old", time="2025")))
     text = report.page(Records.newest(tmp_path), "the command")
     row = next(line for line in text.splitlines() if line.startswith("| swin_g_w8 | both"))
     assert row.split(" | ")[2:7] == [

@@ -95,7 +95,8 @@ class Gpu:
                 "git", "-C", str(Path(__file__).parent),
                 "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*",
             ),
-            source=source_digest(), time=datetime.now(UTC).isoformat(timespec="seconds"),
+            source=source_digest("**/*.py"), peer_source=source_digest("benchmarks/*.py", "**/reference.py"),
+            time=datetime.now(UTC).isoformat(timespec="seconds"),
             rates=Rates(
                 copy=self._copy_rate(), matmul=self._matmul_rate(),
                 exp=exps_a_cycle * float(clock_mhz) * 1e6 if clock_mhz else None,
@@ -159,7 +160,7 @@ def run(
         for name, variant in variants(shape, gpu.device).items():
             keys = [(shape.name, pass_name, name) for pass_name in PASSES]
             keys = [key for key in keys if re.search(match, " ".join(key))]
-            keys = [key for key in keys if not records.has(key, environment.source)]
+            keys = [key for key in keys if not records.has(key, environment)]
             if not keys:
                 continue
             if time.monotonic() + (COMPILE_S if variant.compiled else 0) > end:

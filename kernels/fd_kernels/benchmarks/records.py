@@ -26,10 +26,16 @@ class Environment:
     commit: str | None
     """With `-dirty` where the tree has changes; None outside a git checkout."""
     source: str
-    """Digest of the code of `fd_kernels`; a measurement of another code is made again."""
+    """Digest of the code of `fd_kernels`; a measurement of ours with other code is made again."""
+    peer_source: str
+    """Digest of what peers run, the benchmarks and the references; the same for a measurement of a peer."""
     time: str
     rates: Rates
     """What the GPU does in a second, measured in the same run."""
+
+    def source_of(self, variant: str) -> str:
+        """Digest of the code that a variant runs."""
+        return self.source if variant.startswith("ours") else self.peer_source
 
     @property
     def file_name(self) -> str:
@@ -96,9 +102,11 @@ class Records:
         """That of the last measurement."""
         return max((record.environment for record in self.by_key.values()), key=lambda each: each.time)
 
-    def has(self, key: Key, source: str) -> bool:
-        """Whether there is a record of this code."""
-        return key in self.by_key and self.by_key[key].environment.source == source
+    def has(self, key: Key, environment: Environment) -> bool:
+        """Whether there is a record of the code that the variant now runs."""
+        *_, variant = key
+        found = self.by_key.get(key)
+        return found is not None and found.environment.source_of(variant) == environment.source_of(variant)
 
     def add(self, record: Record) -> None:
         """Puts a record in the place of an older one, and writes the file: whole, or not at all."""
@@ -109,10 +117,10 @@ class Records:
         os.replace(draft, self.path)
 
 
-def source_digest() -> str:
-    """Digest of the Python files of `fd_kernels`."""
+def source_digest(*patterns: str) -> str:
+    """Digest of the files of `fd_kernels` that a pattern fits, as "**/*.py"."""
     root = Path(__file__).parents[1]
     digest = hashlib.sha256()
-    for path in sorted(root.rglob("*.py")):
+    for path in sorted({path for pattern in patterns for path in root.glob(pattern)}):
         digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()[:12]

@@ -125,7 +125,7 @@ def _environment(records: Records | None) -> str:
         f"code {now.source}, {now.time}; measured in the run: copy {now.rates.copy / 1e12:.2f} TB/s, "
         f"bf16 product {now.rates.matmul / 1e12:.0f} TFLOP/s; {exp}.\n"
     )
-    if any(record.environment.source != now.source for record in records.by_key.values()):
+    if any(not records.has(key, now) for key in records.by_key):
         text += "\n`*`: measured with other code than this.\n"
     return text
 
@@ -140,7 +140,8 @@ def _tables(shapes: list[Shape], names: tuple[str, ...], records: Mapping[Key, R
         record = records.get(key)
         if record is None:
             return NOT_MEASURED
-        stale = newest is not None and record.environment.source != newest.source
+        *_, variant = key
+        stale = newest is not None and record.environment.source_of(variant) != newest.source_of(variant)
         return ("error" if record.error else text.format(record)) + ("*" if stale else "")
 
     times, memory = [], []

@@ -5,6 +5,7 @@
 #   image, G = windows of all images, N = tokens of a window, T = N rounded up to whole tiles, S = splits,
 #   R = relative positions of a window
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -21,7 +22,8 @@ PAD_OFFSET = (1 << 26) - 1
 """Place of a padding position in the token table."""
 _ONE_TILE = 64
 """Windows of up to so many tokens are one tile, and their backward pass one kernel."""
-_KEPT_BIAS = 24 * 24
+_TALLEST_TILE = 128
+_KEPT_BIAS = 16 * 16
 """Tokens up to which the keys' kernel keeps the gradient of the bias in registers; above, they spill."""
 _KEPT_PADDED_BIAS = 16 * 16
 """The same where windows reach over the grid, and in fp32, whose tiles take more than an A100's shared memory."""
@@ -35,6 +37,12 @@ class Tiles:
     keys: int
     num_warps: int
     num_stages: int = 2
+    images: int = 1
+    """Images that a program does at a time: they share what it reads of the bias."""
+    maxnreg: int | None = None
+    """Registers of a thread at most, for more programs at a time."""
+    keeps_bias: bool = False
+    """Whether the bias of all keys, or its gradient of all queries, stays in registers."""
 
 
 # By kernel and head dim. Chosen so that nothing spills when compiled for sm_80, sm_90 and sm_100; not measured on a
@@ -44,9 +52,10 @@ _TILES = {
     "queries": {32: Tiles(64, 32, 8), 64: Tiles(64, 32, 8), 128: Tiles(64, 16, 8)},
     "keys": {32: Tiles(32, 32, 4, num_stages=1), 64: Tiles(32, 32, 8), 128: Tiles(32, 32, 8)},
     "bias": {32: Tiles(64, 32, 8), 64: Tiles(64, 32, 8), 128: Tiles(64, 16, 8)},
-    "keys with bias": {32: Tiles(64, 16, 8, num_stages=1)},
-    "keys with bias, large windows": {32: Tiles(64, 16, 8)},
-    "window": {32: Tiles(_ONE_TILE, _ONE_TILE, 8, num_stages=1)},
+    "forward with bias": {32: Tiles(64, 64, 4, keeps_bias=True)},
+    "queries with bias": {32: Tiles(64, 64, 4, keeps_bias=True)},
+    "keys with bias": {32: Tiles(32, 64, 4, keeps_bias=True)},
+    "window": {32: Tiles(_ONE_TILE, _ONE_TILE, 4)},
 }
 
 
@@ -78,13 +87,13 @@ class Plan:
     @property
     def keeps_bias(self) -> bool:
         """Whether the keys' kernel makes the gradient of the bias too."""
-        largest = _KEPT_PADDED_BIAS if self.padded or self.dtype == torch.float32 else _KEPT_BIAS
-        return self.num_tokens <= largest and self.head_dim == 32 and not self.table
+        return self.num_tokens <= _KEPT_BIAS and self.head_dim == 32 and not self.table
 
     @property
     def padded_tokens(self) -> int:
-        """T, a multiple of every tile's sides."""
-        return -(-self.num_tokens // _ONE_TILE) * _ONE_TILE
+        """T, whole tiles of queries."""
+        unit = _ONE_TILE if self.num_tokens <= _ONE_TILE else _TALLEST_TILE
+        return -(-self.num_tokens // unit) * unit
 
     @property
     def windows_an_image(self) -> int:
@@ -104,13 +113,14 @@ class Plan:
 
     def tile(self, kernel: str) -> Tiles:
         """The tile of a kernel: by table, not tuned at run time."""
-        if kernel == "keys" and self.keeps_bias:
-            kernel = "keys with bias, large windows" if self.num_tokens > 400 else "keys with bias"
-        return _TILES[kernel][self.head_dim]
+        kept = self.keeps_bias and f"{kernel} with bias" in _TILES
+        return _TILES[f"{kernel} with bias" if kept else kernel][self.head_dim]
 
     def constants(self, kernel: str) -> dict[str, Any]:
         """Compile-time arguments of a kernel."""
         tile = self.tile(kernel)
+        across = tile.queries if kernel == "keys" else tile.keys
+        last = self.num_tokens % across or across
         constants = {
             "N": self.num_tokens,
             "T": self.padded_tokens,
@@ -123,14 +133,30 @@ class Plan:
         }
         if kernel != "window":
             constants |= {"BM": tile.queries, "BN": tile.keys, "PADDED": self.padded}
-        if kernel == "keys":
-            constants["KEEPS_BIAS"] = self.keeps_bias
+        if kernel in ("forward", "queries", "keys"):
+            last = max(16, 1 << (last - 1).bit_length())
+            constants |= {"KEEPS_BIAS": tile.keeps_bias, "LAST": last, "IMAGES": tile.images}
         return constants
+
+    def grid_of_queries(self, kernel: str, num_images: int, device: torch.device) -> tuple[int]:
+        """Programs of a kernel that goes by queries."""
+        tile = self.tile(kernel)
+        programs = self.heads * -(-self.num_tokens // tile.queries) * self.windows_an_image
+        if tile.keeps_bias:
+            return (programs * num_splits(programs, num_images, device),)
+        return (programs * -(-num_images // tile.images),)
+
+    def splits(self, programs: int, num_images: int, device: torch.device) -> tuple[int, int]:
+        """Into how many parts a sum over windows and images is made, and over how many of them windows are spread."""
+        windows = num_splits(programs, self.windows_an_image, device)
+        return windows * num_splits(programs * windows, num_images, device), windows
 
     def options(self, kernel: str) -> dict[str, Any]:
         """Compile-time arguments of a kernel, and how it is compiled."""
         tile = self.tile(kernel)
-        return self.constants(kernel) | {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
+        return self.constants(kernel) | {
+            "num_warps": tile.num_warps, "num_stages": tile.num_stages, "maxnreg": tile.maxnreg
+        }  # fmt: skip
 
 
 @cache
@@ -198,7 +224,8 @@ def forward(
     """Runs the forward kernel; `bias` is (h, N, N) or (h, R).
 
     Returns:
-        out_BHWC, in the dtype of `qkv_BHWE`; lse_GhT, fp32, log2 of the softmax sums.
+        out_BHWC, in the dtype of `qkv_BHWE`; rows_Gh3T, fp32, log2 of the softmax sums and the inverse lengths of
+        queries and keys.
     """
     from fd_kernels.window_attention.triton_kernel import forward_kernel
 
@@ -206,12 +233,12 @@ def forward(
     B, H, W, E = qkv_BHWE.shape
     num_windows, C = B * call.windows_an_image, E // 3
     out_BHWC = qkv_BHWE.new_empty(B, H, W, C)
-    lse_GhT = qkv_BHWE.new_empty(num_windows, call.heads, call.padded_tokens, dtype=torch.float32)
-    forward_kernel[(num_windows, -(-call.num_tokens // call.tile("forward").queries), call.heads)](
-        qkv_BHWE, qkv_BHWE if pad_qkv_E is None else pad_qkv_E, bias, scale_h, out_BHWC, lse_GhT,
-        _table(call, qkv_BHWE.device), H * W, call.windows_an_image, C, **call.options("forward"),
+    rows_Gh3T = qkv_BHWE.new_empty(num_windows, call.heads, 3, call.padded_tokens, dtype=torch.float32)
+    forward_kernel[call.grid_of_queries("forward", B, qkv_BHWE.device)](
+        qkv_BHWE, qkv_BHWE if pad_qkv_E is None else pad_qkv_E, bias, scale_h, out_BHWC, rows_Gh3T,
+        _table(call, qkv_BHWE.device), H * W, call.windows_an_image, B, C, **call.options("forward"),
     )  # fmt: skip
-    return out_BHWC, lse_GhT
+    return out_BHWC, rows_Gh3T
 
 
 def backward(
@@ -221,7 +248,7 @@ def backward(
     scale_h: Tensor,
     pad_qkv_E: Tensor | None,
     out_BHWC: Tensor,
-    lse_GhT: Tensor,
+    rows_Gh3T: Tensor,
     window: list[int],
     shift: list[int],
     cosine: bool,
@@ -236,46 +263,51 @@ def backward(
     call = plan(qkv_BHWE, bias, scale_h, window, shift, cosine)
     B, H, W, E = qkv_BHWE.shape
     C, N, device = E // 3, call.num_tokens, qkv_BHWE.device
-    num_windows = B * call.windows_an_image
     pad = qkv_BHWE if pad_qkv_E is None else pad_qkv_E
-    sizes = (_table(call, device), H * W, call.windows_an_image)
+    sizes = (_table(call, device), H * W, call.windows_an_image, B)
     grad_qkv = torch.empty_like(qkv_BHWE)
 
     def parts(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.float32, device=device)
 
     if call.one_tile:
-        splits = num_splits(call.heads, num_windows, device)
+        splits, window_splits = call.splits(call.heads, B, device)
         grad_bias, grad_scale = parts(splits, *call.bias_parts), parts(splits, call.heads, call.padded_tokens)
         grad_pad = parts(0)
-        triton_kernel.backward_window_kernel[(splits, call.heads)](
-            qkv_BHWE, bias, scale_h, out_BHWC, lse_GhT, grad_BHWC, grad_qkv, grad_bias, grad_scale,
-            *sizes, num_windows, C, **call.options("window"),
+        triton_kernel.backward_window_kernel[(call.heads, splits)](
+            qkv_BHWE, bias, scale_h, out_BHWC, rows_Gh3T, grad_BHWC, grad_qkv, grad_bias, grad_scale,
+            *sizes, window_splits, C, **call.options("window"),
         )  # fmt: skip
         return grad_qkv, _sum_bias(grad_bias, call), grad_scale.sum((0, 2)) / scale_h, grad_pad
 
-    delta, grad_scale = torch.empty_like(lse_GhT), torch.empty_like(lse_GhT)
-    query_tiles = -(-N // call.tile("queries").queries)
-    triton_kernel.backward_queries_kernel[(num_windows, query_tiles, call.heads)](
-        qkv_BHWE, pad, bias, scale_h, out_BHWC, lse_GhT, grad_BHWC, delta, grad_qkv, grad_scale,
+    delta, grad_scale = (parts(*rows_Gh3T[:, :, 0].shape) for _ in range(2))
+    triton_kernel.backward_queries_kernel[call.grid_of_queries("queries", B, device)](
+        qkv_BHWE, pad, bias, scale_h, out_BHWC, rows_Gh3T, grad_BHWC, delta, grad_qkv, grad_scale,
         *sizes, C, **call.options("queries"),
     )  # fmt: skip
     key_tiles = -(-N // call.tile("keys").keys)
-    splits = num_splits(key_tiles * call.heads, num_windows, device)
-    grad_bias = parts(splits, *call.bias_parts) if call.keeps_bias else parts(0)
+    tile = call.tile("keys")
+    if tile.keeps_bias:
+        splits, window_splits = call.splits(key_tiles * call.heads, B, device)
+    else:
+        splits, window_splits = call.windows_an_image * -(-B // tile.images), call.windows_an_image
+    grad_bias = parts(splits, *call.bias_parts) if tile.keeps_bias else parts(0)
     grad_pad = parts(splits * key_tiles if call.padded else 0, 2, C)
-    given = (qkv_BHWE, pad, bias, scale_h, lse_GhT, grad_BHWC, delta)
-    triton_kernel.backward_keys_kernel[(splits, key_tiles, call.heads)](
-        *given, grad_qkv, grad_bias, grad_pad, *sizes, num_windows, C, **call.options("keys"),
+    rows = (scale_h, rows_Gh3T, grad_BHWC, delta)
+    keys_first = bias if call.table else bias.mT
+    keys_first = torch.mul(keys_first, math.log2(math.e), out=bias.new_empty(keys_first.shape))
+    triton_kernel.backward_keys_kernel[(call.heads * key_tiles * splits,)](
+        qkv_BHWE, pad, keys_first, *rows, grad_qkv, grad_bias, grad_pad, *sizes, window_splits, C,
+        **call.options("keys"),
     )  # fmt: skip
-    if not call.keeps_bias:
+    if not tile.keeps_bias:
         tile = call.tile("bias")
         *_, pairs, queries, keys = call.bias_parts
         pairs *= -(-queries // tile.queries) * -(-keys // tile.keys)
-        splits = num_splits(pairs * call.heads, num_windows, device)
+        splits, window_splits = call.splits(pairs * call.heads, B, device)
         grad_bias = parts(splits, *call.bias_parts)
-        triton_kernel.backward_bias_kernel[(splits, pairs, call.heads)](
-            *given, grad_bias, *sizes, num_windows, C, **call.options("bias"),
+        triton_kernel.backward_bias_kernel[(call.heads, pairs, splits)](
+            qkv_BHWE, pad, bias, *rows, grad_bias, *sizes, window_splits, C, **call.options("bias"),
         )  # fmt: skip
     grad_pad_E = torch.cat([parts(C).zero_(), grad_pad.sum(0).flatten()]) if call.padded else parts(0)
     return grad_qkv, _sum_bias(grad_bias, call), grad_scale[..., :N].sum((0, 2)) / scale_h, grad_pad_E
@@ -330,7 +362,7 @@ def _configurations(call: Plan, name: str) -> "Iterator[Configuration]":
         features = dict.fromkeys(
             ("QKV", "PAD", "OUT", "GRAD_OUT", "GRAD_QKV"), f"*{triton_dtype(call.dtype)}"
         )
-        sizes = dict.fromkeys(("tokens_an_image", "windows_an_image", "num_windows", "C"), "i32")
+        sizes = dict.fromkeys(("tokens_an_image", "windows_an_image", "num_images", "window_splits", "C"), "i32")
         types = dict.fromkeys(kernel.arg_names, "*fp32") | features | sizes | {"TOKENS": "*i32"}
         yield Configuration(
             name=name.format(which),
