@@ -14,49 +14,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from fd_kernels.window_attention.tiles import HOPPER, ONE_TILE, Tiles, find_tile
+
 if TYPE_CHECKING:
     from fd_kernels.aot import Configuration
 
 HEAD_DIMS = (32, 64, 128)
 PAD_OFFSET = (1 << 26) - 1
 """Place of a padding position in the token table."""
-_ONE_TILE = 64
-"""Windows of up to so many tokens are one tile, and their backward pass one kernel."""
-_TALLEST_TILE = 128
-_KEPT_BIAS = 16 * 16
-"""Tokens up to which the keys' kernel keeps the gradient of the bias in registers; above, they spill."""
-_KEPT_PADDED_BIAS = 16 * 16
-"""The same where windows reach over the grid, and in fp32, whose tiles take more than an A100's shared memory."""
-
-
-@dataclass(frozen=True)
-class Tiles:
-    """Queries and keys of a tile, and the warps of a program."""
-
-    queries: int
-    keys: int
-    num_warps: int
-    num_stages: int = 2
-    images: int = 1
-    """Images that a program does at a time: they share what it reads of the bias."""
-    maxnreg: int | None = None
-    """Registers of a thread at most, for more programs at a time."""
-    keeps_bias: bool = False
-    """Whether the bias of all keys, or its gradient of all queries, stays in registers."""
-
-
-# By kernel and head dim. Chosen so that nothing spills when compiled for sm_80, sm_90 and sm_100; not measured on a
-# GPU yet.
-_TILES = {
-    "forward": {32: Tiles(64, 32, 4), 64: Tiles(64, 32, 4), 128: Tiles(64, 32, 8)},
-    "queries": {32: Tiles(64, 32, 8), 64: Tiles(64, 32, 8), 128: Tiles(64, 16, 8)},
-    "keys": {32: Tiles(32, 32, 4, num_stages=1), 64: Tiles(32, 32, 8), 128: Tiles(32, 32, 8)},
-    "bias": {32: Tiles(64, 32, 8), 64: Tiles(64, 32, 8), 128: Tiles(64, 16, 8)},
-    "forward with bias": {32: Tiles(64, 64, 4, keeps_bias=True)},
-    "queries with bias": {32: Tiles(64, 64, 4, keeps_bias=True)},
-    "keys with bias": {32: Tiles(32, 64, 4, keeps_bias=True)},
-    "window": {32: Tiles(_ONE_TILE, _ONE_TILE, 4)},
-}
 
 
 @dataclass(frozen=True)
@@ -72,6 +37,7 @@ class Plan:
     table: bool
     """Whether the bias is one number for each relative position."""
     cosine: bool
+    architecture: int = HOPPER
 
     @property
     def num_tokens(self) -> int:
@@ -80,20 +46,18 @@ class Plan:
 
     @property
     def one_tile(self) -> bool:
-        """Whether the backward pass is one kernel, a window one tile (else it would spill)."""
-        small = self.num_tokens <= _ONE_TILE and self.head_dim == 32
-        return small and not self.padded and not self.table
-
-    @property
-    def keeps_bias(self) -> bool:
-        """Whether the keys' kernel makes the gradient of the bias too."""
-        return self.num_tokens <= _KEPT_BIAS and self.head_dim == 32 and not self.table
+        """Whether the backward pass is one kernel, a window one tile."""
+        return not self.padded and not self.table and self._find("window") is not None
 
     @property
     def padded_tokens(self) -> int:
         """T, whole tiles of queries."""
-        unit = _ONE_TILE if self.num_tokens <= _ONE_TILE else _TALLEST_TILE
-        return -(-self.num_tokens // unit) * unit
+        return -(-self.num_tokens // ONE_TILE) * ONE_TILE
+
+    def rows(self, num_images: int) -> tuple[int, ...]:
+        """Shape of what the forward pass keeps of each row."""
+        numbers = 3 if self.cosine else 1
+        return num_images * self.windows_an_image, self.heads, numbers, self.padded_tokens
 
     @property
     def windows_an_image(self) -> int:
@@ -113,8 +77,15 @@ class Plan:
 
     def tile(self, kernel: str) -> Tiles:
         """The tile of a kernel: by table, not tuned at run time."""
-        kept = self.keeps_bias and f"{kernel} with bias" in _TILES
-        return _TILES[f"{kernel} with bias" if kept else kernel][self.head_dim]
+        tile = self._find(kernel)
+        assert tile is not None, f"no tile of {kernel} for {self}"
+        return tile
+
+    def _find(self, kernel: str) -> Tiles | None:
+        return find_tile(
+            kernel, self.head_dim, self.num_tokens, sixteen_bit=self.dtype != torch.float32, table=self.table,
+            architecture=self.architecture,
+        )  # fmt: skip
 
     def constants(self, kernel: str) -> dict[str, Any]:
         """Compile-time arguments of a kernel."""
@@ -143,13 +114,16 @@ class Plan:
         tile = self.tile(kernel)
         programs = self.heads * -(-self.num_tokens // tile.queries) * self.windows_an_image
         if tile.keeps_bias:
-            return (programs * num_splits(programs, num_images, device),)
+            return (programs * num_splits(programs, num_images, device, waves=16),)
         return (programs * -(-num_images // tile.images),)
 
     def splits(self, programs: int, num_images: int, device: torch.device) -> tuple[int, int]:
         """Into how many parts a sum over windows and images is made, and over how many of them windows are spread."""
-        windows = num_splits(programs, self.windows_an_image, device)
-        return windows * num_splits(programs * windows, num_images, device), windows
+        wanted = num_splits(programs, num_images * self.windows_an_image, device)
+        # Parts of one size: the slowest one is waited for.
+        windows = max(part for part in range(1, wanted + 1) if self.windows_an_image % part == 0)
+        images_a_part = num_images // min(num_images, -(-wanted // windows))
+        return windows * -(-num_images // images_a_part), windows
 
     def options(self, kernel: str) -> dict[str, Any]:
         """Compile-time arguments of a kernel, and how it is compiled."""
@@ -188,12 +162,20 @@ def token_table(
     return torch.nn.functional.pad(tokens_MN, (0, length - tokens_MN.shape[1]), value=-1).to(device)
 
 
-def num_splits(programs_a_split: int, num_windows: int, device: torch.device) -> int:
-    """Returns over how many programs the windows of a head are spread: a few programs for each multiprocessor."""
+def num_splits(programs_a_split: int, most: int, device: torch.device, waves: int = 8) -> int:
+    """Returns over how many programs windows are spread, so that each multiprocessor gets `waves` of them."""
     if device.type != "cuda":
-        return min(2, num_windows)
-    wanted = 4 * torch.cuda.get_device_properties(device).multi_processor_count
-    return max(1, min(num_windows, -(-wanted // programs_a_split)))
+        return min(2, most)
+    wanted = waves * torch.cuda.get_device_properties(device).multi_processor_count
+    return max(1, min(most, -(-wanted // programs_a_split)))
+
+
+def architecture(device: torch.device) -> int:
+    """Compute capability of a device as in sm_90; elsewhere, under the interpreter, a Hopper's."""
+    if device.type != "cuda":
+        return HOPPER
+    major, _ = torch.cuda.get_device_capability(device)
+    return 10 * major
 
 
 def plan(
@@ -204,7 +186,7 @@ def plan(
     heads = len(scale_h)
     return Plan(
         (window[0], window[1]), (shift[0], shift[1]), (H, W), heads, E // (3 * heads), qkv_BHWE.dtype,
-        bias.dim() == 2, cosine,
+        bias.dim() == 2, cosine, architecture(qkv_BHWE.device),
     )  # fmt: skip
 
 
@@ -224,21 +206,21 @@ def forward(
     """Runs the forward kernel; `bias` is (h, N, N) or (h, R).
 
     Returns:
-        out_BHWC, in the dtype of `qkv_BHWE`; rows_Gh3T, fp32, log2 of the softmax sums and the inverse lengths of
-        queries and keys.
+        out_BHWC, in the dtype of `qkv_BHWE`; rows_GhPT, fp32, log2 of the softmax sums and, with cosines,
+        the inverse lengths of queries and keys.
     """
     from fd_kernels.window_attention.triton_kernel import forward_kernel
 
     call = plan(qkv_BHWE, bias, scale_h, window, shift, cosine)
     B, H, W, E = qkv_BHWE.shape
-    num_windows, C = B * call.windows_an_image, E // 3
+    C = E // 3
     out_BHWC = qkv_BHWE.new_empty(B, H, W, C)
-    rows_Gh3T = qkv_BHWE.new_empty(num_windows, call.heads, 3, call.padded_tokens, dtype=torch.float32)
+    rows_GhPT = qkv_BHWE.new_empty(call.rows(B), dtype=torch.float32)
     forward_kernel[call.grid_of_queries("forward", B, qkv_BHWE.device)](
-        qkv_BHWE, qkv_BHWE if pad_qkv_E is None else pad_qkv_E, bias, scale_h, out_BHWC, rows_Gh3T,
+        qkv_BHWE, qkv_BHWE if pad_qkv_E is None else pad_qkv_E, bias, scale_h, out_BHWC, rows_GhPT,
         _table(call, qkv_BHWE.device), H * W, call.windows_an_image, B, C, **call.options("forward"),
     )  # fmt: skip
-    return out_BHWC, rows_Gh3T
+    return out_BHWC, rows_GhPT
 
 
 def backward(
@@ -248,7 +230,7 @@ def backward(
     scale_h: Tensor,
     pad_qkv_E: Tensor | None,
     out_BHWC: Tensor,
-    rows_Gh3T: Tensor,
+    rows_GhPT: Tensor,
     window: list[int],
     shift: list[int],
     cosine: bool,
@@ -275,14 +257,14 @@ def backward(
         grad_bias, grad_scale = parts(splits, *call.bias_parts), parts(splits, call.heads, call.padded_tokens)
         grad_pad = parts(0)
         triton_kernel.backward_window_kernel[(call.heads, splits)](
-            qkv_BHWE, bias, scale_h, out_BHWC, rows_Gh3T, grad_BHWC, grad_qkv, grad_bias, grad_scale,
+            qkv_BHWE, bias, scale_h, out_BHWC, rows_GhPT, grad_BHWC, grad_qkv, grad_bias, grad_scale,
             *sizes, window_splits, C, **call.options("window"),
         )  # fmt: skip
         return grad_qkv, _sum_bias(grad_bias, call), grad_scale.sum((0, 2)) / scale_h, grad_pad
 
-    delta, grad_scale = (parts(*rows_Gh3T[:, :, 0].shape) for _ in range(2))
+    delta, grad_scale = (parts(*rows_GhPT[:, :, 0].shape) for _ in range(2))
     triton_kernel.backward_queries_kernel[call.grid_of_queries("queries", B, device)](
-        qkv_BHWE, pad, bias, scale_h, out_BHWC, rows_Gh3T, grad_BHWC, delta, grad_qkv, grad_scale,
+        qkv_BHWE, pad, bias, scale_h, out_BHWC, rows_GhPT, grad_BHWC, delta, grad_qkv, grad_scale,
         *sizes, C, **call.options("queries"),
     )  # fmt: skip
     key_tiles = -(-N // call.tile("keys").keys)
@@ -293,7 +275,7 @@ def backward(
         splits, window_splits = call.windows_an_image * -(-B // tile.images), call.windows_an_image
     grad_bias = parts(splits, *call.bias_parts) if tile.keeps_bias else parts(0)
     grad_pad = parts(splits * key_tiles if call.padded else 0, 2, C)
-    rows = (scale_h, rows_Gh3T, grad_BHWC, delta)
+    rows = (scale_h, rows_GhPT, grad_BHWC, delta)
     keys_first = bias if call.table else bias.mT
     keys_first = torch.mul(keys_first, math.log2(math.e), out=bias.new_empty(keys_first.shape))
     triton_kernel.backward_keys_kernel[(call.heads * key_tiles * splits,)](
@@ -325,9 +307,9 @@ def _sum_bias(parts: Tensor, call: Plan) -> Tensor:
     return distances.sum(-2).flatten(1)
 
 
-def aot_configurations() -> "Iterator[Configuration]":
+def aot_configurations(architecture: int) -> "Iterator[Configuration]":
     """The kernels as the packaged recipes' windows call them, for compilation ahead of time."""
-    sides, shifted, padded = (6, 7, 8, 12, 14, 16, 20, 24), True, True
+    sides, shifted, padded = (4, 6, 7, 8, 12, 14, 16, 20, 24), True, True
     calls = [(side, 32, shift, False) for side in sides for shift in (False, shifted)]
     calls += [(side, 32, shifted, padded) for side in (8, 12, 16, 24)]
     calls += [(side, 32, shifted, False) for side in (32, 40, 48, 56)] + [(40, 32, shifted, padded)]
@@ -336,12 +318,20 @@ def aot_configurations() -> "Iterator[Configuration]":
         for side, head_dim, is_shifted, is_padded in calls:
             shift = side // 2 if is_shifted else 0
             call = Plan(
-                (side, side), (shift, shift), (2 * side + is_padded,) * 2, 4, head_dim, dtype, side > 24, True
+                (side, side),
+                (shift, shift),
+                (2 * side + is_padded,) * 2,
+                4,
+                head_dim,
+                dtype,
+                side > 24,
+                True,
+                architecture,
             )
             name = f"{side}x{side} d{head_dim}{' shifted' * is_shifted}{' padded' * is_padded}"
             yield from _configurations(call, f"window_attention {{}} {name}")
         for tokens, head_dim in ((197, 64), (257, 64), (577, 64), (257, 32), (257, 128)):
-            call = Plan((1, tokens), (0, 0), (1, tokens), 4, head_dim, dtype, False, False)
+            call = Plan((1, tokens), (0, 0), (1, tokens), 4, head_dim, dtype, False, False, architecture)
             yield from _configurations(call, f"biased_attention {{}} {tokens} d{head_dim}")
 
 
@@ -356,13 +346,15 @@ def _configurations(call: Plan, name: str) -> "Iterator[Configuration]":
         "bias": triton_kernel.backward_bias_kernel,
         "window": triton_kernel.backward_window_kernel,
     }
-    several = ("forward", "queries", "keys") if call.keeps_bias else ("forward", "queries", "keys", "bias")
+    several = ("forward", "queries", "keys") + (() if call.tile("keys").keeps_bias else ("bias",))
     for which in ("forward", "window") if call.one_tile else several:
         kernel, tile, constants = kernels[which], call.tile(which), call.constants(which)
         features = dict.fromkeys(
             ("QKV", "PAD", "OUT", "GRAD_OUT", "GRAD_QKV"), f"*{triton_dtype(call.dtype)}"
         )
-        sizes = dict.fromkeys(("tokens_an_image", "windows_an_image", "num_images", "window_splits", "C"), "i32")
+        sizes = dict.fromkeys(
+            ("tokens_an_image", "windows_an_image", "num_images", "window_splits", "C"), "i32"
+        )
         types = dict.fromkeys(kernel.arg_names, "*fp32") | features | sizes | {"TOKENS": "*i32"}
         yield Configuration(
             name=name.format(which),
@@ -375,5 +367,7 @@ def _configurations(call: Plan, name: str) -> "Iterator[Configuration]":
             divisible_by_16=frozenset({"C"}),
             num_warps=tile.num_warps,
             num_stages=tile.num_stages,
+            maxnreg=tile.maxnreg,
+            may_spill=tile.may_spill,
             uses_dot=True,
         )

@@ -151,8 +151,7 @@ def _(
 ) -> tuple[Tensor, Tensor]:
     B, H, W, E = qkv_BHWE.shape
     plan = launch.plan(qkv_BHWE, bias, scale_h, window_size, shift_size, cosine)
-    rows = (B * plan.windows_an_image, plan.heads, 3, plan.padded_tokens)
-    return qkv_BHWE.new_empty(B, H, W, E // 3), qkv_BHWE.new_empty(rows, dtype=torch.float32)
+    return qkv_BHWE.new_empty(B, H, W, E // 3), qkv_BHWE.new_empty(plan.rows(B), dtype=torch.float32)
 
 
 @torch.library.custom_op("fd_kernels::window_attention_backward", mutates_args=())
@@ -163,14 +162,23 @@ def _backward(
     scale_h: Tensor,
     pad_qkv_E: Tensor | None,
     out_BHWC: Tensor,
-    rows_Gh3T: Tensor,
+    rows_GhPT: Tensor,
     window_size: list[int],
     shift_size: list[int],
     cosine: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     with torch.cuda.device_of(qkv_BHWE):
         return launch.backward(
-            grad_BHWC, qkv_BHWE, bias, scale_h, pad_qkv_E, out_BHWC, rows_Gh3T, window_size, shift_size, cosine
+            grad_BHWC,
+            qkv_BHWE,
+            bias,
+            scale_h,
+            pad_qkv_E,
+            out_BHWC,
+            rows_GhPT,
+            window_size,
+            shift_size,
+            cosine,
         )
 
 
@@ -182,7 +190,7 @@ def _(
     scale_h: Tensor,
     pad_qkv_E: Tensor | None,
     out_BHWC: Tensor,
-    rows_Gh3T: Tensor,
+    rows_GhPT: Tensor,
     window_size: list[int],
     shift_size: list[int],
     cosine: bool,

@@ -15,7 +15,7 @@ bits in every run. Arithmetic is fp32, base 2 for logits; products take the inpu
 # Shape suffix legend
 #   B = images, H, W = token grid, C = channels, E = 3 * C (q, k, v), h = heads, D = head dim, M = windows of an
 #   image, G = windows of all images, N = tokens of a window, T = N rounded up to whole tiles, S = splits,
-#   R = relative positions of a window
+#   R = relative positions of a window, P = numbers kept of a row
 
 import triton
 import triton.language as tl
@@ -80,12 +80,18 @@ def _inverse_norm(x, otherwise, COSINE: tl.constexpr):
 
 
 @triton.jit
-def _saved_norm(ROWS, n, otherwise, N: tl.constexpr, INSIDE: tl.constexpr, COSINE: tl.constexpr):
-    """As `_inverse_norm`, which the forward pass has written down; of keys up to N."""
+def _saved_norm(ROWS, n, otherwise, COSINE: tl.constexpr):
+    """As `_inverse_norm`, which the forward pass has written down; 0 of keys behind the window."""
     inverse_norm = tl.full([n.shape[0]], 1.0, tl.float32) * otherwise
     if COSINE:
-        inverse_norm = tl.load(ROWS + n) if INSIDE else tl.load(ROWS + n, mask=n < N, other=0.0)
+        inverse_norm = tl.load(ROWS + n)
     return inverse_norm
+
+
+@triton.jit
+def _planes(COSINE: tl.constexpr):
+    """Numbers that the forward pass keeps of a row."""
+    return 3 if COSINE else 1
 
 
 @triton.jit
@@ -131,10 +137,7 @@ def _bias(
         of_query = m // COLUMNS * WIDTH + m % COLUMNS
         of_key = n // COLUMNS * WIDTH + n % COLUMNS
         place = BIAS + (head * (2 * MIDDLE + 1) + MIDDLE) + (of_query - of_key)
-    if M_INSIDE and N_INSIDE:
-        bias = tl.load(place)
-    else:
-        bias = tl.load(place, mask=inside, other=NOWHERE)
+    bias = tl.load(place) if M_INSIDE and N_INSIDE else tl.load(place, mask=inside, other=NOWHERE)
     if not KEYS_FIRST:
         bias *= LOG2_E
     if SHIFTED:
@@ -146,7 +149,7 @@ def _bias(
 def _attend(
     queries, largests, totals, accs, bias, writes_norms, group, tokens_an_image, num_images, row_of_image, scale,
     QKV, PAD, K_NORMS, n, token_n, offset_n, is_token_n, column, C,
-    IMAGES: tl.constexpr, COSINE: tl.constexpr, PADDED: tl.constexpr, PRECISION: tl.constexpr,
+    N: tl.constexpr, IMAGES: tl.constexpr, COSINE: tl.constexpr, PADDED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Keys n of a group of images more: the rows' largest logits, softmax sums and outputs so far."""
     new_largests, new_totals, new_accs = (), (), ()
@@ -157,7 +160,9 @@ def _attend(
         v = _load_keys(qkv + 2 * C, PAD + 2 * C, offset_n, is_token_n, token_n, column, 3 * C, PADDED)
         k_norm = _inverse_norm(k, scale, COSINE)
         if COSINE:
-            tl.store(K_NORMS + image * 3 * row_of_image + n, k_norm, mask=(n >= 0) & writes_norms)
+            tl.store(
+                K_NORMS + image * _planes(COSINE) * row_of_image + n, k_norm, mask=(n < N) & writes_norms
+            )
         logits = tl.dot(queries[i], tl.trans(k), input_precision=PRECISION) * k_norm[None, :] + bias
         largest = tl.maximum(largests[i], tl.max(logits, 1))
         shrink = tl.exp2(largests[i] - largest)
@@ -184,7 +189,10 @@ def _forward_group(
         q = _load(QKV + image * tokens_an_image * (3 * C), offset_m, is_token_m, column, 3 * C)
         q_norm = _inverse_norm(q, 1.0, COSINE)
         if COSINE:
-            tl.store(ROWS + image * 3 * row_of_image + T + m, q_norm)
+            tl.store(ROWS + image * _planes(COSINE) * row_of_image + T + m, q_norm)
+            behind = N + tl.arange(0, BM)
+            k_norms = ROWS + image * _planes(COSINE) * row_of_image + 2 * T
+            tl.store(k_norms + behind, 0.0, mask=(behind < T) & (query_tile == 0))
         queries += (_scaled(q, q_norm, scale, COSINE),)
         largests += (tl.full([BM], NOWHERE, tl.float32),)
         totals += (tl.zeros([BM], tl.float32),)
@@ -196,7 +204,7 @@ def _forward_group(
             largests, totals, accs = _attend(
                 queries, largests, totals, accs, biases[tile], query_tile == 0, group, tokens_an_image, num_images,
                 row_of_image, scale, QKV, PAD, ROWS + 2 * T, n, token_n, offset_n, is_token_n, column, C,
-                IMAGES, COSINE, PADDED, PRECISION,
+                N, IMAGES, COSINE, PADDED, PRECISION,
             )  # fmt: skip
     else:
         for start in range(0, N, BN):
@@ -209,7 +217,7 @@ def _forward_group(
             largests, totals, accs = _attend(
                 queries, largests, totals, accs, bias, query_tile == 0, group, tokens_an_image, num_images,
                 row_of_image, scale, QKV, PAD, ROWS + 2 * T, n, token_n, offset_n, is_token_n, column, C,
-                IMAGES, COSINE, PADDED, PRECISION,
+                N, IMAGES, COSINE, PADDED, PRECISION,
             )  # fmt: skip
     for i in tl.static_range(IMAGES):
         image = _wide(tl.minimum(group * IMAGES + i, num_images - 1))
@@ -217,7 +225,7 @@ def _forward_group(
         _store(out, accs[i] / totals[i][:, None], offset_m, is_token_m, column, C)
         # Where there is no token, the backward pass shall find probabilities of 0.
         lse = tl.where(is_token_m, largests[i] + tl.log2(totals[i]), -NOWHERE)
-        tl.store(ROWS + image * 3 * row_of_image + m, lse)
+        tl.store(ROWS + image * _planes(COSINE) * row_of_image + m, lse)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -227,7 +235,7 @@ def forward_kernel(
     BIAS,  # (h, N, N) or (h, R), fp32
     SCALE,  # (h,), fp32
     OUT,  # (B, H * W, C)
-    ROWS,  # (G, h, 3, T), fp32: log2 of the softmax sums; where COSINE 1 / |q|, 1 / |k|
+    ROWS,  # (G, h, P, T), fp32: log2 of the softmax sums; where COSINE 1 / |q| and 1 / |k| too (P = 3, else 1)
     TOKENS,  # (M, T), int32
     tokens_an_image,
     windows_an_image,
@@ -263,7 +271,7 @@ def forward_kernel(
     token_m, offset_m, is_token_m = _place(TOKENS, window, m, T)
     scale = tl.load(SCALE + head) * LOG2_E
     row_of_image = windows_an_image * num_heads * T
-    ROWS += (window * num_heads + head) * 3 * T
+    ROWS += (window * num_heads + head) * _planes(COSINE) * T
     TILES: tl.constexpr = (N + BN - 1) // BN
     biases, places = (), ()
     if KEEPS_BIAS:
@@ -274,19 +282,21 @@ def forward_kernel(
             biases += (
                 _bias(
                     BIAS, head, m[:, None], n[None, :], token_m[:, None], token_n[None, :],
-                    N, N % BM == 0, tile < TILES - 1 or N == tile * BN + LAST, COLUMNS, SHIFTED, False,
+                    N, N % BM == 0, tile < TILES - 1 or tile * BN + LAST == N, COLUMNS, SHIFTED, False,
                 ),
             )  # fmt: skip
     if KEEPS_BIAS:
         for group in range(split, (num_images + IMAGES - 1) // IMAGES, splits):
             _forward_group(
                 group, biases, places, QKV, PAD, BIAS, OUT, ROWS, TOKENS, tokens_an_image, num_images, row_of_image,
-                window, head, query_tile, scale, m, token_m, offset_m, is_token_m, column, C, N, T, D, BM, BN, LAST, IMAGES, KEEPS_BIAS, COLUMNS, COSINE, SHIFTED, PADDED, PRECISION,
+                window, head, query_tile, scale, m, token_m, offset_m, is_token_m, column, C, N, T, D, BM, BN, LAST,
+                IMAGES, KEEPS_BIAS, COLUMNS, COSINE, SHIFTED, PADDED, PRECISION,
             )  # fmt: skip
     else:  # a program for each group: a loop around the one over keys would take registers from it
         _forward_group(
             split, biases, places, QKV, PAD, BIAS, OUT, ROWS, TOKENS, tokens_an_image, num_images, row_of_image,
-            window, head, query_tile, scale, m, token_m, offset_m, is_token_m, column, C, N, T, D, BM, BN, LAST, IMAGES, KEEPS_BIAS, COLUMNS, COSINE, SHIFTED, PADDED, PRECISION,
+            window, head, query_tile, scale, m, token_m, offset_m, is_token_m, column, C, N, T, D, BM, BN, LAST,
+            IMAGES, KEEPS_BIAS, COLUMNS, COSINE, SHIFTED, PADDED, PRECISION,
         )  # fmt: skip
 
 
@@ -294,8 +304,7 @@ def forward_kernel(
 def _query_step(
     queries, grads, lses, deltas, grad_queries, bias, group, tokens_an_image, num_images, row_of_image, scale,
     QKV, PAD, K_NORMS, n, token_n, offset_n, is_token_n, column, C,
-    N: tl.constexpr, INSIDE: tl.constexpr, IMAGES: tl.constexpr, COSINE: tl.constexpr, PADDED: tl.constexpr,
-    PRECISION: tl.constexpr,
+    IMAGES: tl.constexpr, COSINE: tl.constexpr, PADDED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """What keys n of a group of images add to the gradients of the queries, but for the rows' own factor."""
     new_grad_queries = ()
@@ -304,7 +313,9 @@ def _query_step(
         qkv = QKV + image * tokens_an_image * (3 * C)
         k = _load_keys(qkv + C, PAD + C, offset_n, is_token_n, token_n, column, 3 * C, PADDED)
         v = _load_keys(qkv + 2 * C, PAD + 2 * C, offset_n, is_token_n, token_n, column, 3 * C, PADDED)
-        k_norm = _saved_norm(K_NORMS + image * 3 * row_of_image, n, scale * LOG2_E, N, INSIDE, COSINE)[None, :]
+        k_norm = _saved_norm(K_NORMS + image * _planes(COSINE) * row_of_image, n, scale * LOG2_E, COSINE)[
+            None, :
+        ]
         logits = tl.dot(queries[i], tl.trans(k), input_precision=PRECISION) * k_norm + bias
         p = tl.exp2(logits - lses[i][:, None])
         grad_logits = p * (tl.dot(grads[i], tl.trans(v), input_precision=PRECISION) - deltas[i][:, None])
@@ -335,9 +346,9 @@ def _queries_group(
         grad = _load(GRAD_OUT + base * C, offset_m, is_token_m, column, C)
         out = _load(OUT + base * C, offset_m, is_token_m, column, C)
         delta = tl.sum(grad.to(tl.float32) * out.to(tl.float32), 1)
-        rows = ROWS + image * 3 * row_of_image
+        rows = ROWS + image * _planes(COSINE) * row_of_image
         tl.store(DELTA + first_row + image * row_of_image + m, delta)
-        q_norm = _saved_norm(rows + T, m, 1.0, N, True, COSINE)
+        q_norm = _saved_norm(rows + T, m, 1.0, COSINE)
         unscaled += (q,)
         q_norms += (q_norm,)
         queries += (_scaled(q, q_norm, scale * LOG2_E, COSINE),)
@@ -352,7 +363,7 @@ def _queries_group(
             grad_queries = _query_step(
                 queries, grads, lses, deltas, grad_queries, biases[tile], group, tokens_an_image, num_images,
                 row_of_image, scale, QKV, PAD, ROWS + 2 * T, n, token_n, offset_n, is_token_n, column, C,
-                N, tile < TILES - 1 or N == tile * BN + LAST, IMAGES, COSINE, PADDED, PRECISION,
+                IMAGES, COSINE, PADDED, PRECISION,
             )  # fmt: skip
     else:
         for start in range(0, N, BN):
@@ -365,7 +376,7 @@ def _queries_group(
             grad_queries = _query_step(
                 queries, grads, lses, deltas, grad_queries, bias, group, tokens_an_image, num_images,
                 row_of_image, scale, QKV, PAD, ROWS + 2 * T, n, token_n, offset_n, is_token_n, column, C,
-                N, N % BN == 0, IMAGES, COSINE, PADDED, PRECISION,
+                IMAGES, COSINE, PADDED, PRECISION,
             )  # fmt: skip
     for i in tl.static_range(IMAGES):
         image = _wide(tl.minimum(group * IMAGES + i, num_images - 1))
@@ -415,7 +426,7 @@ def backward_queries_kernel(
     scale = tl.load(SCALE + head)
     row_of_image = windows_an_image * num_heads * T
     first_row = (window * num_heads + head) * T
-    ROWS += 3 * first_row
+    ROWS += _planes(COSINE) * first_row
     TILES: tl.constexpr = (N + BN - 1) // BN
     biases, places = (), ()
     if KEEPS_BIAS:
@@ -426,7 +437,7 @@ def backward_queries_kernel(
             biases += (
                 _bias(
                     BIAS, head, m[:, None], n[None, :], token_m[:, None], token_n[None, :],
-                    N, N % BM == 0, tile < TILES - 1 or N == tile * BN + LAST, COLUMNS, SHIFTED, False,
+                    N, N % BM == 0, tile < TILES - 1 or tile * BN + LAST == N, COLUMNS, SHIFTED, False,
                 ),
             )  # fmt: skip
     if KEEPS_BIAS:
@@ -434,13 +445,15 @@ def backward_queries_kernel(
             _queries_group(
                 group, biases, places, QKV, PAD, BIAS, OUT, ROWS, GRAD_OUT, DELTA, GRAD_QKV, GRAD_SCALE, TOKENS,
                 tokens_an_image, num_images, row_of_image, first_row, window, head, scale, m, token_m, offset_m,
-                is_token_m, column, C, N, T, D, BM, BN, LAST, IMAGES, KEEPS_BIAS, COLUMNS, COSINE, SHIFTED, PADDED, PRECISION,
+                is_token_m, column, C, N, T, D, BM, BN, LAST,
+                IMAGES, KEEPS_BIAS, COLUMNS, COSINE, SHIFTED, PADDED, PRECISION,
             )  # fmt: skip
     else:
         _queries_group(
             split, biases, places, QKV, PAD, BIAS, OUT, ROWS, GRAD_OUT, DELTA, GRAD_QKV, GRAD_SCALE, TOKENS,
             tokens_an_image, num_images, row_of_image, first_row, window, head, scale, m, token_m, offset_m,
-            is_token_m, column, C, N, T, D, BM, BN, LAST, IMAGES, KEEPS_BIAS, COLUMNS, COSINE, SHIFTED, PADDED, PRECISION,
+            is_token_m, column, C, N, T, D, BM, BN, LAST,
+            IMAGES, KEEPS_BIAS, COLUMNS, COSINE, SHIFTED, PADDED, PRECISION,
         )  # fmt: skip
 
 
@@ -448,7 +461,7 @@ def backward_queries_kernel(
 def _key_step(
     keys, values, grad_keys, grad_values, bias, group, tokens_an_image, num_images, row_of_image, first_row,
     QKV, ROWS, GRAD_OUT, DELTA, m, offset_m, is_token_m, scale, column, C,
-    N: tl.constexpr, T: tl.constexpr, IMAGES: tl.constexpr, COSINE: tl.constexpr, PRECISION: tl.constexpr,
+    T: tl.constexpr, IMAGES: tl.constexpr, COSINE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """What queries m of a group of images add to the gradients of keys; and the gradient of the last one's logits.
 
@@ -460,9 +473,9 @@ def _key_step(
         base, row = image * tokens_an_image, image * row_of_image + first_row
         q = _load(QKV + base * (3 * C), offset_m, is_token_m, column, 3 * C)
         grad = _load(GRAD_OUT + base * C, offset_m, is_token_m, column, C)
-        q_norm = _saved_norm(ROWS + 3 * row + T, m, scale * LOG2_E, N, True, COSINE)[None, :]
+        q_norm = _saved_norm(ROWS + _planes(COSINE) * row + T, m, scale * LOG2_E, COSINE)[None, :]
         logits = tl.dot(keys[i], tl.trans(q), input_precision=PRECISION) * q_norm + bias
-        p = tl.exp2(logits - tl.load(ROWS + 3 * row + m)[None, :])
+        p = tl.exp2(logits - tl.load(ROWS + _planes(COSINE) * row + m)[None, :])
         new_grad_values += (tl.dot(p.to(grad.dtype), grad, grad_values[i], input_precision=PRECISION),)
         grad_p = tl.dot(values[i], tl.trans(grad), input_precision=PRECISION)
         grad_logits = p * (grad_p - tl.load(DELTA + row + m)[None, :])
@@ -493,7 +506,7 @@ def _keys_group(
         k = _load_keys(qkv + C, PAD + C, offset_n, is_token_n, token_n, column, 3 * C, PADDED)
         v = _load_keys(qkv + 2 * C, PAD + 2 * C, offset_n, is_token_n, token_n, column, 3 * C, PADDED)
         row = image * row_of_image + windows_row
-        k_norm = _saved_norm(ROWS + 3 * row + 2 * T, n, 1.0, N, N % BN == 0, COSINE)
+        k_norm = _saved_norm(ROWS + _planes(COSINE) * row + 2 * T, n, 1.0, COSINE)
         keys += (k,)
         k_norms += (k_norm,)
         scaled_keys += (_scaled(k, k_norm, scale * LOG2_E, COSINE),)
@@ -508,7 +521,7 @@ def _keys_group(
             grad_keys, grad_values, grad_logits = _key_step(
                 scaled_keys, values, grad_keys, grad_values, biases[tile], group, tokens_an_image,
                 num_images, row_of_image, windows_row, QKV, ROWS, GRAD_OUT, DELTA,
-                m, offset_m, is_token_m, scale, column, C, N, T, IMAGES, COSINE, PRECISION,
+                m, offset_m, is_token_m, scale, column, C, T, IMAGES, COSINE, PRECISION,
             )  # fmt: skip
             new_biases += (grad_biases[tile] + grad_logits,)
         grad_biases = new_biases
@@ -523,7 +536,7 @@ def _keys_group(
             grad_keys, grad_values, _ = _key_step(
                 scaled_keys, values, grad_keys, grad_values, bias, group, tokens_an_image,
                 num_images, row_of_image, windows_row, QKV, ROWS, GRAD_OUT, DELTA,
-                m, offset_m, is_token_m, scale, column, C, N, T, IMAGES, COSINE, PRECISION,
+                m, offset_m, is_token_m, scale, column, C, T, IMAGES, COSINE, PRECISION,
             )  # fmt: skip
     for i in tl.static_range(IMAGES):
         image = tl.minimum(group * IMAGES + i, num_images - 1)
@@ -600,7 +613,7 @@ def backward_keys_kernel(
                 biases += (
                     _bias(
                         BIAS, head, m[None, :], n[:, None], token_m[None, :], token_n[:, None],
-                        N, tile < TILES - 1 or N == tile * BM + LAST, N % BN == 0, COLUMNS, SHIFTED, True,
+                        N, tile < TILES - 1 or tile * BM + LAST == N, N % BN == 0, COLUMNS, SHIFTED, True,
                     ),
                 )  # fmt: skip
             groups = (num_images + IMAGES - 1) // IMAGES
@@ -616,9 +629,9 @@ def backward_keys_kernel(
         token_n, offset_n, is_token_n = _place(TOKENS, window, n, T)
         biases, places = (), ()
         grad_biases, grad_pad_k, grad_pad_v = _keys_group(
-            split // windows_an_image, grad_biases, grad_pad_k, grad_pad_v, biases, places, QKV, PAD, BIAS, ROWS, GRAD_OUT, DELTA,
-            GRAD_QKV, TOKENS, tokens_an_image, num_images, row_of_image, window, head, scale, n, token_n,
-            offset_n, is_token_n, column, C, N, T, D, BM, BN, LAST, IMAGES, KEEPS_BIAS, COLUMNS, COSINE,
+            split // windows_an_image, grad_biases, grad_pad_k, grad_pad_v, biases, places, QKV, PAD, BIAS, ROWS,
+            GRAD_OUT, DELTA, GRAD_QKV, TOKENS, tokens_an_image, num_images, row_of_image, window, head, scale, n,
+            token_n, offset_n, is_token_n, column, C, N, T, D, BM, BN, LAST, IMAGES, KEEPS_BIAS, COLUMNS, COSINE,
             SHIFTED, PADDED, PRECISION,
         )  # fmt: skip
     if KEEPS_BIAS:
@@ -673,7 +686,9 @@ def backward_bias_kernel(
     first_m, first_n = tl.maximum(distance, 0) * EDGE + in_m, tl.maximum(-distance, 0) * EDGE + in_n
     grad_bias = tl.zeros([BM, BN], tl.float32)
     steps = ROWS_A_WINDOW - tl.abs(distance)
-    for at in range(0, (windows_an_image - split % window_splits + window_splits - 1) // window_splits * steps):
+    for at in range(
+        0, (windows_an_image - split % window_splits + window_splits - 1) // window_splits * steps
+    ):
         window = split % window_splits + at // steps * window_splits
         # Behind the window, and behind the row, there are no entries: whatever stands there is not stored.
         m = tl.minimum(first_m + at % steps * EDGE, N - 1)
@@ -681,20 +696,30 @@ def backward_bias_kernel(
         token_m, offset_m, is_token_m = _place(TOKENS, window, m, T)
         token_n, offset_n, is_token_n = _place(TOKENS, window, n, T)
         bias = _bias(
-            BIAS, head, m[:, None], n[None, :], token_m[:, None], token_n[None, :],
-            N, True, True, COLUMNS, SHIFTED, False,
+            BIAS,
+            head,
+            m[:, None],
+            n[None, :],
+            token_m[:, None],
+            token_n[None, :],
+            N,
+            True,
+            True,
+            COLUMNS,
+            SHIFTED,
+            False,
         )
         for image in range(split // window_splits, num_images, tl.num_programs(2) // window_splits):
             base = _wide(image) * tokens_an_image
             qkv = QKV + base * (3 * C)  # offsets within an image fit 32 bits
             first_row = _wide(image) * row_of_image + (window * num_heads + head) * T
-            rows = ROWS + 3 * first_row
+            rows = ROWS + _planes(COSINE) * first_row
             q = _load(qkv, offset_m, is_token_m, column, 3 * C)
             k = _load_keys(qkv + C, PAD + C, offset_n, is_token_n, token_n, column, 3 * C, PADDED)
             v = _load_keys(qkv + 2 * C, PAD + 2 * C, offset_n, is_token_n, token_n, column, 3 * C, PADDED)
             grad = _load(GRAD_OUT + base * C, offset_m, is_token_m, column, C)
-            q = _scaled(q, _saved_norm(rows + T, m, 1.0, N, True, COSINE), scale * LOG2_E, COSINE)
-            k_norm = _saved_norm(rows + 2 * T, n, scale * LOG2_E, N, True, COSINE)[None, :]
+            q = _scaled(q, _saved_norm(rows + T, m, 1.0, COSINE), scale * LOG2_E, COSINE)
+            k_norm = _saved_norm(rows + 2 * T, n, scale * LOG2_E, COSINE)[None, :]
             logits = tl.dot(q, tl.trans(k), input_precision=PRECISION) * k_norm + bias
             p = tl.exp2(logits - tl.load(rows + m)[:, None])
             grad_p = tl.dot(grad, tl.trans(v), input_precision=PRECISION)
@@ -742,14 +767,14 @@ def backward_window_kernel(
         for image in range(split // window_splits, num_images, tl.num_programs(1) // window_splits):
             base = _wide(image) * tokens_an_image
             qkv = QKV + base * (3 * C)  # offsets within an image fit 32 bits
-            rows = ROWS + 3 * (_wide(image) * row_of_image + (window * num_heads + head) * T)
+            rows = ROWS + _planes(COSINE) * (_wide(image) * row_of_image + (window * num_heads + head) * T)
             q = _load(qkv, offset, is_token, column, 3 * C)
             k = _load(qkv + C, offset, is_token, column, 3 * C)
             v = _load(qkv + 2 * C, offset, is_token, column, 3 * C)
             grad = _load(GRAD_OUT + base * C, offset, is_token, column, C)
             out = _load(OUT + base * C, offset, is_token, column, C)
-            q_norm = _saved_norm(rows + T, n, 1.0, N, True, COSINE)
-            k_norm = _saved_norm(rows + 2 * T, n, scale * LOG2_E, N, N == T, COSINE)
+            q_norm = _saved_norm(rows + T, n, 1.0, COSINE)
+            k_norm = _saved_norm(rows + 2 * T, n, scale * LOG2_E, COSINE)
             scaled_q = _scaled(q, q_norm, scale * LOG2_E, COSINE)
             logits = tl.dot(scaled_q, tl.trans(k), input_precision=PRECISION) * k_norm[None, :] + bias
             p = tl.exp2(logits - tl.load(rows + n)[:, None])
