@@ -209,7 +209,7 @@ def forward(
         out_BHWC, in the dtype of `qkv_BHWE`; rows_GhPT, fp32, log2 of the softmax sums and, with cosines,
         the inverse lengths of queries and keys.
     """
-    from fd_kernels.window_attention.triton_kernel import forward_kernel
+    from fd_kernels.window_attention.triton_forward import forward_kernel
 
     call = plan(qkv_BHWE, bias, scale_h, window, shift, cosine)
     B, H, W, E = qkv_BHWE.shape
@@ -240,7 +240,7 @@ def backward(
     Returns:
         Gradients of qkv, bias (fp32), scale (fp32) and the padding's qkv (fp32; empty where there is none).
     """
-    from fd_kernels.window_attention import triton_kernel
+    from fd_kernels.window_attention import triton_backward, triton_backward_bias
 
     call = plan(qkv_BHWE, bias, scale_h, window, shift, cosine)
     B, H, W, E = qkv_BHWE.shape
@@ -256,14 +256,14 @@ def backward(
         splits, window_splits = call.splits(call.heads, B, device)
         grad_bias, grad_scale = parts(splits, *call.bias_parts), parts(splits, call.heads, call.padded_tokens)
         grad_pad = parts(0)
-        triton_kernel.backward_window_kernel[(call.heads, splits)](
+        triton_backward_bias.backward_window_kernel[(call.heads, splits)](
             qkv_BHWE, bias, scale_h, out_BHWC, rows_GhPT, grad_BHWC, grad_qkv, grad_bias, grad_scale,
             *sizes, window_splits, C, **call.options("window"),
         )  # fmt: skip
         return grad_qkv, _sum_bias(grad_bias, call), grad_scale.sum((0, 2)) / scale_h, grad_pad
 
     delta, grad_scale = (parts(*rows_GhPT[:, :, 0].shape) for _ in range(2))
-    triton_kernel.backward_queries_kernel[call.grid_of_queries("queries", B, device)](
+    triton_backward.backward_queries_kernel[call.grid_of_queries("queries", B, device)](
         qkv_BHWE, pad, bias, scale_h, out_BHWC, rows_GhPT, grad_BHWC, delta, grad_qkv, grad_scale,
         *sizes, C, **call.options("queries"),
     )  # fmt: skip
@@ -278,7 +278,7 @@ def backward(
     rows = (scale_h, rows_GhPT, grad_BHWC, delta)
     keys_first = bias if call.table else bias.mT
     keys_first = torch.mul(keys_first, math.log2(math.e), out=bias.new_empty(keys_first.shape))
-    triton_kernel.backward_keys_kernel[(call.heads * key_tiles * splits,)](
+    triton_backward.backward_keys_kernel[(call.heads * key_tiles * splits,)](
         qkv_BHWE, pad, keys_first, *rows, grad_qkv, grad_bias, grad_pad, *sizes, window_splits, C,
         **call.options("keys"),
     )  # fmt: skip
@@ -288,7 +288,7 @@ def backward(
         pairs *= -(-queries // tile.queries) * -(-keys // tile.keys)
         splits, window_splits = call.splits(pairs * call.heads, B, device)
         grad_bias = parts(splits, *call.bias_parts)
-        triton_kernel.backward_bias_kernel[(call.heads, pairs, splits)](
+        triton_backward_bias.backward_bias_kernel[(call.heads, pairs, splits)](
             qkv_BHWE, pad, bias, *rows, grad_bias, *sizes, window_splits, C, **call.options("bias"),
         )  # fmt: skip
     grad_pad_E = torch.cat([parts(C).zero_(), grad_pad.sum(0).flatten()]) if call.padded else parts(0)
@@ -337,14 +337,14 @@ def aot_configurations(architecture: int) -> "Iterator[Configuration]":
 
 def _configurations(call: Plan, name: str) -> "Iterator[Configuration]":
     from fd_kernels.aot import Configuration, triton_dtype
-    from fd_kernels.window_attention import triton_kernel
+    from fd_kernels.window_attention import triton_backward, triton_backward_bias, triton_forward
 
     kernels = {
-        "forward": triton_kernel.forward_kernel,
-        "queries": triton_kernel.backward_queries_kernel,
-        "keys": triton_kernel.backward_keys_kernel,
-        "bias": triton_kernel.backward_bias_kernel,
-        "window": triton_kernel.backward_window_kernel,
+        "forward": triton_forward.forward_kernel,
+        "queries": triton_backward.backward_queries_kernel,
+        "keys": triton_backward.backward_keys_kernel,
+        "bias": triton_backward_bias.backward_bias_kernel,
+        "window": triton_backward_bias.backward_window_kernel,
     }
     several = ("forward", "queries", "keys") + (() if call.tile("keys").keeps_bias else ("bias",))
     for which in ("forward", "window") if call.one_tile else several:

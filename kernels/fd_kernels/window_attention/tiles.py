@@ -50,27 +50,27 @@ _HOPPER: dict[tuple[str, int], Rules] = {
         (144, Tiles(32, 64, keeps_bias=True, may_spill=True)),
         (inf, Tiles(32, 64, maxnreg=128, may_spill=True)),
     ),
-    ("bias", 32): ((inf, Tiles(64, 64)),),
+    ("bias", 32): ((inf, Tiles(64, 64, may_spill=True)),),
     ("window", 32): ((ONE_TILE, Tiles(ONE_TILE, ONE_TILE, may_spill=True)),),
     ("forward", 64): ((inf, Tiles(64, 32, images=2, maxnreg=168, may_spill=True)),),
-    ("queries", 64): ((inf, Tiles(64, 32, images=2)),),
+    ("queries", 64): ((inf, Tiles(64, 32, images=2, may_spill=True)),),
     ("keys", 64): ((inf, Tiles(64, 64, num_stages=1, maxnreg=168, may_spill=True)),),
-    ("bias", 64): ((inf, Tiles(64, 64)),),
+    ("bias", 64): ((inf, Tiles(64, 64, may_spill=True)),),
 }
 # Elsewhere: what spills nothing when compiled for sm_80, sm_90 and sm_100. Not measured.
 _ANYWHERE: dict[tuple[str, int], Rules] = {
     ("forward", 32): ((inf, Tiles(64, 32)),),
     ("forward", 64): ((inf, Tiles(64, 32)),),
-    ("forward", 128): ((inf, Tiles(64, 32, 8)),),
-    ("queries", 32): ((inf, Tiles(64, 32, 8)),),
+    ("forward", 128): ((inf, Tiles(64, 16, 8)),),
+    ("queries", 32): ((16, Tiles(64, 16)), (inf, Tiles(64, 32))),
     ("queries", 64): ((inf, Tiles(64, 32, 8)),),
     ("queries", 128): ((inf, Tiles(64, 16, 8)),),
-    ("keys", 32): ((inf, Tiles(32, 32, num_stages=1)),),
+    ("keys", 32): ((inf, Tiles(32, 32, 8, num_stages=1)),),
     ("keys", 64): ((inf, Tiles(32, 32, 8)),),
     ("keys", 128): ((inf, Tiles(32, 32, 8)),),
     ("bias", 32): ((inf, Tiles(64, 32, 8)),),
-    ("bias", 64): ((inf, Tiles(64, 32, 8)),),
-    ("bias", 128): ((inf, Tiles(64, 16, 8)),),
+    ("bias", 64): ((inf, Tiles(64, 16, 8)),),
+    ("bias", 128): ((inf, Tiles(32, 16, 8)),),
 }
 
 

@@ -1,0 +1,370 @@
+"""The backward pass of attention within windows: gradients of queries, then of keys and values."""
+
+# Shape suffix legend
+#   B = images, H, W = token grid, C = channels, E = 3 * C (q, k, v), h = heads, D = head dim, M = windows of an
+#   image, G = windows of all images, N = tokens of a window, T = N rounded up to whole tiles, S = splits,
+#   R = relative positions of a window, P = numbers kept of a row
+
+import triton
+import triton.language as tl
+
+from fd_kernels.window_attention.triton_parts import (
+    LOG2_E,
+    SIZES,
+    bias_and_mask,
+    load_keys,
+    load_rows,
+    narrow,
+    planes,
+    saved_norm,
+    scaled,
+    store_rows,
+    token_places,
+    wide,
+    without_length,
+)
+
+
+@triton.jit
+def _query_step(
+    queries, grads, lses, deltas, grad_queries, bias, group, tokens_an_image, num_images, row_of_image, scale,
+    QKV, PAD, K_NORMS, n, token_n, offset_n, is_token_n, column, C,
+    IMAGES: tl.constexpr, COSINE: tl.constexpr, PADDED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """What keys n of a group of images add to the gradients of the queries, but for the rows' own factor."""
+    new_grad_queries = ()
+    for i in tl.static_range(IMAGES):
+        image = wide(tl.minimum(group * IMAGES + i, num_images - 1))
+        qkv = QKV + image * tokens_an_image * (3 * C)
+        k = load_keys(qkv + C, PAD + C, offset_n, is_token_n, token_n, column, 3 * C, PADDED)
+        v = load_keys(qkv + 2 * C, PAD + 2 * C, offset_n, is_token_n, token_n, column, 3 * C, PADDED)
+        k_norm = saved_norm(K_NORMS + image * planes(COSINE) * row_of_image, n, scale * LOG2_E, COSINE)[
+            None, :
+        ]
+        logits = tl.dot(queries[i], tl.trans(k), input_precision=PRECISION) * k_norm + bias
+        p = tl.exp2(logits - lses[i][:, None])
+        grad_logits = p * (tl.dot(grads[i], tl.trans(v), input_precision=PRECISION) - deltas[i][:, None])
+        if COSINE:
+            grad_logits *= k_norm
+        new_grad_queries += (
+            tl.dot(narrow(grad_logits, k.dtype), k, grad_queries[i], input_precision=PRECISION),
+        )
+    return new_grad_queries
+
+
+@triton.jit
+def _queries_group(
+    group, biases, places, QKV, PAD, BIAS, OUT, ROWS, GRAD_OUT, DELTA, GRAD_QKV, GRAD_SCALE, TOKENS,
+    tokens_an_image, num_images, row_of_image, first_row, window, head, scale, m, token_m, offset_m,
+    is_token_m, column, C,
+    N: tl.constexpr, T: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, LAST: tl.constexpr,
+    IMAGES: tl.constexpr, KEEPS_BIAS: tl.constexpr, COLUMNS: tl.constexpr, COSINE: tl.constexpr,
+    SHIFTED: tl.constexpr, PADDED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Gradients of queries m, of a group of images."""
+    TILES: tl.constexpr = (N + BN - 1) // BN
+    unscaled, q_norms, queries, grads, lses, deltas, grad_queries = (), (), (), (), (), (), ()
+    for i in tl.static_range(IMAGES):
+        image = wide(tl.minimum(group * IMAGES + i, num_images - 1))
+        base = image * tokens_an_image
+        q = load_rows(QKV + base * (3 * C), offset_m, is_token_m, column, 3 * C)
+        grad = load_rows(GRAD_OUT + base * C, offset_m, is_token_m, column, C)
+        out = load_rows(OUT + base * C, offset_m, is_token_m, column, C)
+        delta = tl.sum(grad.to(tl.float32) * out.to(tl.float32), 1)
+        rows = ROWS + image * planes(COSINE) * row_of_image
+        tl.store(DELTA + first_row + image * row_of_image + m, delta)
+        q_norm = saved_norm(rows + T, m, 1.0, COSINE)
+        unscaled += (q,)
+        q_norms += (q_norm,)
+        queries += (scaled(q, q_norm, scale * LOG2_E, COSINE),)
+        grads += (grad,)
+        deltas += (delta,)
+        lses += (tl.load(rows + m),)
+        grad_queries += (tl.zeros([BM, D], tl.float32),)
+    if KEEPS_BIAS:
+        for tile in tl.static_range(TILES):
+            n = tile * BN + tl.arange(0, BN if tile < TILES - 1 else LAST)
+            token_n, offset_n, is_token_n = places[tile]
+            grad_queries = _query_step(
+                queries, grads, lses, deltas, grad_queries, biases[tile], group, tokens_an_image, num_images,
+                row_of_image, scale, QKV, PAD, ROWS + 2 * T, n, token_n, offset_n, is_token_n, column, C,
+                IMAGES, COSINE, PADDED, PRECISION,
+            )  # fmt: skip
+    else:
+        for start in range(0, N, BN):
+            n = start + tl.arange(0, BN)
+            token_n, offset_n, is_token_n = token_places(TOKENS, window, n, T)
+            bias = bias_and_mask(
+                BIAS, head, m[:, None], n[None, :], token_m[:, None], token_n[None, :],
+                N, N % BM == 0, N % BN == 0, COLUMNS, SHIFTED, False,
+            )  # fmt: skip
+            grad_queries = _query_step(
+                queries, grads, lses, deltas, grad_queries, bias, group, tokens_an_image, num_images,
+                row_of_image, scale, QKV, PAD, ROWS + 2 * T, n, token_n, offset_n, is_token_n, column, C,
+                IMAGES, COSINE, PADDED, PRECISION,
+            )  # fmt: skip
+    for i in tl.static_range(IMAGES):
+        image = wide(tl.minimum(group * IMAGES + i, num_images - 1))
+        grad_q = grad_queries[i] * (q_norms[i] * scale)[:, None]
+        along = tl.sum(grad_q * unscaled[i].to(tl.float32), 1)
+        grad_q = without_length(grad_q, unscaled[i], along, q_norms[i], COSINE)
+        store_rows(GRAD_QKV + image * tokens_an_image * (3 * C), grad_q, offset_m, is_token_m, column, 3 * C)
+        # Not summed here: Triton 3.7 crashes on that for sm_100.
+        tl.store(GRAD_SCALE + first_row + image * row_of_image + m, along)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def backward_queries_kernel(
+    QKV, PAD, BIAS, SCALE, OUT, ROWS, GRAD_OUT,  # as in the forward pass
+    DELTA,  # (G, h, T), fp32, written: the sum of output times gradient of each row
+    GRAD_QKV,  # (B, H * W, 3 * C), the queries' third is written
+    GRAD_SCALE,  # (G, h, T), fp32, written: each row's part, times the scale
+    TOKENS,
+    tokens_an_image,
+    windows_an_image,
+    num_images,
+    C,
+    N: tl.constexpr,
+    T: tl.constexpr,
+    D: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    LAST: tl.constexpr,
+    IMAGES: tl.constexpr,
+    KEEPS_BIAS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    COSINE: tl.constexpr,
+    SHIFTED: tl.constexpr,
+    PADDED: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One program: the gradient of BM queries of a head and window, of a split of the images as in the forward pass."""
+    num_heads = C // D
+    QUERY_TILES: tl.constexpr = (N + BM - 1) // BM
+    head, at = tl.program_id(0) % num_heads, tl.program_id(0) // num_heads
+    query_tile, at = at % QUERY_TILES, at // QUERY_TILES
+    window, split = at % windows_an_image, at // windows_an_image
+    splits = tl.num_programs(0) // (num_heads * QUERY_TILES * windows_an_image)
+    column = head * D + tl.arange(0, D)
+    m = query_tile * BM + tl.arange(0, BM)
+    token_m, offset_m, is_token_m = token_places(TOKENS, window, m, T)
+    scale = tl.load(SCALE + head)
+    row_of_image = windows_an_image * num_heads * T
+    first_row = (window * num_heads + head) * T
+    ROWS += planes(COSINE) * first_row
+    TILES: tl.constexpr = (N + BN - 1) // BN
+    biases, places = (), ()
+    if KEEPS_BIAS:
+        for tile in tl.static_range(TILES):
+            n = tile * BN + tl.arange(0, BN if tile < TILES - 1 else LAST)
+            token_n, offset_n, is_token_n = token_places(TOKENS, window, n, T)
+            places += ((token_n, offset_n, is_token_n),)
+            biases += (
+                bias_and_mask(
+                    BIAS, head, m[:, None], n[None, :], token_m[:, None], token_n[None, :],
+                    N, N % BM == 0, tile < TILES - 1 or tile * BN + LAST == N, COLUMNS, SHIFTED, False,
+                ),
+            )  # fmt: skip
+    if KEEPS_BIAS:
+        for group in range(split, (num_images + IMAGES - 1) // IMAGES, splits):
+            _queries_group(
+                group, biases, places, QKV, PAD, BIAS, OUT, ROWS, GRAD_OUT, DELTA, GRAD_QKV, GRAD_SCALE, TOKENS,
+                tokens_an_image, num_images, row_of_image, first_row, window, head, scale, m, token_m, offset_m,
+                is_token_m, column, C, N, T, D, BM, BN, LAST,
+                IMAGES, KEEPS_BIAS, COLUMNS, COSINE, SHIFTED, PADDED, PRECISION,
+            )  # fmt: skip
+    else:
+        _queries_group(
+            split, biases, places, QKV, PAD, BIAS, OUT, ROWS, GRAD_OUT, DELTA, GRAD_QKV, GRAD_SCALE, TOKENS,
+            tokens_an_image, num_images, row_of_image, first_row, window, head, scale, m, token_m, offset_m,
+            is_token_m, column, C, N, T, D, BM, BN, LAST,
+            IMAGES, KEEPS_BIAS, COLUMNS, COSINE, SHIFTED, PADDED, PRECISION,
+        )  # fmt: skip
+
+
+@triton.jit
+def _key_step(
+    keys, values, grad_keys, grad_values, bias, group, tokens_an_image, num_images, row_of_image, first_row,
+    QKV, ROWS, GRAD_OUT, DELTA, m, offset_m, is_token_m, scale, column, C,
+    T: tl.constexpr, IMAGES: tl.constexpr, COSINE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """What queries m of a group of images add to the gradients of keys; and the gradient of the last one's logits.
+
+    Tiles stand on their side, keys by queries: then every product takes what is in registers as its left side.
+    """
+    new_grad_keys, new_grad_values = (), ()
+    for i in tl.static_range(IMAGES):
+        image = wide(tl.minimum(group * IMAGES + i, num_images - 1))
+        base, row = image * tokens_an_image, image * row_of_image + first_row
+        q = load_rows(QKV + base * (3 * C), offset_m, is_token_m, column, 3 * C)
+        grad = load_rows(GRAD_OUT + base * C, offset_m, is_token_m, column, C)
+        q_norm = saved_norm(ROWS + planes(COSINE) * row + T, m, scale * LOG2_E, COSINE)[None, :]
+        logits = tl.dot(keys[i], tl.trans(q), input_precision=PRECISION) * q_norm + bias
+        p = tl.exp2(logits - tl.load(ROWS + planes(COSINE) * row + m)[None, :])
+        new_grad_values += (tl.dot(p.to(grad.dtype), grad, grad_values[i], input_precision=PRECISION),)
+        grad_p = tl.dot(values[i], tl.trans(grad), input_precision=PRECISION)
+        grad_logits = p * (grad_p - tl.load(DELTA + row + m)[None, :])
+        grad_dot = grad_logits
+        if COSINE:
+            grad_dot *= q_norm
+        new_grad_keys += (tl.dot(narrow(grad_dot, q.dtype), q, grad_keys[i], input_precision=PRECISION),)
+    return new_grad_keys, new_grad_values, grad_logits
+
+
+@triton.jit
+def _keys_group(
+    group, grad_biases, grad_pad_k, grad_pad_v, biases, places, QKV, PAD, BIAS, ROWS, GRAD_OUT, DELTA,
+    GRAD_QKV, TOKENS, tokens_an_image, num_images, row_of_image, window, head, scale, n, token_n,
+    offset_n, is_token_n, column, C,
+    N: tl.constexpr, T: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, LAST: tl.constexpr,
+    IMAGES: tl.constexpr, KEEPS_BIAS: tl.constexpr, COLUMNS: tl.constexpr, COSINE: tl.constexpr,
+    SHIFTED: tl.constexpr, PADDED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Gradients of keys n and their values, of a group of images; and the sums so far over groups."""
+    TILES: tl.constexpr = (N + BM - 1) // BM
+    num_heads = C // D
+    windows_row = (window * num_heads + head) * T
+    keys, k_norms, scaled_keys, values, grad_keys, grad_values = (), (), (), (), (), ()
+    for i in tl.static_range(IMAGES):
+        image = wide(tl.minimum(group * IMAGES + i, num_images - 1))  # behind the last, that one again
+        qkv = QKV + image * tokens_an_image * (3 * C)  # offsets within an image fit 32 bits
+        k = load_keys(qkv + C, PAD + C, offset_n, is_token_n, token_n, column, 3 * C, PADDED)
+        v = load_keys(qkv + 2 * C, PAD + 2 * C, offset_n, is_token_n, token_n, column, 3 * C, PADDED)
+        row = image * row_of_image + windows_row
+        k_norm = saved_norm(ROWS + planes(COSINE) * row + 2 * T, n, 1.0, COSINE)
+        keys += (k,)
+        k_norms += (k_norm,)
+        scaled_keys += (scaled(k, k_norm, scale * LOG2_E, COSINE),)
+        values += (v,)
+        grad_keys += (tl.zeros([BN, D], tl.float32),)
+        grad_values += (tl.zeros([BN, D], tl.float32),)
+    if KEEPS_BIAS:
+        new_biases = ()
+        for tile in tl.static_range(TILES):
+            m = tile * BM + tl.arange(0, BM if tile < TILES - 1 else LAST)
+            offset_m, is_token_m = places[tile]
+            grad_keys, grad_values, grad_logits = _key_step(
+                scaled_keys, values, grad_keys, grad_values, biases[tile], group, tokens_an_image,
+                num_images, row_of_image, windows_row, QKV, ROWS, GRAD_OUT, DELTA,
+                m, offset_m, is_token_m, scale, column, C, T, IMAGES, COSINE, PRECISION,
+            )  # fmt: skip
+            new_biases += (grad_biases[tile] + grad_logits,)
+        grad_biases = new_biases
+    else:
+        for start in range(0, N, BM):
+            m = start + tl.arange(0, BM)
+            token_m, offset_m, is_token_m = token_places(TOKENS, window, m, T)
+            bias = bias_and_mask(
+                BIAS, head, m[None, :], n[:, None], token_m[None, :], token_n[:, None],
+                N, N % BM == 0, N % BN == 0, COLUMNS, SHIFTED, True,
+            )  # fmt: skip
+            grad_keys, grad_values, _ = _key_step(
+                scaled_keys, values, grad_keys, grad_values, bias, group, tokens_an_image,
+                num_images, row_of_image, windows_row, QKV, ROWS, GRAD_OUT, DELTA,
+                m, offset_m, is_token_m, scale, column, C, T, IMAGES, COSINE, PRECISION,
+            )  # fmt: skip
+    for i in tl.static_range(IMAGES):
+        image = tl.minimum(group * IMAGES + i, num_images - 1)
+        grad_k = grad_keys[i] * (k_norms[i] * scale)[:, None]
+        along = tl.sum(grad_k * keys[i].to(tl.float32), 1)
+        grad_k = without_length(grad_k, keys[i], along, k_norms[i], COSINE)
+        grad_qkv = GRAD_QKV + wide(image) * tokens_an_image * (3 * C)
+        store_rows(grad_qkv + C, grad_k, offset_n, is_token_n, column, 3 * C)
+        store_rows(grad_qkv + 2 * C, grad_values[i], offset_n, is_token_n, column, 3 * C)
+        if PADDED:
+            # An image that is done again counts once.
+            counts = (group * IMAGES + i < num_images) & (token_n >= 0) & (is_token_n == 0)
+            grad_pad_k += tl.sum(tl.where(counts[:, None], grad_k, 0.0), 0)
+            grad_pad_v += tl.sum(tl.where(counts[:, None], grad_values[i], 0.0), 0)
+    return grad_biases, grad_pad_k, grad_pad_v
+
+
+@triton.jit(do_not_specialize=SIZES)
+def backward_keys_kernel(
+    QKV, PAD,
+    BIAS,  # as above, but times log2(e), and a dense one is (h, keys, queries)
+    SCALE, ROWS, GRAD_OUT, DELTA,
+    GRAD_QKV,  # (B, H * W, 3 * C), the thirds of keys and values are written
+    GRAD_BIAS,  # (S, h, N, N), fp32, written where it is kept: the sum over this split's windows
+    GRAD_PAD,  # (S * tiles, 2, C), fp32, written where anything is padded: keys, values
+    TOKENS,
+    tokens_an_image,
+    windows_an_image,
+    num_images,
+    window_splits,
+    C,
+    N: tl.constexpr,
+    T: tl.constexpr,
+    D: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    LAST: tl.constexpr,
+    IMAGES: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    COSINE: tl.constexpr,
+    SHIFTED: tl.constexpr,
+    PADDED: tl.constexpr,
+    KEEPS_BIAS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One program: BN keys of a head, over a split of windows and images.
+
+    KEEPS_BIAS: their bias and its gradient stay in registers, and the queries' tiles are unrolled for it. Else a split
+    is one window of a group of images, and the gradient is left to `backward_bias_kernel`.
+    """
+    num_heads = C // D
+    KEY_TILES: tl.constexpr = (N + BN - 1) // BN
+    head, at = tl.program_id(0) % num_heads, tl.program_id(0) // num_heads
+    key_tile, split = at % KEY_TILES, at // KEY_TILES
+    splits = tl.num_programs(0) // (num_heads * KEY_TILES)
+    column = head * D + tl.arange(0, D)
+    n = key_tile * BN + tl.arange(0, BN)
+    scale = tl.load(SCALE + head)
+    row_of_image = windows_an_image * num_heads * T
+    TILES: tl.constexpr = (N + BM - 1) // BM
+    grad_biases = ()
+    grad_pad_k = tl.zeros([D], tl.float32)
+    grad_pad_v = tl.zeros([D], tl.float32)
+    if KEEPS_BIAS:
+        for tile in tl.static_range(TILES):
+            grad_biases += (tl.zeros([BN, BM if tile < TILES - 1 else LAST], tl.float32),)
+        for window in range(split % window_splits, windows_an_image, window_splits):
+            token_n, offset_n, is_token_n = token_places(TOKENS, window, n, T)
+            biases, places = (), ()
+            for tile in tl.static_range(TILES):
+                m = tile * BM + tl.arange(0, BM if tile < TILES - 1 else LAST)
+                token_m, offset_m, is_token_m = token_places(TOKENS, window, m, T)
+                places += ((offset_m, is_token_m),)
+                biases += (
+                    bias_and_mask(
+                        BIAS, head, m[None, :], n[:, None], token_m[None, :], token_n[:, None],
+                        N, tile < TILES - 1 or tile * BM + LAST == N, N % BN == 0, COLUMNS, SHIFTED, True,
+                    ),
+                )  # fmt: skip
+            groups = (num_images + IMAGES - 1) // IMAGES
+            for group in range(split // window_splits, groups, splits // window_splits):
+                grad_biases, grad_pad_k, grad_pad_v = _keys_group(
+                    group, grad_biases, grad_pad_k, grad_pad_v, biases, places, QKV, PAD, BIAS, ROWS, GRAD_OUT, DELTA,
+                    GRAD_QKV, TOKENS, tokens_an_image, num_images, row_of_image, window, head, scale, n, token_n,
+                    offset_n, is_token_n, column, C, N, T, D, BM, BN, LAST, IMAGES, KEEPS_BIAS, COLUMNS, COSINE,
+                    SHIFTED, PADDED, PRECISION,
+                )  # fmt: skip
+    else:
+        window = split % windows_an_image
+        token_n, offset_n, is_token_n = token_places(TOKENS, window, n, T)
+        biases, places = (), ()
+        grad_biases, grad_pad_k, grad_pad_v = _keys_group(
+            split // windows_an_image, grad_biases, grad_pad_k, grad_pad_v, biases, places, QKV, PAD, BIAS, ROWS,
+            GRAD_OUT, DELTA, GRAD_QKV, TOKENS, tokens_an_image, num_images, row_of_image, window, head, scale, n,
+            token_n, offset_n, is_token_n, column, C, N, T, D, BM, BN, LAST, IMAGES, KEEPS_BIAS, COLUMNS, COSINE,
+            SHIFTED, PADDED, PRECISION,
+        )  # fmt: skip
+    if KEEPS_BIAS:
+        for tile in tl.static_range(TILES):
+            m = tile * BM + tl.arange(0, BM if tile < TILES - 1 else LAST)
+            place = (split * num_heads + head).to(tl.int64) * N * N + m[None, :] * N + n[:, None]
+            tl.store(GRAD_BIAS + place, grad_biases[tile], mask=(m[None, :] < N) & (n[:, None] < N))
+    if PADDED:
+        part = (split * KEY_TILES + key_tile).to(tl.int64) * 2 * C + column
+        tl.store(GRAD_PAD + part, grad_pad_k)
+        tl.store(GRAD_PAD + part + C, grad_pad_v)
