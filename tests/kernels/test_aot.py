@@ -60,8 +60,8 @@ def test_feature_loss_compiles_within_registers(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_window_attention_compiles_without_spills(tmp_path: Path) -> None:
-    """The windows and tokens of the packaged recipes, a padded and a large window, in bf16."""
+def test_window_attention_compiles_as_declared(tmp_path: Path) -> None:
+    """The windows and tokens of the packaged recipes, a padded and a large window, in bf16; spills where allowed."""
     windows = "window_attention .* ((12x12|14x14) d32|(7x7|8x8|12x12|14x14|40x40) d32 shifted( padded)?)"
     result = run_aot(
         "--arch", "90", "--match", f"({windows}|biased_attention .* (197|257|577) d64) bf16",
@@ -93,7 +93,7 @@ def test_tensor_cores_are_found(
 @pytest.mark.slow
 def test_spills_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    wide = next(c for c in configurations() if c.name == "feature_loss backward D=8192")
+    wide = next(c for c in configurations(90) if c.name == "feature_loss backward D=8192")
     resources = compile_kernel(dataclasses.replace(wide, num_warps=1), 90)  # 256 channels a thread
     assert resources.spills > 0
     assert resources.stack_bytes > 0
@@ -110,8 +110,9 @@ def test_wrong_calls_are_named() -> None:
     assert "expected it to be unset" in result.stderr
 
 
-def test_every_argument_of_a_kernel_is_declared() -> None:
-    for configuration in configurations():
+@pytest.mark.parametrize("architecture", [80, 90])
+def test_every_argument_of_a_kernel_is_declared(architecture: int) -> None:
+    for configuration in configurations(architecture):
         declared = [*configuration.signature, *configuration.constants]
         assert sorted(declared) == sorted(configuration.kernel.arg_names), configuration.name
         assert configuration.divisible_by_16 <= {*configuration.signature}, configuration.name
@@ -141,6 +142,8 @@ def test_faults(changes: dict[str, int], uses_dot: bool, expected: list[str]) ->
     assert faults(configuration(torch.bfloat16), resources) == expected
     assert faults(configuration(torch.float16), resources) == expected
     assert faults(configuration(torch.float32), resources) == []
+    allowed = dataclasses.replace(configuration(torch.bfloat16), may_spill=True)
+    assert faults(allowed, resources) == [fault for fault in expected if "tensor-core" in fault]
 
 
 def test_shared_memory_is_limited_in_every_dtype() -> None:

@@ -184,7 +184,7 @@ def backward_queries_kernel(
 
 @triton.jit
 def _key_step(
-    keys, values, grad_keys, grad_values, bias, group, tokens_an_image, num_images, row_of_image, first_row,
+    keys, k_norms, values, grad_keys, grad_values, bias, group, tokens_an_image, num_images, row_of_image, first_row,
     QKV, ROWS, GRAD_OUT, DELTA, m, offset_m, is_token_m, scale, column, C,
     T: tl.constexpr, IMAGES: tl.constexpr, COSINE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -198,8 +198,10 @@ def _key_step(
         base, row = image * tokens_an_image, image * row_of_image + first_row
         q = load_rows(QKV + base * (3 * C), offset_m, is_token_m, column, 3 * C)
         grad = load_rows(GRAD_OUT + base * C, offset_m, is_token_m, column, C)
-        q_norm = saved_norm(ROWS + planes(COSINE) * row + T, m, scale * LOG2_E, COSINE)[None, :]
-        logits = tl.dot(keys[i], tl.trans(q), input_precision=PRECISION) * q_norm + bias
+        q_norm = saved_norm(ROWS + planes(COSINE) * row + T, m, 1.0, COSINE)[None, :]
+        # No key is rounded here: of a padding key, which stands in many places, that would be one error in all of them.
+        factor = (k_norms[i] * (scale * LOG2_E))[:, None] * q_norm
+        logits = tl.dot(keys[i], tl.trans(q), input_precision=PRECISION) * factor + bias
         p = tl.exp2(logits - tl.load(ROWS + planes(COSINE) * row + m)[None, :])
         new_grad_values += (tl.dot(p.to(grad.dtype), grad, grad_values[i], input_precision=PRECISION),)
         grad_p = tl.dot(values[i], tl.trans(grad), input_precision=PRECISION)
@@ -224,7 +226,7 @@ def _keys_group(
     TILES: tl.constexpr = (N + BM - 1) // BM
     num_heads = C // D
     windows_row = (window * num_heads + head) * T
-    keys, k_norms, scaled_keys, values, grad_keys, grad_values = (), (), (), (), (), ()
+    keys, k_norms, values, grad_keys, grad_values = (), (), (), (), ()
     for i in tl.static_range(IMAGES):
         image = wide(tl.minimum(group * IMAGES + i, num_images - 1))  # behind the last, that one again
         qkv = QKV + image * tokens_an_image * (3 * C)  # offsets within an image fit 32 bits
@@ -234,7 +236,6 @@ def _keys_group(
         k_norm = saved_norm(ROWS + planes(COSINE) * row + 2 * T, n, 1.0, COSINE)
         keys += (k,)
         k_norms += (k_norm,)
-        scaled_keys += (scaled(k, k_norm, scale * LOG2_E, COSINE),)
         values += (v,)
         grad_keys += (tl.zeros([BN, D], tl.float32),)
         grad_values += (tl.zeros([BN, D], tl.float32),)
@@ -244,7 +245,7 @@ def _keys_group(
             m = tile * BM + tl.arange(0, BM if tile < TILES - 1 else LAST)
             offset_m, is_token_m = places[tile]
             grad_keys, grad_values, grad_logits = _key_step(
-                scaled_keys, values, grad_keys, grad_values, biases[tile], group, tokens_an_image,
+                keys, k_norms, values, grad_keys, grad_values, biases[tile], group, tokens_an_image,
                 num_images, row_of_image, windows_row, QKV, ROWS, GRAD_OUT, DELTA,
                 m, offset_m, is_token_m, scale, column, C, T, IMAGES, COSINE, PRECISION,
             )  # fmt: skip
@@ -259,7 +260,7 @@ def _keys_group(
                 N, N % BM == 0, N % BN == 0, COLUMNS, SHIFTED, True,
             )  # fmt: skip
             grad_keys, grad_values, _ = _key_step(
-                scaled_keys, values, grad_keys, grad_values, bias, group, tokens_an_image,
+                keys, k_norms, values, grad_keys, grad_values, bias, group, tokens_an_image,
                 num_images, row_of_image, windows_row, QKV, ROWS, GRAD_OUT, DELTA,
                 m, offset_m, is_token_m, scale, column, C, T, IMAGES, COSINE, PRECISION,
             )  # fmt: skip

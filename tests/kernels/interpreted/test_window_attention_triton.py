@@ -18,6 +18,7 @@ from attention_cases import (
 )
 from fd_kernels import window_attention
 from fd_kernels.dispatch import implementation
+from fd_kernels.window_attention import launch, tiles
 from fd_kernels.window_attention.launch import num_splits, token_table
 from fd_kernels.window_attention.op import attention
 from fd_kernels.window_attention.reference import shift_mask, window_attention_reference
@@ -39,6 +40,38 @@ CPU = torch.device("cpu")
 )
 def test_no_further_from_fp64_than_plain_torch(name: str, dtype: torch.dtype) -> None:
     assert_no_further_from_fp64_than_plain_torch(CASES[name], CASES[name].inputs(dtype))
+
+
+@pytest.mark.parametrize("name", ["w8", "w12_padded", "w5x9_table"])
+def test_tiles_of_other_gpus(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """bf16 runs a Hopper's tiles above: the bias in registers, images one after the other. Here it is read in tiles."""
+    monkeypatch.setattr(launch, "architecture", lambda device: 80)
+    assert_no_further_from_fp64_than_plain_torch(CASES[name], CASES[name].inputs(torch.bfloat16))
+
+
+@pytest.mark.parametrize("images", [1, 3])
+@pytest.mark.parametrize("keeps_bias", [False, True])
+def test_images_that_share_a_tile(images: int, keeps_bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two images of a program at a time, and an odd number of them: the last is done again, and counts once."""
+    case = Case(grid=(5, 4), window=(4, 4), shift=(2, 2), images=images)
+    tile = tiles.Tiles(64, 16, images=2, keeps_bias=keeps_bias)
+    keys = tiles.Tiles(16, 64, images=1 if keeps_bias else 2, keeps_bias=keeps_bias)
+    chosen = {"forward": tile, "queries": tile, "keys": keys, "bias": tile}
+    monkeypatch.setattr(launch, "find_tile", lambda kernel, *_, **__: chosen.get(kernel))
+    assert_no_further_from_fp64_than_plain_torch(case, case.inputs(torch.float32))
+
+
+def test_parts_of_a_sum_are_of_one_size() -> None:
+    plan = launch.Plan((8, 8), (4, 4), (24, 16), 2, 32, torch.bfloat16, False, True)
+    for wanted in range(1, 40):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(
+                launch, "num_splits", lambda programs, most, device, wanted=wanted: min(wanted, most)
+            )
+            parts, windows = plan.splits(1, 12, CPU)
+        assert plan.windows_an_image % windows == 0
+        assert parts % windows == 0
+        assert parts <= plan.windows_an_image * 12
 
 
 def test_the_mask_is_additive() -> None:
