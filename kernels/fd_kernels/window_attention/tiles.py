@@ -66,7 +66,7 @@ _ANYWHERE: dict[tuple[str, int], Rules] = {
     ("queries", 64): ((inf, Tiles(64, 32, 8)),),
     ("queries", 128): ((inf, Tiles(64, 16, 8)),),
     ("keys", 32): ((inf, Tiles(32, 32, 8, num_stages=1)),),
-    ("keys", 64): ((inf, Tiles(32, 32, 8, num_stages=1)),),
+    ("keys", 64): ((inf, Tiles(32, 16, 8, num_stages=1)),),
     ("keys", 128): ((inf, Tiles(32, 32, 8)),),
     ("bias", 32): ((inf, Tiles(64, 32, 8)),),
     ("bias", 64): ((inf, Tiles(64, 16, 8)),),
