@@ -120,17 +120,20 @@ class Plan:
     def splits(self, programs: int, num_images: int, device: torch.device) -> tuple[int, int]:
         """Into how many parts a sum over windows and images is made, and over how many of them windows are spread."""
         wanted = num_splits(programs, num_images * self.windows_an_image, device)
-        # Parts of one size: the slowest one is waited for.
+        # Parts of one size, where they are enough: the slowest one is waited for.
         windows = max(part for part in range(1, wanted + 1) if self.windows_an_image % part == 0)
+        if 2 * windows * num_images < wanted:
+            windows = min(self.windows_an_image, wanted)
         images_a_part = num_images // min(num_images, -(-wanted // windows))
         return windows * -(-num_images // images_a_part), windows
 
     def options(self, kernel: str) -> dict[str, Any]:
         """Compile-time arguments of a kernel, and how it is compiled."""
         tile = self.tile(kernel)
-        return self.constants(kernel) | {
-            "num_warps": tile.num_warps, "num_stages": tile.num_stages, "maxnreg": tile.maxnreg
-        }  # fmt: skip
+        options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
+        if tile.maxnreg is not None:  # not all of Triton's backends know it
+            options["maxnreg"] = tile.maxnreg
+        return self.constants(kernel) | options
 
 
 @cache
@@ -288,7 +291,7 @@ def backward(
         pairs *= -(-queries // tile.queries) * -(-keys // tile.keys)
         splits, window_splits = call.splits(pairs * call.heads, B, device)
         grad_bias = parts(splits, *call.bias_parts)
-        triton_backward_bias.backward_bias_kernel[(call.heads, pairs, splits)](
+        triton_backward_bias.backward_bias_kernel[(call.heads * pairs * splits,)](
             qkv_BHWE, pad, bias, *rows, grad_bias, *sizes, window_splits, C, **call.options("bias"),
         )  # fmt: skip
     grad_pad_E = torch.cat([parts(C).zero_(), grad_pad.sum(0).flatten()]) if call.padded else parts(0)

@@ -118,6 +118,8 @@ def not_served(*tensors: Tensor) -> str | None:
     if not all(tensor.is_contiguous() for tensor in tensors):
         strides = ", ".join(str(tensor.stride()) for tensor in tensors)
         return f"the tensors have strides {strides}; expected contiguous ones"
+    if not len(qkv_BHWE):
+        return "there are no images; expected at least one"
     if max(qkv_BHWE[0].numel(), bias.numel()) >= 2**31 or qkv_BHWE[0, ..., 0].numel() >= launch.PAD_OFFSET:
         shapes = f"{tuple(qkv_BHWE.shape[1:])} and {tuple(bias.shape)}"
         return f"an image and the bias have shapes {shapes}; expected fewer than 2**31 numbers, 2**26 tokens"

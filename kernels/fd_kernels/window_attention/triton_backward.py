@@ -9,15 +9,13 @@ import triton
 import triton.language as tl
 
 from fd_kernels.window_attention.triton_parts import (
-    LOG2_E,
     SIZES,
     bias_and_mask,
     load_keys,
     load_rows,
-    narrow,
+    logit_factor,
     planes,
     saved_norm,
-    scaled,
     store_rows,
     token_places,
     wide,
@@ -27,7 +25,7 @@ from fd_kernels.window_attention.triton_parts import (
 
 @triton.jit
 def _query_step(
-    queries, grads, lses, deltas, grad_queries, bias, group, tokens_an_image, num_images, row_of_image, scale,
+    queries, q_norms, grads, lses, deltas, grad_queries, bias, group, tokens_an_image, num_images, row_of_image, scale,
     QKV, PAD, K_NORMS, n, token_n, offset_n, is_token_n, column, C,
     IMAGES: tl.constexpr, COSINE: tl.constexpr, PADDED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -38,17 +36,14 @@ def _query_step(
         qkv = QKV + image * tokens_an_image * (3 * C)
         k = load_keys(qkv + C, PAD + C, offset_n, is_token_n, token_n, column, 3 * C, PADDED)
         v = load_keys(qkv + 2 * C, PAD + 2 * C, offset_n, is_token_n, token_n, column, 3 * C, PADDED)
-        k_norm = saved_norm(K_NORMS + image * planes(COSINE) * row_of_image, n, scale * LOG2_E, COSINE)[
-            None, :
-        ]
-        logits = tl.dot(queries[i], tl.trans(k), input_precision=PRECISION) * k_norm + bias
+        k_norm = saved_norm(K_NORMS + image * planes(COSINE) * row_of_image, n, COSINE)
+        logits = tl.dot(queries[i], tl.trans(k), input_precision=PRECISION)
+        logits = logits * logit_factor(q_norms[i], k_norm, scale, COSINE) + bias
         p = tl.exp2(logits - lses[i][:, None])
         grad_logits = p * (tl.dot(grads[i], tl.trans(v), input_precision=PRECISION) - deltas[i][:, None])
         if COSINE:
-            grad_logits *= k_norm
-        new_grad_queries += (
-            tl.dot(narrow(grad_logits, k.dtype), k, grad_queries[i], input_precision=PRECISION),
-        )
+            grad_logits *= k_norm[None, :]
+        new_grad_queries += (tl.dot(grad_logits.to(k.dtype), k, grad_queries[i], input_precision=PRECISION),)
     return new_grad_queries
 
 
@@ -63,7 +58,7 @@ def _queries_group(
 ):  # fmt: skip
     """Gradients of queries m, of a group of images."""
     TILES: tl.constexpr = (N + BN - 1) // BN
-    unscaled, q_norms, queries, grads, lses, deltas, grad_queries = (), (), (), (), (), (), ()
+    q_norms, queries, grads, lses, deltas, grad_queries = (), (), (), (), (), ()
     for i in tl.static_range(IMAGES):
         image = wide(tl.minimum(group * IMAGES + i, num_images - 1))
         base = image * tokens_an_image
@@ -73,10 +68,9 @@ def _queries_group(
         delta = tl.sum(grad.to(tl.float32) * out.to(tl.float32), 1)
         rows = ROWS + image * planes(COSINE) * row_of_image
         tl.store(DELTA + first_row + image * row_of_image + m, delta)
-        q_norm = saved_norm(rows + T, m, 1.0, COSINE)
-        unscaled += (q,)
+        q_norm = saved_norm(rows + T, m, COSINE)
         q_norms += (q_norm,)
-        queries += (scaled(q, q_norm, scale * LOG2_E, COSINE),)
+        queries += (q,)
         grads += (grad,)
         deltas += (delta,)
         lses += (tl.load(rows + m),)
@@ -86,7 +80,7 @@ def _queries_group(
             n = tile * BN + tl.arange(0, BN if tile < TILES - 1 else LAST)
             token_n, offset_n, is_token_n = places[tile]
             grad_queries = _query_step(
-                queries, grads, lses, deltas, grad_queries, biases[tile], group, tokens_an_image, num_images,
+                queries, q_norms, grads, lses, deltas, grad_queries, biases[tile], group, tokens_an_image, num_images,
                 row_of_image, scale, QKV, PAD, ROWS + 2 * T, n, token_n, offset_n, is_token_n, column, C,
                 IMAGES, COSINE, PADDED, PRECISION,
             )  # fmt: skip
@@ -99,15 +93,15 @@ def _queries_group(
                 N, N % BM == 0, N % BN == 0, COLUMNS, SHIFTED, False,
             )  # fmt: skip
             grad_queries = _query_step(
-                queries, grads, lses, deltas, grad_queries, bias, group, tokens_an_image, num_images,
+                queries, q_norms, grads, lses, deltas, grad_queries, bias, group, tokens_an_image, num_images,
                 row_of_image, scale, QKV, PAD, ROWS + 2 * T, n, token_n, offset_n, is_token_n, column, C,
                 IMAGES, COSINE, PADDED, PRECISION,
             )  # fmt: skip
     for i in tl.static_range(IMAGES):
         image = wide(tl.minimum(group * IMAGES + i, num_images - 1))
         grad_q = grad_queries[i] * (q_norms[i] * scale)[:, None]
-        along = tl.sum(grad_q * unscaled[i].to(tl.float32), 1)
-        grad_q = without_length(grad_q, unscaled[i], along, q_norms[i], COSINE)
+        along = tl.sum(grad_q * queries[i].to(tl.float32), 1)
+        grad_q = without_length(grad_q, queries[i], along, q_norms[i], COSINE)
         store_rows(GRAD_QKV + image * tokens_an_image * (3 * C), grad_q, offset_m, is_token_m, column, 3 * C)
         # Not summed here: Triton 3.7 crashes on that for sm_100.
         tl.store(GRAD_SCALE + first_row + image * row_of_image + m, along)
@@ -150,7 +144,7 @@ def backward_queries_kernel(
     token_m, offset_m, is_token_m = token_places(TOKENS, window, m, T)
     scale = tl.load(SCALE + head)
     row_of_image = windows_an_image * num_heads * T
-    first_row = (window * num_heads + head) * T
+    first_row = (wide(window) * num_heads + head) * T
     ROWS += planes(COSINE) * first_row
     TILES: tl.constexpr = (N + BN - 1) // BN
     biases, places = (), ()
@@ -198,18 +192,17 @@ def _key_step(
         base, row = image * tokens_an_image, image * row_of_image + first_row
         q = load_rows(QKV + base * (3 * C), offset_m, is_token_m, column, 3 * C)
         grad = load_rows(GRAD_OUT + base * C, offset_m, is_token_m, column, C)
-        q_norm = saved_norm(ROWS + planes(COSINE) * row + T, m, 1.0, COSINE)[None, :]
-        # No key is rounded here: of a padding key, which stands in many places, that would be one error in all of them.
-        factor = (k_norms[i] * (scale * LOG2_E))[:, None] * q_norm
-        logits = tl.dot(keys[i], tl.trans(q), input_precision=PRECISION) * factor + bias
+        q_norm = saved_norm(ROWS + planes(COSINE) * row + T, m, COSINE)
+        logits = tl.dot(keys[i], tl.trans(q), input_precision=PRECISION)
+        logits = logits * logit_factor(k_norms[i], q_norm, scale, COSINE) + bias
         p = tl.exp2(logits - tl.load(ROWS + planes(COSINE) * row + m)[None, :])
         new_grad_values += (tl.dot(p.to(grad.dtype), grad, grad_values[i], input_precision=PRECISION),)
         grad_p = tl.dot(values[i], tl.trans(grad), input_precision=PRECISION)
         grad_logits = p * (grad_p - tl.load(DELTA + row + m)[None, :])
         grad_dot = grad_logits
         if COSINE:
-            grad_dot *= q_norm
-        new_grad_keys += (tl.dot(narrow(grad_dot, q.dtype), q, grad_keys[i], input_precision=PRECISION),)
+            grad_dot *= q_norm[None, :]
+        new_grad_keys += (tl.dot(grad_dot.to(q.dtype), q, grad_keys[i], input_precision=PRECISION),)
     return new_grad_keys, new_grad_values, grad_logits
 
 
@@ -225,7 +218,7 @@ def _keys_group(
     """Gradients of keys n and their values, of a group of images; and the sums so far over groups."""
     TILES: tl.constexpr = (N + BM - 1) // BM
     num_heads = C // D
-    windows_row = (window * num_heads + head) * T
+    windows_row = (wide(window) * num_heads + head) * T
     keys, k_norms, values, grad_keys, grad_values = (), (), (), (), ()
     for i in tl.static_range(IMAGES):
         image = wide(tl.minimum(group * IMAGES + i, num_images - 1))  # behind the last, that one again
@@ -233,7 +226,7 @@ def _keys_group(
         k = load_keys(qkv + C, PAD + C, offset_n, is_token_n, token_n, column, 3 * C, PADDED)
         v = load_keys(qkv + 2 * C, PAD + 2 * C, offset_n, is_token_n, token_n, column, 3 * C, PADDED)
         row = image * row_of_image + windows_row
-        k_norm = saved_norm(ROWS + planes(COSINE) * row + 2 * T, n, 1.0, COSINE)
+        k_norm = saved_norm(ROWS + planes(COSINE) * row + 2 * T, n, COSINE)
         keys += (k,)
         k_norms += (k_norm,)
         values += (v,)

@@ -14,10 +14,9 @@ from fd_kernels.window_attention.triton_parts import (
     bias_and_mask,
     load_keys,
     load_rows,
-    narrow,
+    logit_factor,
     planes,
     saved_norm,
-    scaled,
     store_rows,
     token_places,
     wide,
@@ -51,8 +50,8 @@ def backward_bias_kernel(
     Dense: BM queries by BN keys. Table: BM by BN columns of two rows a given distance apart, over all such rows of
     a window; what lies on a diagonal is added outside. The dense one is the case of a single row of N columns.
     """
-    head, split = tl.program_id(0), tl.program_id(2)
     num_heads = C // D
+    head, at = tl.program_id(0) % num_heads, tl.program_id(0) // num_heads
     column = head * D + tl.arange(0, D)
     scale = tl.load(SCALE + head)
     row_of_image = windows_an_image * num_heads * T
@@ -60,7 +59,9 @@ def backward_bias_kernel(
     ROWS_A_WINDOW: tl.constexpr = N // EDGE
     KEY_TILES: tl.constexpr = (EDGE + BN - 1) // BN
     TILES: tl.constexpr = KEY_TILES * ((EDGE + BM - 1) // BM)
-    pair, tile = tl.program_id(1) // TILES, tl.program_id(1) % TILES
+    PAIRS: tl.constexpr = (2 * ROWS_A_WINDOW - 1) * TILES
+    split, splits = at // PAIRS, tl.num_programs(0) // (num_heads * PAIRS)
+    pair, tile = at % PAIRS // TILES, at % TILES
     in_m, in_n = tile // KEY_TILES * BM + tl.arange(0, BM), tile % KEY_TILES * BN + tl.arange(0, BN)
     distance = pair - (ROWS_A_WINDOW - 1)
     first_m, first_n = tl.maximum(distance, 0) * EDGE + in_m, tl.maximum(-distance, 0) * EDGE + in_n
@@ -89,18 +90,18 @@ def backward_bias_kernel(
             SHIFTED,
             False,
         )
-        for image in range(split // window_splits, num_images, tl.num_programs(2) // window_splits):
+        for image in range(split // window_splits, num_images, splits // window_splits):
             base = wide(image) * tokens_an_image
             qkv = QKV + base * (3 * C)  # offsets within an image fit 32 bits
-            first_row = wide(image) * row_of_image + (window * num_heads + head) * T
+            first_row = wide(image) * row_of_image + (wide(window) * num_heads + head) * T
             rows = ROWS + planes(COSINE) * first_row
             q = load_rows(qkv, offset_m, is_token_m, column, 3 * C)
             k = load_keys(qkv + C, PAD + C, offset_n, is_token_n, token_n, column, 3 * C, PADDED)
             v = load_keys(qkv + 2 * C, PAD + 2 * C, offset_n, is_token_n, token_n, column, 3 * C, PADDED)
             grad = load_rows(GRAD_OUT + base * C, offset_m, is_token_m, column, C)
-            q = scaled(q, saved_norm(rows + T, m, 1.0, COSINE), scale * LOG2_E, COSINE)
-            k_norm = saved_norm(rows + 2 * T, n, scale * LOG2_E, COSINE)[None, :]
-            logits = tl.dot(q, tl.trans(k), input_precision=PRECISION) * k_norm + bias
+            q_norm, k_norm = saved_norm(rows + T, m, COSINE), saved_norm(rows + 2 * T, n, COSINE)
+            logits = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+            logits = logits * logit_factor(q_norm, k_norm, scale, COSINE) + bias
             p = tl.exp2(logits - tl.load(rows + m)[:, None])
             grad_p = tl.dot(grad, tl.trans(v), input_precision=PRECISION)
             grad_bias += p * (grad_p - tl.load(DELTA + first_row + m)[:, None])
@@ -147,30 +148,28 @@ def backward_window_kernel(
         for image in range(split // window_splits, num_images, tl.num_programs(1) // window_splits):
             base = wide(image) * tokens_an_image
             qkv = QKV + base * (3 * C)  # offsets within an image fit 32 bits
-            rows = ROWS + planes(COSINE) * (wide(image) * row_of_image + (window * num_heads + head) * T)
+            rows = ROWS + planes(COSINE) * (
+                wide(image) * row_of_image + (wide(window) * num_heads + head) * T
+            )
             q = load_rows(qkv, offset, is_token, column, 3 * C)
             k = load_rows(qkv + C, offset, is_token, column, 3 * C)
             v = load_rows(qkv + 2 * C, offset, is_token, column, 3 * C)
             grad = load_rows(GRAD_OUT + base * C, offset, is_token, column, C)
             out = load_rows(OUT + base * C, offset, is_token, column, C)
-            q_norm = saved_norm(rows + T, n, 1.0, COSINE)
-            k_norm = saved_norm(rows + 2 * T, n, scale * LOG2_E, COSINE)
-            scaled_q = scaled(q, q_norm, scale * LOG2_E, COSINE)
-            logits = tl.dot(scaled_q, tl.trans(k), input_precision=PRECISION) * k_norm[None, :] + bias
+            q_norm, k_norm = saved_norm(rows + T, n, COSINE), saved_norm(rows + 2 * T, n, COSINE)
+            factor = logit_factor(q_norm, k_norm, scale, COSINE)
+            logits = tl.dot(q, tl.trans(k), input_precision=PRECISION) * factor + bias
             p = tl.exp2(logits - tl.load(rows + n)[:, None])
             delta = tl.sum(grad.to(tl.float32) * out.to(tl.float32), 1)
             grad_v = tl.dot(tl.trans(p.to(grad.dtype)), grad, input_precision=PRECISION)
             grad_logits = p * (tl.dot(grad, tl.trans(v), input_precision=PRECISION) - delta[:, None])
             grad_bias += grad_logits
-            if COSINE:
-                grad_logits *= k_norm[None, :]
-            grad_dot = narrow(grad_logits, q.dtype)
-            grad_q = tl.dot(grad_dot, k, input_precision=PRECISION) * (q_norm * scale)[:, None]
+            grad_dot = (grad_logits * factor).to(q.dtype)  # times log2(e), which the factor holds
+            grad_q = tl.dot(grad_dot, k, input_precision=PRECISION) / LOG2_E
             along_q = tl.sum(grad_q * q.to(tl.float32), 1)
             grad_scale += along_q
             grad_q = without_length(grad_q, q, along_q, q_norm, COSINE)
-            grad_k = tl.dot(tl.trans(grad_dot), scaled_q, input_precision=PRECISION)
-            grad_k *= 1.0 / LOG2_E if COSINE else scale  # a scaled query has its norm and scale, and base 2
+            grad_k = tl.dot(tl.trans(grad_dot), q, input_precision=PRECISION) / LOG2_E
             along_k = tl.sum(grad_k * k.to(tl.float32), 1)
             grad_k = without_length(grad_k, k, along_k, k_norm, COSINE)
             grad_qkv = GRAD_QKV + base * (3 * C)

@@ -9,15 +9,14 @@ import triton
 import triton.language as tl
 
 from fd_kernels.window_attention.triton_parts import (
-    LOG2_E,
     NOWHERE,
     SIZES,
     bias_and_mask,
     inverse_norm,
     load_keys,
     load_rows,
+    logit_factor,
     planes,
-    scaled,
     store_rows,
     token_places,
     wide,
@@ -26,8 +25,8 @@ from fd_kernels.window_attention.triton_parts import (
 
 @triton.jit
 def _attend(
-    queries, largests, totals, accs, bias, writes_norms, group, tokens_an_image, num_images, row_of_image, scale,
-    QKV, PAD, K_NORMS, n, token_n, offset_n, is_token_n, column, C,
+    queries, q_norms, largests, totals, accs, bias, writes_norms, group, tokens_an_image, num_images, row_of_image,
+    scale, QKV, PAD, K_NORMS, n, token_n, offset_n, is_token_n, column, C,
     N: tl.constexpr, IMAGES: tl.constexpr, COSINE: tl.constexpr, PADDED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Keys n of a group of images more: the rows' largest logits, softmax sums and outputs so far."""
@@ -37,10 +36,11 @@ def _attend(
         qkv = QKV + image * tokens_an_image * (3 * C)
         k = load_keys(qkv + C, PAD + C, offset_n, is_token_n, token_n, column, 3 * C, PADDED)
         v = load_keys(qkv + 2 * C, PAD + 2 * C, offset_n, is_token_n, token_n, column, 3 * C, PADDED)
-        k_norm = inverse_norm(k, scale, COSINE)
+        k_norm = inverse_norm(k, COSINE)
         if COSINE:
             tl.store(K_NORMS + image * planes(COSINE) * row_of_image + n, k_norm, mask=(n < N) & writes_norms)
-        logits = tl.dot(queries[i], tl.trans(k), input_precision=PRECISION) * k_norm[None, :] + bias
+        logits = tl.dot(queries[i], tl.trans(k), input_precision=PRECISION)
+        logits = logits * logit_factor(q_norms[i], k_norm, scale, COSINE) + bias
         largest = tl.maximum(largests[i], tl.max(logits, 1))
         shrink = tl.exp2(largests[i] - largest)
         p = tl.exp2(logits - largest[:, None])
@@ -60,17 +60,18 @@ def _forward_group(
 ):  # fmt: skip
     """Output and statistics of queries m, of a group of images."""
     TILES: tl.constexpr = (N + BN - 1) // BN
-    queries, largests, totals, accs = (), (), (), ()
+    queries, q_norms, largests, totals, accs = (), (), (), (), ()
     for i in tl.static_range(IMAGES):
         image = wide(tl.minimum(group * IMAGES + i, num_images - 1))  # behind the last, that one again
         q = load_rows(QKV + image * tokens_an_image * (3 * C), offset_m, is_token_m, column, 3 * C)
-        q_norm = inverse_norm(q, 1.0, COSINE)
+        q_norm = inverse_norm(q, COSINE)
         if COSINE:
             tl.store(ROWS + image * planes(COSINE) * row_of_image + T + m, q_norm)
             behind = N + tl.arange(0, BM)
             k_norms = ROWS + image * planes(COSINE) * row_of_image + 2 * T
             tl.store(k_norms + behind, 0.0, mask=(behind < T) & (query_tile == 0))
-        queries += (scaled(q, q_norm, scale, COSINE),)
+        queries += (q,)
+        q_norms += (q_norm,)
         largests += (tl.full([BM], NOWHERE, tl.float32),)
         totals += (tl.zeros([BM], tl.float32),)
         accs += (tl.zeros([BM, D], tl.float32),)
@@ -79,8 +80,8 @@ def _forward_group(
             n = tile * BN + tl.arange(0, BN if tile < TILES - 1 else LAST)
             token_n, offset_n, is_token_n = places[tile]
             largests, totals, accs = _attend(
-                queries, largests, totals, accs, biases[tile], query_tile == 0, group, tokens_an_image, num_images,
-                row_of_image, scale, QKV, PAD, ROWS + 2 * T, n, token_n, offset_n, is_token_n, column, C,
+                queries, q_norms, largests, totals, accs, biases[tile], query_tile == 0, group, tokens_an_image,
+                num_images, row_of_image, scale, QKV, PAD, ROWS + 2 * T, n, token_n, offset_n, is_token_n, column, C,
                 N, IMAGES, COSINE, PADDED, PRECISION,
             )  # fmt: skip
     else:
@@ -92,7 +93,7 @@ def _forward_group(
                 N, N % BM == 0, N % BN == 0, COLUMNS, SHIFTED, False,
             )  # fmt: skip
             largests, totals, accs = _attend(
-                queries, largests, totals, accs, bias, query_tile == 0, group, tokens_an_image, num_images,
+                queries, q_norms, largests, totals, accs, bias, query_tile == 0, group, tokens_an_image, num_images,
                 row_of_image, scale, QKV, PAD, ROWS + 2 * T, n, token_n, offset_n, is_token_n, column, C,
                 N, IMAGES, COSINE, PADDED, PRECISION,
             )  # fmt: skip
@@ -146,9 +147,9 @@ def forward_kernel(
     column = head * D + tl.arange(0, D)
     m = query_tile * BM + tl.arange(0, BM)
     token_m, offset_m, is_token_m = token_places(TOKENS, window, m, T)
-    scale = tl.load(SCALE + head) * LOG2_E
+    scale = tl.load(SCALE + head)
     row_of_image = windows_an_image * num_heads * T
-    ROWS += (window * num_heads + head) * planes(COSINE) * T
+    ROWS += (wide(window) * num_heads + head) * planes(COSINE) * T
     TILES: tl.constexpr = (N + BN - 1) // BN
     biases, places = (), ()
     if KEEPS_BIAS:

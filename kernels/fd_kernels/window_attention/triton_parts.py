@@ -71,22 +71,26 @@ def store_rows(X, x, offset, is_token, column, stride):
 
 
 @triton.jit
-def inverse_norm(x, otherwise, COSINE: tl.constexpr):
-    """What a row is multiplied by before the dot product: 1 / |x|, or without cosines a number."""
-    inverse_norm = tl.full([x.shape[0]], 1.0, tl.float32) * otherwise
+def inverse_norm(x, COSINE: tl.constexpr):
+    """1 / |x| of each row, or 1 without cosines.
+
+    Of a row without length, as a padding key of Swin V2 is, it is 0: such a row is no direction, and gives none.
+    """
+    inverse = tl.full([x.shape[0]], 1.0, tl.float32)
     if COSINE:
         x = x.to(tl.float32)
-        inverse_norm = tl.rsqrt(tl.maximum(tl.sum(x * x, 1), TINY))
-    return inverse_norm
+        squared = tl.sum(x * x, 1)
+        inverse = tl.where(squared > TINY, tl.rsqrt(tl.maximum(squared, TINY)), 0.0)
+    return inverse
 
 
 @triton.jit
-def saved_norm(ROWS, n, otherwise, COSINE: tl.constexpr):
+def saved_norm(ROWS, n, COSINE: tl.constexpr):
     """As `inverse_norm`, which the forward pass has written down; 0 of keys behind the window."""
-    inverse_norm = tl.full([n.shape[0]], 1.0, tl.float32) * otherwise
+    inverse = tl.full([n.shape[0]], 1.0, tl.float32)
     if COSINE:
-        inverse_norm = tl.load(ROWS + n)
-    return inverse_norm
+        inverse = tl.load(ROWS + n)
+    return inverse
 
 
 @triton.jit
@@ -96,11 +100,16 @@ def planes(COSINE: tl.constexpr):
 
 
 @triton.jit
-def scaled(x, inverse_norm, scale, COSINE: tl.constexpr):
-    """Rows of unit length times the scale, in their own dtype: rounded, as plain torch rounds what it normalises."""
+def logit_factor(row_norm, column_norm, scale, COSINE: tl.constexpr):
+    """What a tile of dot products is multiplied by to be logits in base 2.
+
+    In fp32, in every kernel alike: operands rounded after their normalisation in one kernel and not in another would
+    make softmaxes that do not sum to 1.
+    """
+    factor = scale * LOG2_E
     if COSINE:
-        x = (x.to(tl.float32) * (inverse_norm * scale)[:, None]).to(x.dtype)
-    return x
+        factor = (row_norm * factor)[:, None] * column_norm[None, :]
+    return factor
 
 
 @triton.jit
@@ -109,14 +118,6 @@ def without_length(grad, x, along, inverse_norm, COSINE: tl.constexpr):
     if COSINE:
         grad -= x.to(tl.float32) * (along * inverse_norm * inverse_norm)[:, None]
     return grad
-
-
-@triton.jit
-def narrow(x, dtype: tl.constexpr):
-    """A product's left side in the dtype of its right side. fp16 ends where 1 / |k| of a zero token does not."""
-    if dtype == tl.float16:
-        x = tl.minimum(tl.maximum(x, -65504.0), 65504.0)
-    return x.to(dtype)
 
 
 @triton.jit
