@@ -62,7 +62,7 @@ _ANYWHERE: dict[tuple[str, int], Rules] = {
     ("forward", 32): ((inf, Tiles(64, 32)),),
     ("forward", 64): ((inf, Tiles(64, 32)),),
     ("forward", 128): ((inf, Tiles(64, 16, 8)),),
-    ("queries", 32): ((16, Tiles(64, 16)), (inf, Tiles(64, 32))),
+    ("queries", 32): ((16, Tiles(64, 16)), (inf, Tiles(64, 32, num_stages=1))),
     ("queries", 64): ((inf, Tiles(64, 32, 8)),),
     ("queries", 128): ((inf, Tiles(64, 16, 8)),),
     ("keys", 32): ((inf, Tiles(32, 32, 8, num_stages=1)),),
@@ -70,7 +70,7 @@ _ANYWHERE: dict[tuple[str, int], Rules] = {
     ("keys", 128): ((inf, Tiles(32, 32, 8)),),
     ("bias", 32): ((inf, Tiles(64, 32, 8)),),
     ("bias", 64): ((inf, Tiles(64, 16, 8)),),
-    ("bias", 128): ((inf, Tiles(32, 16, 8)),),
+    ("bias", 128): ((inf, Tiles(32, 16, 8, num_stages=1)),),
 }
 
 
