@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch
 from fd_kernels.dispatch import implementation
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import flop_registry
 
 from fd_scale import distributed
@@ -157,12 +158,11 @@ def _count(task: Task, recipe: Recipe, shares: list[float], kernels: str) -> Cou
         teacher_flops += share * _line(*[meter.flops for meter in meters]).at(1)
         working = _line(*[meter.peak for meter in meters])
         teacher_working = max(teacher_working, working, key=lambda line: line.an_image)
-    inputs = [task.inputs(batch) for batch in batches]
-    backbone.set_activation_checkpointing("none")
-    student_flops = _line(*[_forward_flops(task.module, given) for given in inputs]).at(1)
+    with Meter([]):  # for the shapes that it remembers
+        inputs = [task.inputs(batch) for batch in batches]
 
     activations, refused = {}, {}
-    plain_flops = 0.0
+    forward_flops = plain_flops = 0.0
     own = Policy(recipe.train.activation_checkpointing, recipe.train.checkpointing_period)
     for policy in dict.fromkeys([Policy("none"), Policy("selective"), Policy("block"), own]):
         try:
@@ -170,13 +170,13 @@ def _count(task: Task, recipe: Recipe, shares: list[float], kernels: str) -> Cou
         except UserError as error:
             refused[policy] = str(error)
             continue
-        kept = [kept_bytes(task.module, given) for given in inputs]
-        meters = [_measured_step(task.module, given) for given in inputs]
-        flops = _line(*[meter.flops for meter in meters]).at(1)
-        plain_flops = plain_flops or flops
+        steps = [_measured_step(task.module, given) for given in inputs]
+        flops = _line(*[step.flops for step in steps]).at(1)
+        if policy == Policy("none"):
+            plain_flops, forward_flops = flops, _line(*[step.forward_flops for step in steps]).at(1)
         activations[policy] = Activations(
-            kept=_line(*kept),
-            working=_line(*[meter.peak - held for meter, held in zip(meters, kept, strict=True)]),
+            kept=_line(*[step.kept for step in steps]),
+            working=_line(*[step.peak - step.kept for step in steps]),
             recomputed_flops=flops - plain_flops,
         )
     return Counts(
@@ -186,7 +186,7 @@ def _count(task: Task, recipe: Recipe, shares: list[float], kernels: str) -> Cou
             _bytes_of(teacher.model) for teacher in teachers if teacher.config.partitioned
         ),
         teacher_working=teacher_working,
-        student_flops=student_flops,
+        student_flops=forward_flops,
         teacher_flops=teacher_flops,
         activations=activations,
         refused=refused,
@@ -194,15 +194,18 @@ def _count(task: Task, recipe: Recipe, shares: list[float], kernels: str) -> Cou
     )
 
 
-def kept_bytes(module: nn.Module, inputs: dict[str, Any]) -> int:
-    """Returns the bytes that a forward pass keeps for its backward pass: storages, once each, without parameters.
+@contextmanager
+def keeping(module: nn.Module) -> Iterator[dict[int, torch.UntypedStorage]]:
+    """Collects what forward passes in it keep for their backward pass.
 
     Args:
-        module: its forward returns a dict with losses.
-        inputs: the forward's arguments.
+        module: what it owns does not count.
+
+    Yields:
+        The storages, once each, by number.
     """
     own = {tensor.untyped_storage()._cdata for tensor in (*module.parameters(), *module.buffers())}
-    kept: dict[int, Any] = {}
+    kept: dict[int, torch.UntypedStorage] = {}
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
@@ -211,8 +214,7 @@ def kept_bytes(module: nn.Module, inputs: dict[str, Any]) -> int:
         return tensor.detach()
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        module(**inputs)
-    return sum(storage.nbytes() for storage in kept.values())
+        yield kept
 
 
 class Meter(TorchDispatchMode):
@@ -236,11 +238,11 @@ class Meter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        out = func(*args, **kwargs)
+        out = _shaped(func, args, kwargs)
         formula = flop_registry.get(func._overloadpacket)
         if formula is not None:
             self.flops += formula(*args, **kwargs, out_val=out)
-        for tensor in tree_leaves(out):
+        for tensor in (out,) if isinstance(out, Tensor) else tree_leaves(out):
             if isinstance(tensor, Tensor):
                 self._meet(tensor.untyped_storage())
         return out
@@ -259,13 +261,77 @@ class Meter(TorchDispatchMode):
         self.now -= size
 
 
-def _forward_flops(module: nn.Module, inputs: dict[str, Any]) -> int:
-    with Meter([]) as meter:
-        module(**inputs)
-    return meter.flops
+# An op and its arguments -> shape, strides and dtype of what it returns.
+_known_shapes: dict[Any, Any] = {}
 
 
-def _measured_step(module: nn.Module, inputs: dict[str, Any]) -> Meter:
+def _shaped(func: Any, args: Any, kwargs: Any) -> Any:
+    """Calls an op on meta tensors; where all that it returns is new, torch's rules of shapes run once.
+
+    They are Python, half a millisecond an op, and a giant has fifty blocks alike.
+    """
+    schema = func._schema
+    if schema.is_mutable or any(result.alias_info is not None for result in schema.returns):
+        return func(*args, **kwargs)
+    key = (func, _signature(args), _signature(tuple(kwargs.items())))
+    try:
+        known = _known_shapes.get(key)
+    except TypeError:  # an argument that has no hash
+        return func(*args, **kwargs)
+    if known is not None:
+        return tree_map_only(_Shape, _Shape.empty, known)
+    out = func(*args, **kwargs)
+    shapes = tree_map_only(Tensor, lambda tensor: _Shape(tensor.shape, tensor.stride(), tensor.dtype), out)
+    if _same_storages(out, tree_map_only(_Shape, _Shape.empty, shapes), outside=(args, kwargs)):
+        _known_shapes[key] = shapes
+    return out
+
+
+class _Shape:
+    """Shape, strides and dtype of a tensor on the meta device."""
+
+    def __init__(self, *parts: Any) -> None:
+        self.parts = parts
+
+    def empty(self) -> Tensor:
+        """Makes one."""
+        shape, strides, dtype = self.parts
+        return torch.empty_strided(shape, strides, dtype=dtype, device="meta")
+
+
+def _signature(value: Any) -> Any:
+    """What of an op's argument decides the shapes of its results."""
+    if isinstance(value, Tensor):
+        return value.shape, value.stride(), value.dtype, value.device
+    if isinstance(value, (list, tuple)):
+        return tuple(map(_signature, value))
+    return type(value), value
+
+
+def _same_storages(out: Any, made: Any, outside: Any) -> bool:
+    """Whether `made`, on the meta device, can stand for `out`: storages alike, and none that is an argument's."""
+    storages, others, given = (
+        {
+            leaf.untyped_storage()._cdata: (leaf.untyped_storage().nbytes(), leaf.device)
+            for leaf in tree_leaves(tree)
+            if isinstance(leaf, Tensor)
+        }
+        for tree in (out, made, outside)
+    )
+    return list(storages.values()) == list(others.values()) and storages.keys().isdisjoint(given)
+
+
+@dataclass(frozen=True)
+class _Step:
+    """What a forward and backward pass takes; bytes and FLOPs."""
+
+    kept: int
+    peak: int
+    forward_flops: int
+    flops: int
+
+
+def _measured_step(module: nn.Module, inputs: dict[str, Any]) -> _Step:
     """A forward and backward pass; gradients of parameters go as they come."""
 
     def drop(parameter: Tensor) -> None:
@@ -274,13 +340,16 @@ def _measured_step(module: nn.Module, inputs: dict[str, Any]) -> Meter:
     hooks = [parameter.register_post_accumulate_grad_hook(drop) for parameter in module.parameters()]
     given = [leaf for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)]
     with Meter([*module.parameters(), *module.buffers(), *given]) as meter:
-        outputs = module(**inputs)
-        losses = [value for value in outputs.values() if value.requires_grad]
+        with keeping(module) as storages:
+            outputs = module(**inputs)
+            losses = [value for value in outputs.values() if value.requires_grad]
+        kept, forward_flops = sum(storage.nbytes() for storage in storages.values()), meter.flops
+        storages.clear()
         torch.stack(losses).sum().backward()
     for hook in hooks:
         hook.remove()
-    meter.peak += sum(tensor.untyped_storage().nbytes() for tensor in given)
-    return meter
+    peak = meter.peak + sum(tensor.untyped_storage().nbytes() for tensor in given)
+    return _Step(kept, peak, forward_flops, meter.flops)
 
 
 def _measured_teacher(teacher: Teacher, images: Tensor) -> Meter:

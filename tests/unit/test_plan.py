@@ -27,7 +27,7 @@ from fd_scale.errors import UserError
 from fd_scale.hardware import GPUS, Gpu, find_gpu, mfu, model_flops
 from fd_scale.models import Backbone, create_model
 from fd_scale.plan import Plan, Policy, count, plan, plot, present_gpu, require_fit, show, to_json, write_json
-from fd_scale.plan.counts import Activations, Counts, Line, Meter, NotCountedError, kept_bytes
+from fd_scale.plan.counts import Activations, Counts, Line, Meter, NotCountedError, keeping
 from fd_scale.plan.estimate import Traffic, traffic
 from fd_scale.plan.memory import Memory, State, memory, state
 
@@ -147,6 +147,34 @@ def test_meter_counts_storages_that_live_at_a_time() -> None:
     assert meter.peak == 4 * 2000
     assert meter.flops == 2 * 10 * 100 * 10
     assert three.shape == (10, 10)
+
+
+def test_an_op_that_the_meter_has_met_gives_the_same_again() -> None:
+    def run() -> tuple[list[Any], Meter]:
+        with torch.device("meta"):
+            given = torch.zeros(6, 4, 5).transpose(1, 2)
+        with Meter([given]) as meter:
+            normed, mean, scale = torch.native_layer_norm(given, [4], None, None, 1e-5)
+            product = normed @ given.new_zeros(4, 3)
+            wide = product.double() + 1
+            narrow = torch.ops.aten._unsafe_view(wide, [90])
+            order = torch.arange(3) + 1  # on the host: values count
+        tensors = (normed, mean, scale, product, wide, narrow)
+        assert narrow.untyped_storage()._cdata == wide.untyped_storage()._cdata
+        assert order.tolist() == [1, 2, 3]
+        return [(tensor.shape, tensor.stride(), tensor.dtype) for tensor in tensors], meter
+
+    (first, met), (again, met_again) = run(), run()
+    assert first == again
+    assert (met.flops, met.now, met.peak) == (met_again.flops, met_again.now, met_again.peak)
+    assert met.flops == 2 * 30 * 4 * 3
+    # Numbers, dtypes and strides are parts of what is asked.
+    with torch.device("meta"), Meter([]):
+        sums = [torch.zeros(2, 3).sum(axis) for axis in (0, 1)]
+        plain = torch.zeros(4, 4, dtype=torch.half) * 1
+        wide, turned = plain.float() * 1, plain.t() * 1
+    assert [tuple(total.shape) for total in sums] == [(3,), (2,)]
+    assert (wide.dtype, turned.dtype, turned.stride()) == (torch.float, torch.half, (1, 4))
 
 
 def test_flops_of_a_plan(make_recipe: Callable[..., Recipe]) -> None:
@@ -533,7 +561,9 @@ def test_the_giants_recipe_is_planned_for_its_own_hardware() -> None:
 def test_kept_bytes_leave_parameters_out() -> None:
     module = torch.nn.Linear(8, 8, device="meta")
     given = torch.zeros(4, 8, device="meta", requires_grad=True)
-    assert kept_bytes(module, {"input": given}) == 4 * 8 * 4
+    with keeping(module) as storages:
+        module(given)
+    assert [storage.nbytes() for storage in storages.values()] == [4 * 8 * 4]
 
 
 def test_measure_takes_no_options_of_a_plan(capsys: pytest.CaptureFixture[str]) -> None:
