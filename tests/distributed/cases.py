@@ -74,6 +74,8 @@ def train_then_die(values: dict[str, Any], step: int, where: str, victim: int) -
 
         def train_step(self: Trainer, *arguments: Any) -> None:
             if self.state.step == step:
+                self.complete_checkpoint()  # which a slow disk may still be writing
+                self.world.barrier()
                 die()
             original(self, *arguments)
 
