@@ -1,10 +1,12 @@
 """The window attention reference against timm, against fp64, and against its own words."""
 
+import math
 from typing import Any
 
 import pytest
 import torch
 from fd_kernels import window_attention
+from fd_kernels.window_attention import reference
 from fd_kernels.window_attention.reference import shift_mask
 from timm.models.swin_transformer_v2 import SwinTransformerV2Block
 from torch import Tensor
@@ -113,6 +115,36 @@ def test_gradients_are_those_of_the_function() -> None:
         return window_attention(qkv, bias, scale, window_size=(2, 3), shift_size=(1, 1), pad_qkv_E=pad)
 
     assert torch.autograd.gradcheck(attend, tuple(tensors.values()))
+
+
+@pytest.mark.parametrize(("grid", "window", "shift"), CASES)
+def test_windows_one_after_the_other_are_windows_together(
+    monkeypatch: pytest.MonkeyPatch, grid: tuple[int, int], window: tuple[int, int], shift: tuple[int, int]
+) -> None:
+    """The same numbers, but sums over windows in another order; the logits are not kept."""
+    tensors = {name: tensor.requires_grad_() for name, tensor in inputs(grid, window).items()}
+    logits = (window[0] * window[1],) * 2
+    kept: list[bool] = []
+
+    def pack(x: Tensor) -> Tensor:
+        kept.append(x.dim() == 5 and x.shape[-2:] == logits)
+        return x
+
+    found = []
+    for largest in (reference.LARGEST_TOGETHER, 0):
+        monkeypatch.setattr(reference, "LARGEST_TOGETHER", largest)
+        kept.clear()
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            out = window_attention(**tensors, window_size=window, shift_size=shift)
+        grads = torch.autograd.grad(out.square().sum(), list(tensors.values()), materialize_grads=True)
+        found.append((out, grads, any(kept)))
+    (together, grads, with_logits), (sequential, grads_again, sequential_with_logits) = found
+    assert torch.equal(sequential, together)
+    for grad, again in zip(grads, grads_again, strict=True):
+        torch.testing.assert_close(again, grad, rtol=1e-12, atol=1e-12)
+    num_windows = math.prod(-(-side // size) for side, size in zip(grid, window, strict=True))
+    assert with_logits
+    assert sequential_with_logits == (num_windows == 1)
 
 
 def test_a_table_is_the_bias_of_each_relative_position() -> None:

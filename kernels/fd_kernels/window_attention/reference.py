@@ -9,9 +9,12 @@ from contextlib import nullcontext
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 # Additive, as Swin was trained: with logit scales near 100 it leaks, and -inf would change results.
 MASK_LOGIT = -100.0
+LARGEST_TOGETHER = 24 * 24
+"""Tokens: larger windows are attended to one after the other (40 x 40 tokens, 16 heads: 0.16 GB of logits a window)."""
 
 
 def shift_mask(
@@ -90,26 +93,50 @@ def window_attention_reference(
         grid_BHWE = torch.roll(grid_BHWE, (-shift_size[0], -shift_size[1]), dims=(1, 2))
     if pad_qkv_E is not None:
         grid_BHWE = _pad_grid(grid_BHWE, rows * window_H, columns * window_W, pad_qkv_E)
-    windows = grid_BHWE.reshape(B, rows, window_H, columns, window_W, 3, heads, D).permute(
+    parts = grid_BHWE.reshape(B, rows, window_H, columns, window_W, 3, heads, D).permute(
         5, 0, 1, 3, 6, 2, 4, 7
     )
-    q_BMhND, k_BMhND, v_BMhND = windows.to(compute_dtype).reshape(3, B, rows * columns, heads, N, D).unbind(0)
+    q_BMhND, k_BMhND, v_BMhND = parts.to(compute_dtype).reshape(3, B, rows * columns, heads, N, D).unbind(0)
 
     bias_hNN = bias if bias.dim() == 3 else bias[:, relative_position_index(window_size, bias.device)]
-    bias_MhNN = bias_hNN.to(compute_dtype)[None]
+    mask_MNN = None
     if shifted:
         mask_MNN = shift_mask(rows * window_H, columns * window_W, window_size, shift_size, qkv_BHWE.device)
-        bias_MhNN = bias_MhNN + mask_MNN[:, None]
+    scale_h, bias_hNN = scale_h.to(compute_dtype), bias_hNN.to(compute_dtype)
     # Autocast would lower the two products; the meta device has no autocast to switch off.
     device_type = qkv_BHWE.device.type
     autocast = torch.amp.is_autocast_available(device_type)
     with torch.autocast(device_type, enabled=False) if autocast else nullcontext():
-        # The scale goes on the queries: N * D multiplications a window and head, not N * N.
-        query_BMhND = F.normalize(q_BMhND, dim=-1) * scale_h.to(compute_dtype)[:, None, None]
-        logits_BMhNN = query_BMhND @ F.normalize(k_BMhND, dim=-1).mT + bias_MhNN
-        out_BMhND = logits_BMhNN.softmax(dim=-1) @ v_BMhND
+        if N <= LARGEST_TOGETHER or rows * columns == 1:
+            out_BMhND = _attend(q_BMhND, k_BMhND, v_BMhND, scale_h, bias_hNN, mask_MNN)
+        else:
+            # Sequentially, and again in the backward pass: logits of one window of each image are held at a time.
+            windows = [part.split(1, dim=1) for part in (q_BMhND, k_BMhND, v_BMhND)]
+            masks = [None] * rows * columns if mask_MNN is None else mask_MNN.split(1)
+            outs = [
+                checkpoint(
+                    _attend, *window, scale_h, bias_hNN, mask, use_reentrant=False, preserve_rng_state=False
+                )
+                for *window, mask in zip(*windows, masks, strict=True)
+            ]
+            out_BMhND = torch.cat(outs, dim=1)
 
     out = out_BMhND.to(qkv_BHWE.dtype).view(B, rows, columns, heads, window_H, window_W, D)
     out_BHWC = out.permute(0, 1, 4, 2, 5, 3, 6).reshape(B, rows * window_H, columns * window_W, heads * D)
     out_BHWC = out_BHWC[:, :H, :W]
     return torch.roll(out_BHWC, shift_size, dims=(1, 2)) if shifted else out_BHWC
+
+
+def _attend(
+    q_BMhND: Tensor,
+    k_BMhND: Tensor,
+    v_BMhND: Tensor,
+    scale_h: Tensor,
+    bias_hNN: Tensor,
+    mask_MNN: Tensor | None,
+) -> Tensor:
+    # The scale goes on the queries: N * D multiplications a window and head, not N * N.
+    query_BMhND = F.normalize(q_BMhND, dim=-1) * scale_h[:, None, None]
+    bias_MhNN = bias_hNN if mask_MNN is None else bias_hNN + mask_MNN[:, None]
+    logits_BMhNN = query_BMhND @ F.normalize(k_BMhND, dim=-1).mT + bias_MhNN
+    return logits_BMhNN.softmax(dim=-1) @ v_BMhND
