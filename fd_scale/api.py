@@ -38,7 +38,7 @@ from fd_scale.finetune import ClassificationTask
 from fd_scale.hardware import find_gpu
 from fd_scale.log import console
 from fd_scale.metrics import Recorder
-from fd_scale.models import choose_kernels, dtype_of, resolved
+from fd_scale.models import Backbone, choose_kernels, dtype_of, resolved
 from fd_scale.optim import learning_rates
 from fd_scale.placement import WHOLE, Placement
 from fd_scale.plan import Choice, NotCountedError, Plan, memory_table, present_gpu, require_fit
@@ -165,6 +165,8 @@ def build_trainer(
     parts = Partition(engine_config, world)
     with initialise_on or contextlib.nullcontext():
         task = build_task(recipe, source, parts if stage == 3 else WHOLE, parts)
+    if recipe.train.compile:
+        _compile(task)
     if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in task.module.modules()):
         logger.warning("the model has BatchNorm, whose statistics are those of a rank's micro-batch: on another number "
                        "of ranks it trains otherwise")  # fmt: skip
@@ -208,6 +210,18 @@ def _refuse_what_does_not_fit(recipe: Recipe, source: Source, world: World) -> f
         console.print(memory_table(planned))
         raise
     return planned.peak_images_per_s
+
+
+def _compile(task: Task) -> None:
+    backbone = task.module.backbone
+    assert isinstance(backbone, Backbone)
+    if not backbone.compile_blocks():
+        raise UserError(
+            f"train.compile: {type(backbone).__name__} has no blocks of ours to compile; set it to false, or take a "
+            "model swin_v2_* or fd_vit_*"
+        )
+    for teacher in task.teachers if isinstance(task, DistillationTask) else []:
+        teacher.model.compile_blocks()
 
 
 def build_task(

@@ -186,6 +186,9 @@ class TrainConfig:
     kernels: Literal["auto", "reference", "triton"] = "auto"
     """`auto`: Triton kernels on CUDA where they serve, PyTorch elsewhere; `reference`: PyTorch alone; `triton`: a call
     that no kernel serves is an error."""
+    compile: bool = False
+    """Compiles the blocks of `swin_v2_*` and `fd_vit_*` (`torch.compile`), our kernels left as they are: the first step
+    takes minutes longer."""
     timeout_s: int = 1800
     """Seconds without a step, a save or a batch of an evaluation after which the job ends, with the stacks of its
     ranks in logs/."""

@@ -27,7 +27,8 @@ _PACKAGES = ("fd-scale", "torch", "torchvision", "triton", "deepspeed", "timm", 
 _FREE_SETTINGS = (
     "run_dir", "checkpoint", "watch", "log", "data.train", "data.evaluation", "data.num_workers",
     "data.max_bad_fraction", "train.micro_batch", "train.device", "train.ds_config", "train.timeout_s",
-    "train.activation_checkpointing", "train.checkpointing_period", "train.kernels", "model.weights",
+    "train.activation_checkpointing", "train.checkpointing_period", "train.kernels", "train.compile",
+    "model.weights",
 )  # fmt: skip
 
 

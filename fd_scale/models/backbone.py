@@ -93,6 +93,15 @@ class Backbone(nn.Module, ABC):
         for count, block in enumerate(blocks, start=1):
             block.checkpointing = "none" if count % period else mode
 
+    def compile_blocks(self) -> int:
+        """Compiles the parts of each block that is a `ResidualBlock`; returns how many blocks these are."""
+        blocks = [module for module in self.modules() if isinstance(module, ResidualBlock)]
+        for block in blocks:
+            block.compile_parts()
+        # One block's code serves all stages, shifts, drop path and none, training and evaluation.
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+        return len(blocks)
+
     def pooled(self, images_BCHW: Tensor) -> Tensor:
         """One feature for each image, (B, D): the mean of its patch tokens, where the model says nothing else."""
         return self(images_BCHW)[:, self.num_prefix_tokens :].mean(1)

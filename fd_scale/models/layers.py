@@ -44,6 +44,12 @@ class ResidualBlock(nn.Module, ABC):
     def finish(self, x: Tensor, attended: Tensor, drop_path_scale_2B: Tensor | None) -> Tensor:
         """Returns the block's result from its input and what `attend` returned."""
 
+    def compile_parts(self) -> None:
+        """Compiles both parts; what lies between them, recomputation and ZeRO-3's gathering, stays as it is."""
+        for name in ("attend", "finish"):
+            # Shapes of a run are few, and those of each stage its own.
+            setattr(self, name, torch.compile(getattr(self, name), dynamic=False))
+
     def run(self, x: Tensor, bias_hNN: Tensor | None, drop_path_scale_2B: Tensor | None) -> Tensor:
         """Computes the block as `checkpointing` says; a forward is a call of it."""
         if self.checkpointing == "block":

@@ -1,6 +1,7 @@
 """What ranks do in the tests: top-level functions, so that a fork server can find them."""
 
 import errno
+import functools
 import os
 import signal
 import threading
@@ -40,6 +41,12 @@ def train_all(runs: list[dict[str, Any]]) -> None:
     """Trains several recipes, one after the other, on the same ranks."""
     for values in runs:
         train(values)
+
+
+def train_all_compiled(runs: list[dict[str, Any]], backend: str) -> None:
+    """Trains several recipes in turn, their blocks compiled by a backend of `torch.compile`."""
+    torch.compile = functools.partial(torch.compile, backend=backend)
+    train_all(runs)
 
 
 def measured_state(values: dict[str, Any]) -> list[tuple[float, float]]:

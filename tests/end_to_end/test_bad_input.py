@@ -103,6 +103,8 @@ def write(tmp_path: Path) -> Write:
             ("fp16", ["train.precision=fp16"], ["no fp16 on a CPU", "train.precision=bf16"]),
             ("weights", ["model.weights=/no.safetensors"], ["/no.safetensors does not exist", "fd-scale export"]),
             ("kernels", ["train.kernels=triton"], ["train.kernels: triton needs a CUDA device", "set it to auto"]),
+            ("compile", ["train.compile=true", "model.name=test_vit", "model.img_size=32", "model.overrides={}"],
+             ["train.compile", "TimmBackbone has no blocks of ours", "swin_v2_* or fd_vit_*"]),
             ("cls", ["distill.teachers.0.cls_weight=1"], ["cls_weight", "swin_v2_tiny has no CLS token"]),
             ("logits", ["distill.teachers.0.target=logits"], ["has no classifier", "feature_map or pooled"]),
         ]

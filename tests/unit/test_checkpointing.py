@@ -1,5 +1,6 @@
 """Activation checkpointing: every policy has the plain model's gradients, and recomputes what it says."""
 
+import functools
 from collections import Counter
 from typing import Any
 
@@ -117,12 +118,48 @@ def test_a_policy_that_recomputes_more_keeps_less(name: str) -> None:
     assert none > 1.2 * selective > 1.2 * 1.2 * block
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")  # in torch's own compiler
+@pytest.mark.parametrize("name", ["swin", "vit"])
+def test_compiled_blocks(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """The plain gradients, and no view of a weight is kept: ZeRO-3 could not let go what it has gathered."""
+    # All of inductor but its code, which takes a minute and is torch's to test.
+    backend = "aot_eager_decomp_partition"
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
+    model = built(MODELS[name])
+    plain = outputs_and_gradients(model)
+    assert model.compile_blocks() == 4
+    weights = {
+        parameter.untyped_storage().data_ptr()
+        for module in model.modules()
+        if isinstance(module, ResidualBlock)
+        for parameter in module.parameters()
+    }
+    kept = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        if tensor.untyped_storage().data_ptr() in weights:
+            kept.append(isinstance(tensor, torch.nn.Parameter))
+        return tensor
+
+    for mode in ("none", "selective", "block"):
+        model.set_activation_checkpointing(mode)  # type: ignore[arg-type]
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            found = outputs_and_gradients(model)
+        for value, expected in zip(found, plain, strict=True):
+            # fp32 sums in another order.
+            assert (value - expected).norm() <= 1e-5 * expected.norm(), mode
+    assert kept
+    assert all(kept)
+
+
 def test_what_a_backbone_cannot_do_is_refused() -> None:
     model = built(SWIN)
     with pytest.raises(UserError, match="is 'blocks'; expected one of none, block, selective"):
         model.set_activation_checkpointing("blocks")  # type: ignore[arg-type]
     timm_vit = create_model("vit_tiny_patch16_224", img_size=32, embed_dim=24, depth=2, num_heads=2)
     timm_vit.set_activation_checkpointing("block")
+    assert timm_vit.compile_blocks() == 0
     with pytest.raises(UserError, match="can recompute all of each block alone, got selective with period 1"):
         timm_vit.set_activation_checkpointing("selective")
     with pytest.raises(
