@@ -23,9 +23,9 @@ from fd_scale.data import (
     TrainLoader,
     Transform,
     contrastive_transform,
-    distillation_transform,
     evaluation_transform,
     open_source,
+    training_view,
 )
 from fd_scale.distill import DistillationTask
 from fd_scale.distributed import Preemption, World
@@ -189,7 +189,7 @@ def build_trainer(
         task=task,
         engine=engine,
         loader=loader,
-        learning_rates=learning_rates(recipe.optim, num_steps, loader.steps_per_epoch),
+        learning_rates=learning_rates(recipe.optim, num_steps, loader.steps_per_epoch, engine.lr_scales),
         checkpoints=checkpoints,
         recorder=Recorder(run_dir, world, recipe.task, peak_images_per_s),
         preemption=Preemption(run_dir, world),
@@ -271,6 +271,16 @@ def training_transform(recipe: Recipe) -> Transform:
             flip=data.flip,
             colour_jitter=recipe.contrastive.jitter,
         )
-    return distillation_transform(
-        recipe.model.size, crop_scale=data.crop_scale, crop_ratio=data.crop_ratio, flip=data.flip
+    assert recipe.model.mean is not None, "the recipe is resolved"
+    assert recipe.model.std is not None, "the recipe is resolved"
+    return training_view(
+        recipe.model.size,
+        crop_scale=data.crop_scale,
+        crop_ratio=data.crop_ratio,
+        interpolation=data.interpolation,
+        flip=data.flip,
+        rand_augment=data.rand_augment,
+        erasing=data.erasing,
+        mean=recipe.model.mean,
+        std=recipe.model.std,
     )

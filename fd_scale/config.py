@@ -96,6 +96,12 @@ class DataConfig:
     """Width / height of a random crop."""
     flip: float = 0.5
     """Probability of a horizontal flip."""
+    interpolation: Literal["bilinear", "bicubic"] = "bilinear"
+    """How a crop is resized."""
+    rand_augment: str | None = None
+    """RandAugment in timm's words, as `m9-mstd0.5-inc1`; none: no such augmentation."""
+    erasing: float = 0.0
+    """Probability that a rectangle of the view becomes noise."""
 
     def __post_init__(self) -> None:
         # OmegaConf knows no type for "a string or a list of these": it is checked here.
@@ -121,7 +127,8 @@ class DataConfig:
             self.crop_ratio,
             "0 < smallest <= largest",
         )
-        _require(0 <= self.flip <= 1, "data.flip", self.flip, "a probability")
+        for key in ("flip", "erasing"):
+            _require(0 <= getattr(self, key) <= 1, f"data.{key}", getattr(self, key), "a probability")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -138,6 +145,8 @@ class OptimConfig:
     """Length of the warm-up where the run's length is given in epochs."""
     warmup_steps: int = 0
     """Length of the warm-up where the run's length is given in steps."""
+    layer_decay: float = 1.0
+    """Factor of the peak learning rate from each layer to the one before it; all layers begin and end alike."""
     weight_decay: float = 0.05
     """Decoupled weight decay; 1-D parameters and those that the model names are spared."""
     betas: tuple[float, float] = (0.9, 0.999)
@@ -155,6 +164,9 @@ class OptimConfig:
             "optim.betas",
             self.betas,
             "two numbers in 0..1, below 1",
+        )
+        _require(
+            0 < self.layer_decay <= 1, "optim.layer_decay", self.layer_decay, "a number above 0, at most 1"
         )
         for key in ("warmup_lr", "min_lr", "warmup_epochs", "warmup_steps", "weight_decay", "grad_clip"):
             _require(0 <= getattr(self, key) < inf, f"optim.{key}", getattr(self, key), "0 or more")
@@ -356,8 +368,19 @@ class ClassificationConfig:
     """Share of the target spread over all classes."""
     head_init_scale: float = 0.001
     """Factor on the head's initial weights."""
+    mixup: float = 0.0
+    """Both parameters of the beta distribution of Mixup's weights; 0: no Mixup."""
+    cutmix: float = 0.0
+    """Both parameters of the beta distribution of the area that CutMix leaves; 0: no CutMix."""
+    cutmix_share: float = 0.5
+    """Where both are on, the share of pairs that CutMix mixes."""
 
     def __post_init__(self) -> None:
+        for key in ("mixup", "cutmix"):
+            _require(0 <= getattr(self, key) < inf, f"classification.{key}", getattr(self, key), "0 or more")
+        _require(
+            0 <= self.cutmix_share <= 1, "classification.cutmix_share", self.cutmix_share, "a number in 0..1"
+        )
         _require(
             0 <= self.label_smoothing < 1,
             "classification.label_smoothing",
@@ -407,6 +430,12 @@ class Recipe:
             raise UserError(
                 "data.evaluation: a contrastive loss depends on which images share a batch and is no metric of a "
                 "source; remove data.evaluation"
+            )
+        plain = self.data.interpolation == "bilinear" and not (self.data.rand_augment or self.data.erasing)
+        if self.contrastive is not None and not plain:
+            raise UserError(
+                "data.interpolation, data.rand_augment, data.erasing: contrastive views have an augmentation of their "
+                "own; remove them"
             )
         if self.train.steps is None and self.optim.warmup_steps:
             raise UserError(

@@ -6,7 +6,7 @@ import copy
 import ctypes
 import os
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,7 @@ from fd_scale.config import OptimConfig  # noqa: E402
 from fd_scale.distributed import World  # noqa: E402
 from fd_scale.ds_config import offload_device, zero_stage  # noqa: E402
 from fd_scale.errors import UserError  # noqa: E402
-from fd_scale.models import Backbone  # noqa: E402
+from fd_scale.models import Backbone, learning_rate_scales  # noqa: E402
 from fd_scale.optim import ClippedAdamW, build_adamw, parameter_groups  # noqa: E402
 from fd_scale.shards import BASE_OPTIMIZER, FLAT_MASTERS, MASTERS, Shards, layout  # noqa: E402
 from fd_scale.traffic import traffic_of  # noqa: E402
@@ -227,8 +227,13 @@ class Engine:
         _choose_accelerator(world)
         self.num_parameters = sum(_whole_shape(parameter).numel() for parameter in module.parameters())
         groups = parameter_groups(
-            module, optim.weight_decay, undecayed, lambda parameter: len(_whole_shape(parameter))
+            module,
+            optim.weight_decay,
+            undecayed,
+            lambda parameter: len(_whole_shape(parameter)),
+            learning_rate_scales(module, optim.layer_decay),
         )
+        self.lr_scales = [group["lr_scale"] for group in groups]
         _move_buffers(module, world.device)
         _gather_by_block(module)
         names = {id(parameter): name for name, parameter in module.named_parameters()}
@@ -268,9 +273,9 @@ class Engine:
         """Bytes that this rank has sent through DeepSpeed's collectives, taken as rings, since the process began."""
         return self.traffic.sent_bytes
 
-    def set_learning_rate(self, learning_rate: float) -> None:
-        """Sets the learning rate that the next optimizer step takes."""
-        for group in self.optimizer.param_groups:
+    def set_learning_rates(self, learning_rates: Sequence[float]) -> None:
+        """Sets the learning rate of each of `lr_scales` that the next optimizer step takes."""
+        for group, learning_rate in zip(self.optimizer.param_groups, learning_rates, strict=True):
             group["lr"] = learning_rate
 
     def backward(self, loss: Tensor) -> None:

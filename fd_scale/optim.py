@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,21 +14,25 @@ from torch import nn
 from fd_scale.config import OptimConfig
 
 
-def learning_rates(config: OptimConfig, num_steps: int, steps_per_epoch: int) -> np.ndarray:
-    """Returns the learning rate of every step: linear warm-up, then half a cosine.
+def learning_rates(
+    config: OptimConfig, num_steps: int, steps_per_epoch: int, scales: Sequence[float] = (1.0,)
+) -> np.ndarray:
+    """Returns the learning rates of every step: linear warm-up, then half a cosine.
 
     Args:
         config: peak, first and last value; length of the warm-up.
         num_steps: optimizer steps of the run.
         steps_per_epoch: optimizer steps of an epoch.
+        scales: factor of the peak for each parameter group; the first and last values are the same in all.
 
     Returns:
-        fp64 array of shape (num_steps,).
+        fp64 array of shape (num_steps, len(scales)).
     """
     warmup = min(config.warmup_steps + round(config.warmup_epochs * steps_per_epoch), num_steps)
-    rising = np.linspace(config.warmup_lr, config.lr, warmup, endpoint=False)
-    progress = np.arange(num_steps - warmup) / max(num_steps - warmup, 1)
-    falling = config.min_lr + (config.lr - config.min_lr) * 0.5 * (1 + np.cos(np.pi * progress))
+    peaks = config.lr * np.array(scales)
+    rising = np.linspace(np.full_like(peaks, config.warmup_lr), peaks, warmup, endpoint=False)
+    progress = np.arange(num_steps - warmup)[:, None] / max(num_steps - warmup, 1)
+    falling = config.min_lr + (peaks - config.min_lr) * 0.5 * (1 + np.cos(np.pi * progress))
     return np.concatenate([rising, falling])
 
 
@@ -36,27 +41,28 @@ def parameter_groups(
     weight_decay: float,
     undecayed: set[str],
     num_dims: Callable[[nn.Parameter], int] = torch.Tensor.dim,
+    lr_scales: Mapping[str, float] | None = None,
 ) -> list[dict[str, Any]]:
-    """Splits parameters into those that decay and those that do not.
+    """Splits parameters by the factor of their learning rate, and into those that decay and those that do not.
 
     Args:
         module: trained module.
         weight_decay: decay of the first group.
         undecayed: names (as in `named_parameters`) spared besides biases and other 1-D parameters.
         num_dims: dimensions of a parameter; of one that ZeRO-3 holds in parts, those of the whole.
+        lr_scales: name -> factor of the peak learning rate; those that are missing have 1.
 
     Returns:
-        Parameter groups for a torch optimizer.
+        Parameter groups for a torch optimizer, with their factor as `lr_scale`, the largest first.
     """
-    groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
+    groups: dict[tuple[float, bool], list[nn.Parameter]] = defaultdict(list)
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:
             spared = num_dims(parameter) <= 1 or name.endswith(".bias") or name in undecayed
-            groups[not spared].append(parameter)
+            groups[(lr_scales or {}).get(name, 1.0), not spared].append(parameter)
     return [
-        {"params": parameters, "weight_decay": weight_decay if decays else 0.0}
-        for decays, parameters in groups.items()
-        if parameters
+        {"params": groups[scale, decays], "weight_decay": weight_decay if decays else 0.0, "lr_scale": scale}
+        for scale, decays in sorted(groups, reverse=True)
     ]
 
 

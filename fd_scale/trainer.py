@@ -156,7 +156,7 @@ class Trainer:
 
     def train_step(self, micro_batches: list[Batch], counts: dict[str, float]) -> None:
         """Takes one optimizer step over the global batch, whose items of each loss are `counts`."""
-        self.engine.set_learning_rate(self.learning_rates[self.state.step])
+        self.engine.set_learning_rates(self.learning_rates[self.state.step].tolist())
         self.losses = {name: torch.zeros((), device=self.world.device) for name in counts}
         with_pictures = self.world.is_main and self._due(
             self.recipe.log.images_every_steps, self.state.step + 1
@@ -187,7 +187,7 @@ class Trainer:
             step,
             losses=self.losses,
             scalars={
-                "learning_rate": float(self.learning_rates[step - 1]),
+                "learning_rate": float(self.learning_rates[step - 1].max()),
                 "grad_norm": self.engine.grad_norm,
                 "epoch": step / self.loader.steps_per_epoch,
             },

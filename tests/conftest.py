@@ -24,6 +24,13 @@ SECTIONS: dict[str, dict[str, Any]] = {
     "classification": {"head_init_scale": 1.0},
 }
 
+FINE_TUNING: dict[str, Any] = {
+    "classification": {"head_init_scale": 1.0, "mixup": 0.8, "cutmix": 1.0},
+    "optim__layer_decay": 0.65, "data__rand_augment": "m9-mstd0.5-inc1", "data__erasing": 0.25,
+    "data__interpolation": "bicubic",
+}  # fmt: skip
+"""What makes a classification one as the paper's."""
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
@@ -41,9 +48,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture
 def recipe_values(tmp_path: Path) -> Callable[..., dict[str, Any]]:
-    """Returns a function that makes a tiny recipe on digits, with `section.key=value` changes as keywords."""
+    """Returns a function that makes a tiny recipe on digits, with `section.key=value` changes as keywords.
+
+    Task "fine-tuning" is classification with all that the paper's fine-tuning has.
+    """
 
     def make(task: str = "distill", **changes: Any) -> dict[str, Any]:
+        if task == "fine-tuning":
+            task, changes = "classification", FINE_TUNING | changes
         values: dict[str, Any] = {
             "task": task,
             "run_dir": str(tmp_path / "run"),

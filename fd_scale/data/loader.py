@@ -176,7 +176,7 @@ class TrainLoader:
         self.accumulation = global_batch // rows
         self.steps_per_epoch = len(source) // global_batch
         self.global_batch = global_batch
-        self._micro_batch = micro_batch
+        self.micro_batch = micro_batch
         self._first_row = rank * global_batch // world_size
         self._num_workers = num_workers
         self._pin_memory = pin_memory
@@ -214,7 +214,7 @@ class TrainLoader:
         for step in itertools.count(start_step):
             first = step * self.global_batch + self._first_row
             for i in range(self.accumulation):
-                yield range(first + i * self._micro_batch, first + (i + 1) * self._micro_batch)
+                yield range(first + i * self.micro_batch, first + (i + 1) * self.micro_batch)
 
     def _checked(self, batch: Batch | None, bad: list[_BadSample]) -> Batch:
         for sample in bad:

@@ -5,8 +5,12 @@ std. A transform draws from torch's default generator only: that is the one whic
 """
 
 import difflib
-from collections.abc import Callable
+import random
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from torchvision.transforms import InterpolationMode, v2
@@ -15,31 +19,104 @@ from fd_scale.errors import UserError
 
 Transform = Callable[[Image.Image], torch.Tensor]
 
+# timm passes over sections that it does not know.
+_RAND_AUGMENT = re.compile(r"((^|-)(m|mstd|mmax|inc|n|p)\d+(\.\d+)?)+")
 _INTERPOLATIONS = {mode.value: mode for mode in InterpolationMode}
 
 
-def distillation_transform(
+def training_view(
     img_size: int,
     *,
     crop_scale: tuple[float, float] = (0.08, 1.0),
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3),
+    interpolation: str = "bilinear",
     flip: float = 0.5,
+    rand_augment: str | None = None,
+    erasing: float = 0.0,
+    mean: Sequence[float] = (0.5, 0.5, 0.5),
+    std: Sequence[float] = (0.25, 0.25, 0.25),
 ) -> Transform:
-    """Returns random resized crop (bilinear) and horizontal flip, nothing else.
+    """Returns random resized crop and horizontal flip; for classification also RandAugment and random erasing.
 
     Args:
         img_size: side of the square result, in pixels.
         crop_scale: smallest and largest area of the crop, as a fraction of the image's.
         crop_ratio: smallest and largest width / height of the crop.
+        interpolation: of the crop, "bilinear" or "bicubic".
         flip: probability of a horizontal flip, 0 to 1.
+        rand_augment: timm's description of it, "m9-mstd0.5-inc1"; None: none.
+        erasing: probability that a rectangle of 2% to a third of the image becomes noise.
+        mean: of the model's input, in 0..1: what RandAugment moves into the image, and the mean of the noise.
+        std: of the model's input, in 0..1: the noise's, which is cut at black and white.
 
     Returns:
         Callable, PIL RGB image -> uint8 (3, img_size, img_size).
 
-    Source: Wei et al. 2022 (arXiv:2205.14141), as in the released code.
+    Raises:
+        UserError: that is no RandAugment.
+
+    Source: distillation: Wei et al. 2022 (arXiv:2205.14141), as in the released code, crop and flip alone;
+        classification: the same code, which takes timm's.
     """
-    view: Transform = v2.Compose([*_crop_and_flip(img_size, crop_scale, crop_ratio, flip), v2.PILToTensor()])
+    steps: list[Any] = [
+        v2.RandomResizedCrop(img_size, crop_scale, crop_ratio, _INTERPOLATIONS[interpolation]),
+        v2.RandomHorizontalFlip(flip),
+    ]
+    if rand_augment is not None:
+        steps.append(_seeded_rand_augment(rand_augment, img_size, mean))
+    steps.append(v2.PILToTensor())
+    if erasing:
+        steps.append(_Erasing(erasing, mean, std))
+    view: Transform = v2.Compose(steps)
     return view
+
+
+def _seeded_rand_augment(description: str, img_size: int, mean: Sequence[float]) -> "_Seeded":
+    from timm.data.auto_augment import rand_augment_transform  # seconds, which loader workers can do without
+
+    colour = tuple(min(255, round(255 * value)) for value in mean)
+    settings = {
+        "translate_const": int(img_size * 0.45), "img_mean": colour, "interpolation": Image.Resampling.BICUBIC,
+    }  # fmt: skip
+    if not _RAND_AUGMENT.fullmatch(description):
+        raise UserError(
+            f"data.rand_augment: got {description!r}, expected sections in timm's words, m9-mstd0.5-inc1: magnitude, "
+            "its standard deviation, whether all get stronger with it; n2, operations an image; p0.5, probability"
+        )
+    return _Seeded(rand_augment_transform(f"rand-{description}", settings))
+
+
+class _Seeded:
+    """A transform that draws from Python's and numpy's generators, seeded from torch's and left as they were."""
+
+    def __init__(self, transform: Callable[[Any], Any]) -> None:
+        self.transform = transform
+
+    def __call__(self, image: Any) -> Any:
+        seed = int(torch.randint(2**32, ()))
+        before = random.getstate(), np.random.get_state()
+        random.seed(seed)
+        np.random.seed(seed)
+        try:
+            return self.transform(image)
+        finally:
+            random.setstate(before[0])
+            np.random.set_state(before[1])
+
+
+class _Erasing:
+    """timm's random erasing, which wants normalised pixels, of a uint8 image."""
+
+    def __init__(self, probability: float, mean: Sequence[float], std: Sequence[float]) -> None:
+        from timm.data.random_erasing import RandomErasing
+
+        self.erase = _Seeded(RandomErasing(probability, mode="pixel", device="cpu"))
+        self.mean, self.std = (255 * torch.tensor(values).view(3, 1, 1) for values in (mean, std))
+
+    def __call__(self, image: torch.Tensor) -> torch.Tensor:
+        pixels = (image - self.mean) / self.std
+        self.erase(pixels)
+        return (pixels * self.std + self.mean).round().clamp(0, 255).to(torch.uint8)
 
 
 def evaluation_transform(
@@ -99,20 +176,14 @@ def contrastive_transform(
     jitter = v2.ColorJitter(colour_jitter, colour_jitter, colour_jitter, colour_jitter / 4)
     view = v2.Compose(
         [
-            *_crop_and_flip(img_size, crop_scale, crop_ratio, flip),
+            v2.RandomResizedCrop(img_size, crop_scale, crop_ratio, InterpolationMode.BILINEAR),
+            v2.RandomHorizontalFlip(flip),
             v2.RandomApply([jitter], p=0.8),
             v2.RandomGrayscale(grey),
             v2.PILToTensor(),
         ]
     )
     return _TwoViews(view)
-
-
-def _crop_and_flip(
-    img_size: int, scale: tuple[float, float], ratio: tuple[float, float], flip: float
-) -> list[Callable[[Image.Image], Image.Image]]:
-    crop = v2.RandomResizedCrop(img_size, scale, ratio, InterpolationMode.BILINEAR)
-    return [crop, v2.RandomHorizontalFlip(flip)]
 
 
 class _TwoViews:

@@ -13,13 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fd_scale.config import ClassificationConfig, ModelConfig, Recipe
-from fd_scale.data import Batch, Source, TrainLoader
+from fd_scale.data import UNLABELLED, Batch, Source, TrainLoader
 from fd_scale.distributed import World
 from fd_scale.errors import UserError
 from fd_scale.evaluation import EvaluationSet, Forward, mean_over_source
+from fd_scale.finetune.mixing import Mixing
 from fd_scale.models import build_model, drop_path_scale, dtype_of, normalize, undecayed_parameters
-
-UNLABELLED = -1
 
 
 class ClassificationModule(nn.Module):
@@ -43,13 +42,20 @@ class ClassificationModule(nn.Module):
             self.head.weight.mul_(config.head_init_scale)
 
     def forward(
-        self, images_BCHW: Tensor, labels_B: Tensor, drop_path_scale_RB: Tensor | None = None
+        self,
+        images_BCHW: Tensor,
+        labels_B: Tensor,
+        partner_labels_B: Tensor | None = None,
+        weight_B: Tensor | None = None,
+        drop_path_scale_RB: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """Classifies images.
 
         Args:
-            images_BCHW: uint8.
+            images_BCHW: uint8, or mixed and in 0..255.
             labels_B: int64; -1: not labelled, not in the loss.
+            partner_labels_B: int64, of the images that were mixed in; -1: none was.
+            weight_B: fp32, an image's own share of its loss; the partner's label has the rest.
             drop_path_scale_RB: 0 or 1 / keep probability for each residual branch.
 
         Returns:
@@ -59,14 +65,20 @@ class ClassificationModule(nn.Module):
         pixels_BCHW = normalize(images_BCHW, self.backbone.mean, self.backbone.std).to(self.dtype)
         tokens_BLD = self.backbone(pixels_BCHW, drop_path_scale_RB)
         logits_BK = self.head(self.norm(tokens_BLD[:, self.backbone.num_prefix_tokens :].mean(1))).float()
-        loss = F.cross_entropy(
+        loss_B = self._losses(logits_BK, labels_B)
+        if partner_labels_B is not None and weight_B is not None:
+            # Cross entropy is linear in the target: that of the mixed one.
+            loss_B = weight_B * loss_B + (1 - weight_B) * self._losses(logits_BK, partner_labels_B)
+        return {"loss": loss_B.sum(), "logits": logits_BK.detach()}
+
+    def _losses(self, logits_BK: Tensor, labels_B: Tensor) -> Tensor:
+        return F.cross_entropy(
             logits_BK,
             labels_B,
             ignore_index=UNLABELLED,
             label_smoothing=self.label_smoothing,
-            reduction="sum",
+            reduction="none",
         )
-        return {"loss": loss, "logits": logits_BK.detach()}
 
 
 def require_same_classes(recipe: Recipe, train: Source, evaluation: Source) -> None:
@@ -99,6 +111,12 @@ class ClassificationTask:
         if evaluation is not None:
             require_same_classes(recipe, source, evaluation.source)
         self.seed = recipe.seed
+        config = recipe.classification
+        self.mixing = None
+        if config.mixup or config.cutmix:
+            self.mixing = Mixing(
+                seed=recipe.seed, mixup=config.mixup, cutmix=config.cutmix, cutmix_share=config.cutmix_share
+            )
         self.evaluation = evaluation
         dtype = dtype_of(recipe.train.precision)
         self.module = ClassificationModule(recipe.model, recipe.classification, source.num_classes, dtype)
@@ -109,16 +127,27 @@ class ClassificationTask:
         self.rates = self.module.backbone.drop_path_rates
 
     def prepare(self, world: World, loader: TrainLoader) -> None:
-        """There is nothing beside the module."""
+        """There is nothing beside the module; refuses micro-batches that would part a pair."""
+        if self.mixing and loader.micro_batch % 2:
+            raise UserError(
+                f"train.micro_batch: classification.mixup and cutmix mix pairs, and a micro-batch on a rank is "
+                f"{loader.micro_batch}; expected an even one, take another train.micro_batch or number of ranks"
+            )
 
     def counts(self, batch: Batch) -> dict[str, float]:
         """The loss goes over labelled images."""
         return {"loss": float((batch.labels != UNLABELLED).sum())}
 
     def inputs(self, batch: Batch) -> dict[str, Any]:
-        """Draws drop path."""
+        """Mixes; draws drop path."""
         scale = drop_path_scale(self.rates, self.seed, batch.positions, batch.images.device)
-        return {"images_BCHW": batch.images, "labels_B": batch.labels, "drop_path_scale_RB": scale}
+        inputs = {"images_BCHW": batch.images, "labels_B": batch.labels, "drop_path_scale_RB": scale}
+        if self.mixing:
+            mixed = self.mixing(batch.images, batch.labels, batch.positions)
+            inputs |= {
+                "images_BCHW": mixed.images, "partner_labels_B": mixed.partner_labels, "weight_B": mixed.weights,
+            }  # fmt: skip
+        return inputs
 
     def evaluate(self, forward: Forward, world: World) -> dict[str, float]:
         """Measures top-1 accuracy and cross entropy (nats) over the evaluation source."""

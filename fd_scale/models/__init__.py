@@ -7,6 +7,7 @@ from fd_scale.models.build import (
     choose_kernels,
     drop_path_scale,
     dtype_of,
+    learning_rate_scales,
     normalize,
     undecayed_parameters,
 )
@@ -27,6 +28,7 @@ __all__ = [
     "dtype_of",
     "hub_files",
     "interpolate",
+    "learning_rate_scales",
     "load_tensors",
     "load_weights",
     "model_identity",

@@ -63,6 +63,19 @@ class Backbone(nn.Module, ABC):
     def no_weight_decay_names(self) -> set[str]:
         """Names of parameters without weight decay, besides those with one dimension."""
 
+    def layer_ids(self) -> dict[str, int]:
+        """Depth of each parameter, for learning rates that fall with it: 0 before the first block, then one a block.
+
+        Returns:
+            Name -> depth; the parameters that are missing (the final norm) lie one deeper than all others.
+
+        Raises:
+            UserError: the order of its layers is not known.
+        """
+        raise UserError(
+            f"optim.layer_decay: the order of {type(self).__name__}'s layers is not known; set it to 1"
+        )
+
     def block_classes(self) -> set[type[nn.Module]]:
         """Classes of its blocks: what ZeRO-3 gathers, and lets go, at a time."""
         return {type(module) for module in self.modules() if isinstance(module, ResidualBlock)}

@@ -86,11 +86,32 @@ def undecayed_parameters(module: nn.Module) -> set[str]:
     return {f"{BACKBONE}.{name}" for name in backbone.no_weight_decay_names()}
 
 
+def learning_rate_scales(module: nn.Module, layer_decay: float) -> dict[str, float]:
+    """Returns factors of the peak learning rate for parameters of a trained module's backbone; others have 1.
+
+    Args:
+        module: holds a backbone, heads and projectors behind it.
+        layer_decay: factor from a layer to the one before it, in (0, 1].
+
+    Raises:
+        UserError: the order of the model's layers is not known.
+
+    Source: Bao et al. 2021 (arXiv:2106.08254), appendix; layers as in the fine-tuning code of arXiv 2205.14141.
+    """
+    if layer_decay == 1:
+        return {}
+    backbone = module.get_submodule(BACKBONE)
+    assert isinstance(backbone, Backbone), "modules hold what build_model returned"
+    ids = backbone.layer_ids()
+    behind = max(ids.values()) + 1
+    return {f"{BACKBONE}.{name}": layer_decay ** (behind - layer) for name, layer in ids.items()}
+
+
 def normalize(images_BCHW: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """Returns uint8 images as a model expects them: fp32, (x / 255 - mean) / std.
 
     Args:
-        images_BCHW: uint8, RGB.
+        images_BCHW: RGB, uint8, or mixed ones in 0..255.
         mean: of the three channels, in 0..1.
         std: of the three channels, in 0..1.
     """

@@ -301,6 +301,20 @@ class SwinTransformerV2(Backbone):
         """Names of parameters without weight decay, besides those with one dimension."""
         return {name for name, _ in self.named_parameters() if "cpb_mlp" in name or "logit_scale" in name}
 
+    def layer_ids(self) -> dict[str, int]:
+        """See `Backbone.layer_ids`. Patch merging goes with the block before it, a stage's bias with its last block."""
+        ids = {f"patch_embed.{name}": 0 for name, _ in self.patch_embed.named_parameters()}
+        before = 0
+        for index, (stage, depth) in enumerate(zip(self.layers, self.depths, strict=True)):
+            for name, _ in stage.named_parameters():
+                part, _, rest = name.partition(".")
+                block = {"downsample": 0, "position_bias": depth}.get(part)
+                ids[f"layers.{index}.{name}"] = before + (
+                    1 + int(rest.split(".")[0]) if block is None else block
+                )
+            before += depth
+        return ids
+
     def forward_features(self, images_BCHW: Tensor, drop_path_scale_RB: Tensor | None = None) -> Tensor:
         """Tokens of the last stage after the final LayerNorm.
 

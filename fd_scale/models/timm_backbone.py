@@ -16,6 +16,7 @@ from typing import Any
 import timm
 import torch
 from timm.layers import DropPath, to_2tuple
+from timm.models import group_parameters
 from torch import Tensor, nn
 
 from fd_scale.errors import UserError
@@ -121,6 +122,16 @@ class TimmBackbone(Backbone):
             if isinstance(module, nn.modules.dropout._DropoutNd):
                 module.p = 0.0  # it would draw from a global generator, and some models have it unasked
         self.drop_paths, self.drop_path_rates = _replace_drop_paths(timm_model)
+
+    def layer_ids(self) -> dict[str, int]:
+        """See `Backbone.layer_ids`; the groups are timm's."""
+        timm_model: Any = self.model
+        try:
+            ids = group_parameters(timm_model, timm_model.group_matcher(coarse=False), reverse=True)
+        except AttributeError:  # a model without groups
+            return super().layer_ids()
+        behind = tuple(f"{name}." for name in ("norm", *_NORMS_BEHIND_POOLING))
+        return {f"model.{name}": layer for name, layer in ids.items() if not name.startswith(behind)}
 
     def block_classes(self) -> set[type[nn.Module]]:
         """See `Backbone`: what timm's models keep in a list `blocks`."""

@@ -138,6 +138,12 @@ class VisionTransformer(TimmBackbone):
         """The CLS token; tables of relative position decay, as in the authors' code."""
         return {"model.cls_token"}
 
+    def layer_ids(self) -> dict[str, int]:
+        """See `Backbone.layer_ids`; a table that blocks share lies behind them, as in the authors' code."""
+        return {
+            name: layer for name, layer in super().layer_ids().items() if not name.endswith(_SHARED_TABLE)
+        }
+
     def to_layout(self, state: Mapping[str, Tensor], layout: str) -> dict[str, Tensor]:
         """Also the FD authors': timm's names behind `encoder.`."""
         if layout == "fd":

@@ -166,6 +166,13 @@ def train_until_preempted(values: dict[str, Any], step: int) -> TrainState:
     return train(values)
 
 
+# Of the tiny Swin, two stages of one and two blocks; all else is layer 4.
+LAYERS = {
+    "patch_embed": 0, "layers.0": 1, "layers.1.downsample": 1, "layers.1.blocks.0": 2, "layers.1.blocks.1": 3,
+    "layers.1.position_bias": 3,
+}  # fmt: skip
+
+
 def plain_curve(recipe: Recipe) -> list[tuple[float, float]]:
     """The same training in a bare PyTorch loop: one process, whole batches, torch's AdamW, no engine.
 
@@ -177,19 +184,20 @@ def plain_curve(recipe: Recipe) -> list[tuple[float, float]]:
     task, module = trainer.task, trainer.task.module
     task.prepare(world, trainer.loader)
     spared = ("cpb", "logit_scale", "cls_token", "pos_embed")
-    decayed = [
-        p for n, p in module.named_parameters() if p.ndim > 1 and not any(part in n for part in spared)
-    ]
-    others = [p for p in module.parameters() if all(p is not d for d in decayed)]
-    optimizer = torch.optim.AdamW(
-        [{"params": decayed}, {"params": others, "weight_decay": 0.0}],
-        lr=recipe.optim.lr, betas=recipe.optim.betas, eps=recipe.optim.eps, weight_decay=recipe.optim.weight_decay,
-    )  # fmt: skip
+    groups = []
+    for name, parameter in module.named_parameters():
+        decays = parameter.ndim > 1 and not any(part in name for part in spared)
+        layer = next((layer for start, layer in LAYERS.items() if name.startswith(f"backbone.{start}")), 4)
+        groups.append({
+            "params": [parameter], "weight_decay": recipe.optim.weight_decay if decays else 0.0,
+            "scale": recipe.optim.layer_decay ** (4 - layer),
+        })  # fmt: skip
+    optimizer = torch.optim.AdamW(groups, lr=recipe.optim.lr, betas=recipe.optim.betas, eps=recipe.optim.eps)
     rates = cosine(recipe)
     found = []
     for step, micro_batches in zip(range(trainer.num_steps), trainer.loader.iterate(0), strict=False):
         for group in optimizer.param_groups:
-            group["lr"] = rates[step]
+            group["lr"] = rates[step] * group["scale"]
         optimizer.zero_grad()
         [batch] = micro_batches
         outputs = module(**task.inputs(batch))

@@ -37,6 +37,13 @@ def test_another_number_of_ranks_goes_on(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("stage", [1, 3])
+def test_fine_tuning_goes_on(recipe_values: Values, tmp_path: Path, stage: int) -> None:
+    """In the middle of Mixup, with a group of parameters for each layer."""
+    values = recipe_values("fine-tuning", train__ds_config=f"zero{stage}", checkpoint__save_every_steps=3)
+    goes_on(values, tmp_path, 2, 1, "fp32")
+
+
 @pytest.mark.parametrize(("stage", "before", "after"), [(2, 4, 2), (3, 1, 4), (2, 2, 2), (3, 2, 2)])
 def test_a_users_json_goes_on_too(
     recipe_values: Values, tmp_path: Path, stage: int, before: int, after: int

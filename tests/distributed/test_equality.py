@@ -24,7 +24,7 @@ def assert_same(found: list[tuple[float, float]], expected: list[tuple[float, fl
     np.testing.assert_allclose(norms, expected_norms, rtol=NORM_TOLERANCE)
 
 
-@pytest.mark.parametrize("task", ["distill", "contrastive", "classification"])
+@pytest.mark.parametrize("task", ["distill", "contrastive", "classification", "fine-tuning"])
 def test_ranks_do_not_change_losses(
     recipe_values: Callable[..., dict[str, Any]], tmp_path: Any, task: str
 ) -> None:
@@ -56,23 +56,26 @@ def test_a_mean_over_ranks_is_no_mean_of_means(
 
 
 @pytest.mark.parametrize(
-    ("stage", "ranks", "micro_batch", "checkpointing"),
+    ("task", "stage", "ranks", "micro_batch", "checkpointing"),
     [
-        (0, 1, 16, "none"),
-        (0, 2, 4, "none"),
-        (2, 2, 8, "none"),
-        (3, 2, 8, "none"),
-        (3, 2, 4, "block"),
+        ("distill", 0, 1, 16, "none"),
+        ("distill", 0, 2, 4, "none"),
+        ("distill", 2, 2, 8, "none"),
+        ("distill", 3, 2, 8, "none"),
+        ("distill", 3, 2, 4, "block"),
+        ("fine-tuning", 0, 1, 16, "none"),
+        ("fine-tuning", 1, 2, 4, "none"),
+        ("fine-tuning", 3, 2, 8, "none"),
     ],
 )
 def test_equals_a_bare_loop(
-    recipe_values: Callable[..., dict[str, Any]], tmp_path: Any, stage: int, ranks: int, micro_batch: int,
+    recipe_values: Callable[..., dict[str, Any]], tmp_path: Any, task: str, stage: int, ranks: int, micro_batch: int,
     checkpointing: str,
 ) -> None:  # fmt: skip
-    plain = recipe_values(run_dir=str(tmp_path / "plain"), train__steps=5, train__micro_batch=16)
+    plain = recipe_values(task, run_dir=str(tmp_path / "plain"), train__steps=5, train__micro_batch=16)
     expected = run_ranks(cases.plain_curve, 1, build_recipe(plain))[0]
     values = recipe_values(
-        train__steps=5, train__ds_config=f"zero{stage}", train__micro_batch=micro_batch,
+        task, train__steps=5, train__ds_config=f"zero{stage}", train__micro_batch=micro_batch,
         train__activation_checkpointing=checkpointing,
     )  # fmt: skip
     run_ranks(cases.train, ranks, values)

@@ -18,11 +18,11 @@ from PIL import Image
 
 from fd_scale.data.loader import Batch, TrainLoader, evaluation_batches
 from fd_scale.data.sources import Source, open_source
-from fd_scale.data.transforms import contrastive_transform, distillation_transform, evaluation_transform
+from fd_scale.data.transforms import contrastive_transform, evaluation_transform, training_view
 from fd_scale.errors import UserError
 
 NUM_SAMPLES = 31
-RANDOM = distillation_transform(8)
+RANDOM = training_view(8)
 WHOLE = evaluation_transform(8, crop_fraction=1)
 
 
@@ -196,12 +196,12 @@ def test_workers_end_with_the_process_however_it_ends(folder: Path, tmp_path: Pa
         import multiprocessing
         from fd_scale.data.loader import TrainLoader
         from fd_scale.data.sources import open_source
-        from fd_scale.data.transforms import distillation_transform
+        from fd_scale.data.transforms import training_view
 
         if __name__ == "__main__":
             source = open_source("imagefolder:{folder}")
             sizes = dict(global_batch=4, micro_batch=4, rank=0, world_size=1, num_workers=1)
-            steps = TrainLoader(source, distillation_transform(8), seed=0, **sizes).iterate(0)
+            steps = TrainLoader(source, training_view(8), seed=0, **sizes).iterate(0)
             next(steps)
             print(multiprocessing.active_children()[0].pid, flush=True)
             input()

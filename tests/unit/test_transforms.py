@@ -1,13 +1,15 @@
 """Image transforms: sizes, ranges, randomness."""
 
 import pickle
+import random
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from timm.data import create_transform
 
-from fd_scale.data.transforms import contrastive_transform, distillation_transform, evaluation_transform
+from fd_scale.data.transforms import contrastive_transform, evaluation_transform, training_view
 from fd_scale.errors import UserError
 
 
@@ -25,11 +27,12 @@ def left_half_white() -> Image.Image:
 @pytest.mark.parametrize(
     ("transform", "shape"),
     [
-        (distillation_transform(16), (3, 16, 16)),
+        (training_view(16), (3, 16, 16)),
         (evaluation_transform(16), (3, 16, 16)),
         (contrastive_transform(16), (2, 3, 16, 16)),
+        (training_view(16, interpolation="bicubic", rand_augment="m9-mstd0.5-inc1", erasing=1), (3, 16, 16)),
     ],
-    ids=["distillation", "evaluation", "contrastive"],
+    ids=["distillation", "evaluation", "contrastive", "classification"],
 )
 @pytest.mark.parametrize("size", [(48, 32), (1, 1), (1, 40)], ids=str)
 def test_result_is_uint8_of_the_asked_size(transform, shape, size) -> None:
@@ -39,7 +42,7 @@ def test_result_is_uint8_of_the_asked_size(transform, shape, size) -> None:
     assert result.dtype == torch.uint8
 
 
-@pytest.mark.parametrize("make", [distillation_transform, contrastive_transform])
+@pytest.mark.parametrize("make", [training_view, contrastive_transform])
 def test_torchs_default_generator_decides_everything(make, noise: Image.Image) -> None:
     transform = make(16)
     results = []
@@ -53,13 +56,13 @@ def test_torchs_default_generator_decides_everything(make, noise: Image.Image) -
 
 def test_distillation_of_the_whole_image_is_the_image(noise: Image.Image) -> None:
     square = noise.crop((0, 0, 32, 32))
-    transform = distillation_transform(32, crop_scale=(1, 1), crop_ratio=(1, 1), flip=0)
+    transform = training_view(32, crop_scale=(1, 1), crop_ratio=(1, 1), flip=0)
     assert np.array_equal(transform(square).permute(1, 2, 0), np.asarray(square))
 
 
 @pytest.mark.parametrize(("flip", "expected_share"), [(0, 0), (1, 1), (0.5, 0.5)])
 def test_flip_probability(flip: float, expected_share: float, left_half_white: Image.Image) -> None:
-    transform = distillation_transform(16, crop_scale=(1, 1), crop_ratio=(1, 1), flip=flip)
+    transform = training_view(16, crop_scale=(1, 1), crop_ratio=(1, 1), flip=flip)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         flipped = [transform(left_half_white)[0, 0, 0].item() == 0 for _ in range(200)]
@@ -109,3 +112,59 @@ def test_unknown_interpolation_names_the_nearest() -> None:
 def test_impossible_crop_fraction(crop_fraction: float) -> None:
     with pytest.raises(UserError, match="crop_fraction"):
         evaluation_transform(16, crop_fraction=crop_fraction)
+
+
+def test_rand_augment_is_timms_and_leaves_the_generators_alone(noise: Image.Image) -> None:
+    whole = {"crop_scale": (1, 1), "crop_ratio": (1.5, 1.5), "flip": 0}
+    mean = (0.485, 0.456, 0.406)
+    view = training_view(48, rand_augment="m9-mstd0.5-inc1", mean=mean, **whole)
+    theirs = create_transform(
+        48, is_training=True, auto_augment="rand-m9-mstd0.5-inc1", mean=mean, interpolation="bicubic"
+    ).transforms[2]
+    assert type(theirs).__name__ == "RandAugment"
+    before = random.getstate(), np.random.get_state()
+    changed = 0
+    for seed in range(20):
+        torch.manual_seed(seed)
+        found = view(noise)
+        torch.manual_seed(seed)
+        plain = training_view(48, **whole)(noise)
+        drawn = int(torch.randint(2**32, ()))
+        assert random.getstate() == before[0]
+        assert (np.random.get_state()[1] == before[1][1]).all()
+        random.seed(drawn)
+        np.random.seed(drawn)
+        expected = theirs(Image.fromarray(plain.permute(1, 2, 0).numpy()))
+        random.setstate(before[0])
+        np.random.set_state(before[1])
+        assert np.array_equal(found.permute(1, 2, 0).numpy(), np.asarray(expected))
+        changed += not torch.equal(found, plain)
+    assert changed > 5
+
+
+def test_erasing_puts_noise_into_one_rectangle() -> None:
+    image = Image.new("RGB", (64, 64), (10, 200, 90))
+    view = training_view(64, flip=0, erasing=0.5, mean=(0.5, 0.4, 0.6), std=(0.1, 0.2, 0.1))
+    erased = []
+    for seed in range(60):
+        torch.manual_seed(seed)
+        found = view(image)
+        outside = (found == torch.tensor([10, 200, 90], dtype=torch.uint8)[:, None, None]).all(0)
+        if outside.all():
+            continue
+        rows, columns = ((~outside).any(axis).nonzero() for axis in (1, 0))
+        box = (slice(int(rows.min()), int(rows.max()) + 1), slice(int(columns.min()), int(columns.max()) + 1))
+        inside = found[:, box[0], box[1]].double() / 255
+        assert outside[box].double().mean() < 0.02, "all of a rectangle, but for noise of the same colour"
+        assert 0.01 < inside[0].numel() / 64**2 < 0.36
+        erased.append(inside.flatten(1))
+    assert 15 <= len(erased) <= 45
+    pixels = torch.cat(erased, dim=1)
+    torch.testing.assert_close(pixels.mean(1), torch.tensor([0.5, 0.4, 0.6]).double(), rtol=0, atol=0.01)
+    torch.testing.assert_close(pixels.std(1), torch.tensor([0.1, 0.2, 0.1]).double(), rtol=0.05, atol=0)
+
+
+@pytest.mark.parametrize("description", ["m9-q3", "strong", "m9mstd0.5", ""])
+def test_unknown_rand_augment_is_refused(description: str) -> None:
+    with pytest.raises(UserError, match=r"data\.rand_augment: got '.*', expected sections"):
+        training_view(16, rand_augment=description)
