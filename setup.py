@@ -24,6 +24,7 @@ REQUIREMENTS = [
     "pyarrow",
     "pillow",
     "matplotlib",
+    "scipy",
 ]
 EXTRAS = {
     "demo": ["scikit-learn"],

@@ -153,6 +153,12 @@ def build_trainer(
         max_bad_fraction=recipe.data.max_bad_fraction,
         pin_memory=world.device.type == "cuda",
     )
+    section = recipe.classification
+    if section is not None and (section.mixup or section.cutmix) and loader.micro_batch % 2:
+        raise UserError(
+            f"train.micro_batch: classification.mixup and cutmix mix pairs, and a micro-batch on a rank is "
+            f"{loader.micro_batch}; expected an even one, take another train.micro_batch or number of ranks"
+        )
     num_steps = recipe.train.steps or round((recipe.train.epochs or 0) * loader.steps_per_epoch)
     if num_steps < 1:
         raise UserError(

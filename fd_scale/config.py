@@ -364,6 +364,8 @@ class ContrastiveConfig:
 class ClassificationConfig:
     """Fine-tuning on labels: mean of the tokens, LayerNorm, linear head."""
 
+    num_classes: int | None = None
+    """Classes that the source must have; none: as many as it has. `plan` needs it where the data are elsewhere."""
     label_smoothing: float = 0.1
     """Share of the target spread over all classes."""
     head_init_scale: float = 0.001
@@ -376,6 +378,12 @@ class ClassificationConfig:
     """Where both are on, the share of pairs that CutMix mixes."""
 
     def __post_init__(self) -> None:
+        _require(
+            self.num_classes is None or self.num_classes > 1,
+            "classification.num_classes",
+            self.num_classes,
+            "2 or more",
+        )
         for key in ("mixup", "cutmix"):
             _require(0 <= getattr(self, key) < inf, f"classification.{key}", getattr(self, key), "0 or more")
         _require(

@@ -102,14 +102,23 @@ class ClassificationTask:
 
     best_metric = ("top1", +1)
 
-    def __init__(self, recipe: Recipe, evaluation: EvaluationSet | None, source: Source) -> None:
+    def __init__(self, recipe: Recipe, evaluation: EvaluationSet | None, source: Source | None) -> None:
         assert recipe.classification is not None, "a recipe of task classification has its section"
-        if source.num_classes < 2:
-            raise UserError(
-                f"data.train: {recipe.data.train} has {source.num_classes} classes; classification needs labels"
-            )
-        if evaluation is not None:
-            require_same_classes(recipe, source, evaluation.source)
+        num_classes = recipe.classification.num_classes
+        if source is not None:
+            if source.num_classes < 2:
+                raise UserError(
+                    f"data.train: {recipe.data.train} has {source.num_classes} classes; classification needs labels"
+                )
+            if num_classes not in (None, source.num_classes):
+                raise UserError(
+                    f"classification.num_classes: got {num_classes}, and {recipe.data.train} has {source.num_classes}; "
+                    "give the data that are meant, or remove it"
+                )
+            num_classes = source.num_classes
+            if evaluation is not None:
+                require_same_classes(recipe, source, evaluation.source)
+        assert num_classes is not None, "without a source the recipe says how many classes there are"
         self.seed = recipe.seed
         config = recipe.classification
         self.mixing = None
@@ -119,7 +128,7 @@ class ClassificationTask:
             )
         self.evaluation = evaluation
         dtype = dtype_of(recipe.train.precision)
-        self.module = ClassificationModule(recipe.model, recipe.classification, source.num_classes, dtype)
+        self.module = ClassificationModule(recipe.model, recipe.classification, num_classes, dtype)
         self.module.backbone.set_activation_checkpointing(
             recipe.train.activation_checkpointing, recipe.train.checkpointing_period
         )
@@ -127,12 +136,7 @@ class ClassificationTask:
         self.rates = self.module.backbone.drop_path_rates
 
     def prepare(self, world: World, loader: TrainLoader) -> None:
-        """There is nothing beside the module; refuses micro-batches that would part a pair."""
-        if self.mixing and loader.micro_batch % 2:
-            raise UserError(
-                f"train.micro_batch: classification.mixup and cutmix mix pairs, and a micro-batch on a rank is "
-                f"{loader.micro_batch}; expected an even one, take another train.micro_batch or number of ranks"
-            )
+        """There is nothing beside the module."""
 
     def counts(self, batch: Batch) -> dict[str, float]:
         """The loss goes over labelled images."""

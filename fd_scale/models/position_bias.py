@@ -1,11 +1,14 @@
-"""Log-spaced continuous relative position bias (log-CPB) of Swin V2."""
+"""Relative position biases: the log-spaced continuous one (log-CPB) of Swin V2, and tables for another grid."""
 
 # Shape suffix legend: h = heads, N = tokens of a window, T = relative positions of a window
 
 import math
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from fd_kernels.window_attention.reference import relative_position_index
+from scipy.interpolate import RectBivariateSpline
 from torch import Tensor, nn
 
 from fd_scale.models.layers import Linear, at_least_fp32
@@ -77,3 +80,47 @@ class ContinuousPositionBias(nn.Module):
         if self.window_size[0] * self.window_size[1] > LARGEST_DENSE_WINDOW:
             return bias_hT
         return bias_hT[:, relative_position_index(self.window_size, weight.device)]
+
+
+def resized_table(table_Th: Tensor, num_tokens: int) -> Tensor:
+    """Resizes a table of biases between the tokens of a square grid; near distances stay, far ones are stretched.
+
+    The old grid's distances lie at 1, 1 + q, 1 + q + q^2, ... of the new one, with the q that takes the farthest to the
+    farthest; between them a bicubic spline. For a smaller grid q is 1: the far ones are cut off.
+
+    Args:
+        table_Th: (2 * side - 1)^2 rows for the old grid, side > 2, row difference by column difference; floating point.
+        num_tokens: tokens on a side of the new grid.
+
+    Returns:
+        The table of the new grid, in the dtype of the old one.
+
+    Source: Bao et al. 2021 (arXiv:2106.08254), the released code, which takes q from 1.01 on.
+    """
+    old_side = math.isqrt(len(table_Th))
+    assert old_side * old_side == len(table_Th), "a square grid"
+    distances = _stretched(old_side // 2, num_tokens - 1)
+    places = np.concatenate([-distances[::-1], [0], distances])
+    wanted = np.arange(1 - num_tokens, num_tokens)
+    columns = [
+        RectBivariateSpline(places, places, column.reshape(old_side, old_side), kx=3, ky=3)(
+            wanted, wanted
+        ).ravel()
+        for column in table_Th.double().numpy().T
+    ]
+    return torch.from_numpy(np.stack(columns, axis=1)).to(table_Th.dtype)
+
+
+def _stretched(num_old: int, num_new: int) -> npt.NDArray[np.float64]:
+    """Where the old distances 1..num_old lie on the new ones."""
+
+    def places(ratio: float) -> npt.NDArray[np.float64]:
+        return np.cumsum(ratio ** np.arange(num_old, dtype=np.float64))
+
+    smallest, largest = 1.0, 2.0
+    while places(largest)[-1] < num_new:
+        largest *= 2
+    for _ in range(60):  # the width of a float64
+        ratio = (smallest + largest) / 2
+        smallest, largest = (smallest, ratio) if places(ratio)[-1] > num_new else (ratio, largest)
+    return places(smallest)

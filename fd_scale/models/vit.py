@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping
 from functools import partial
 
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 from fd_scale.errors import UserError
 from fd_scale.models.layers import INIT_STD, ResidualBlock, at_least_fp32
+from fd_scale.models.position_bias import resized_table
 from fd_scale.models.timm_backbone import TimmBackbone
 
 logger = logging.getLogger(__name__)
@@ -179,9 +181,29 @@ class VisionTransformer(TimmBackbone):
                 table, stem = found.pop(name), name.removesuffix(_SHARED_TABLE)
                 for index in range(len(self.model.blocks)):
                     found[f"{stem}blocks.{index}.attn.relative_position_bias_table"] = table
-        return super().translate(found)
+        return super().translate({name: self._resized(name, tensor) for name, tensor in found.items()})
+
+    def _resized(self, name: str, tensor: Tensor) -> Tensor:
+        """A table of relative positions for this model's grid; other tensors as they are."""
+        if not name.endswith("relative_position_bias_table") or tensor.is_meta:
+            return tensor
+        grid = self.model.patch_embed.grid_size[0]
+        side = math.isqrt(max(len(tensor) - _NUM_CLS_ROWS, 0))
+        if side == 2 * grid - 1 or side < 5 or side**2 + _NUM_CLS_ROWS != len(tensor):
+            return tensor  # as wanted, or of no grid of 3 x 3 or more: whoever loads it compares shapes
+        logger.warning(
+            "weights: %s is resized from %d relative positions to those of %d x %d",
+            name,
+            len(tensor),
+            grid,
+            grid,
+        )
+        table_Th, cls_rows = tensor[:-_NUM_CLS_ROWS], tensor[-_NUM_CLS_ROWS:]
+        return torch.cat([resized_table(table_Th, grid), cls_rows])
 
 
+_NUM_CLS_ROWS = 3
+"""Of a table, its last ones: from CLS to a patch, from a patch to CLS, from CLS to CLS."""
 _SHARED_TABLE = "rel_pos_bias.relative_position_bias_table"
 
 

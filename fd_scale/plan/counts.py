@@ -373,10 +373,11 @@ def _build(recipe: Recipe, source: Source | None) -> Task:
     if recipe.contrastive is not None:
         distributed.start("cpu", recipe.train.timeout_s)  # its loss asks how many ranks there are
         return ContrastiveTask(recipe)
-    if source is None:
+    assert recipe.classification is not None, "there are three tasks"
+    if source is None and recipe.classification.num_classes is None:
         raise UserError(
-            f"data.train: {recipe.data.train} cannot be opened here, and classification needs its classes; plan where "
-            "the data is, or set data.train"
+            f"data.train: {recipe.data.train} cannot be opened here, and how many classes it has is not known; set "
+            "classification.num_classes, or plan where the data is"
         )
     return ClassificationTask(recipe, None, source)
 

@@ -332,8 +332,13 @@ def train_recipes(names: list[str], folder: str) -> dict[str, list[float]]:
     found = {}
     for name in names:
         values = to_dict(load_recipe(name))
-        for model in (values["model"], *(teacher["model"] for teacher in values["distill"]["teachers"])):
+        teachers = values["distill"]["teachers"] if values["distill"] else []
+        if values["classification"]:
+            values["classification"]["num_classes"] = 10
+        for model in (values["model"], *(teacher["model"] for teacher in teachers)):
             model["weights"] = None
+            if model["img_size"] == 640:
+                model["img_size"] = 320
             model["overrides"] |= swin if "swin" in model["name"] else vit
         values["run_dir"] = f"{folder}/{name}"
         values["data"] |= {"train": "digits:train", "evaluation": None, "num_workers": 0}

@@ -110,6 +110,12 @@ def write(tmp_path: Path) -> Write:
         ]
     ]
     + [
+        pytest.param("contrastive", ["data.erasing=0.5", "train.micro_batch=16"],
+                     ["data.erasing", "of their own", "remove them"], id="augmentation of another task"),
+        pytest.param("classification", ["classification.num_classes=1000"],
+                     ["classification.num_classes: got 1000", "digits:train has 10"], id="class count"),
+        pytest.param("classification", ["classification.cutmix=1.0", "train.micro_batch=1"],
+                     ["train.micro_batch", "mix pairs", "is 1", "even"], id="pairs"),
         pytest.param("contrastive", [], ["8 x 1 ranks", "train.global_batch=16"], id="contrastive accumulation"),
     ],
 )  # fmt: skip

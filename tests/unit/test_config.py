@@ -127,7 +127,9 @@ def test_every_setting_is_described() -> None:
         ("distill.beta", 0.0), ("distill.phi_s_images", 0), ("distill.teachers.0.weight", 0.0),
         ("distill.teachers.0.share", 0.0), ("distill.teachers.0.share", 1.1), ("distill.teachers.0.cls_weight", -1.0),
         ("distill.teachers.0.layers", []), ("contrastive.temperature", 0.0), ("contrastive.projection_dim", 0),
-        ("classification.label_smoothing", 1.0),
+        ("classification.label_smoothing", 1.0), ("classification.num_classes", 1), ("classification.mixup", -0.1),
+        ("classification.cutmix", -0.1), ("classification.cutmix_share", 1.1), ("data.erasing", 1.1),
+        ("optim.layer_decay", 0.0), ("optim.layer_decay", 1.1),
     ],
 )  # fmt: skip
 def test_range(recipe_values: Values, key: str, value: Any) -> None:
@@ -150,7 +152,7 @@ def test_every_limit_is_in_the_table_above() -> None:
         "train.activation_checkpointing", "train.kernels", "distill.teachers", "distill.teachers.0.precision",
         "distill.teachers.0.target", "distill.teachers.0.projector", "distill.teachers.0.partitioned",
         "distill.loss", "contrastive.jitter",
-        "classification.head_init_scale", "log.profile",
+        "classification.head_init_scale", "log.profile", "train.compile", "data.interpolation", "data.rand_augment",
     }  # fmt: skip
     assert tested | free == leaves(Recipe)
 

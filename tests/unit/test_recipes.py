@@ -8,9 +8,12 @@ import torch
 from fd_scale.config import Recipe, load_recipe, packaged_recipes
 from fd_scale.data import Batch
 from fd_scale.distill import DistillationTask
+from fd_scale.finetune import ClassificationTask
 from fd_scale.models import resolved
 
-IMAGENET = sorted(name for name in packaged_recipes() if name.startswith("imagenet/"))
+IMAGENET = sorted(name for name in packaged_recipes() if name.startswith("imagenet"))
+FINE_TUNING = [name for name in IMAGENET if "/finetune_" in name]
+DISTILLATION = [name for name in IMAGENET if name not in FINE_TUNING]
 
 
 def without_weights(recipe: Recipe) -> Recipe:
@@ -21,7 +24,7 @@ def without_weights(recipe: Recipe) -> Recipe:
     return resolved(replace(recipe, distill=replace(recipe.distill, teachers=teachers)))
 
 
-@pytest.mark.parametrize("name", IMAGENET)
+@pytest.mark.parametrize("name", DISTILLATION)
 def test_a_step_of_shapes(name: str) -> None:
     """On the meta device: all shapes and dtypes of a step, no arithmetic, up to the 3 billion parameters."""
     recipe = without_weights(load_recipe(name))
@@ -61,6 +64,61 @@ def test_the_published_values() -> None:
         )
         assert recipe.distill is not None
         assert (recipe.distill.loss, recipe.distill.beta) == ("whitened_smooth_l1", 2.0)
+
+
+@pytest.mark.parametrize("name", FINE_TUNING)
+def test_a_fine_tuning_step_of_shapes(name: str) -> None:
+    """On the meta device, as above; the bias of each block is its own."""
+    recipe = load_recipe(name)
+    weights = recipe.model.weights
+    assert weights is not None
+    assert weights.endswith("-export")
+    recipe = resolved(replace(recipe, model=replace(recipe.model, weights=None)))
+    size, images_of_a_batch = recipe.model.size, 2
+    assert recipe.classification is not None
+    with torch.device("meta"):
+        task = ClassificationTask(recipe, None, None)
+        task.module.to(torch.bfloat16)
+        images = torch.zeros(images_of_a_batch, 3, size, size, dtype=torch.uint8)
+        labels = torch.zeros(images_of_a_batch, dtype=torch.int64)
+    outputs = task.module(**task.inputs(Batch(images, labels, torch.arange(images_of_a_batch), 0)))
+    assert outputs["logits"].shape == (images_of_a_batch, recipe.classification.num_classes)
+    outputs["loss"].backward()
+    assert all(parameter.grad is not None for parameter in task.module.parameters())
+    blocks = {name.split("attn.")[0] for name, _ in task.module.named_parameters() if "attn." in name}
+    biases = [
+        name
+        for name, _ in task.module.named_parameters()
+        if name.endswith(("bias_table", "cpb_mlp.0.weight"))
+    ]
+    assert len(biases) == len(blocks)
+
+
+def test_the_published_values_of_fine_tuning() -> None:
+    """Section 4 of the method: epochs, warm-up, batch, learning rate, layer decay, drop path; lr at both ends."""
+    published = {
+        "clip_vit_base": (100, 20, 2048, 5e-3, 0.60, 0.3, 1e-6),
+        "dino_vit_base": (100, 20, 2048, 6e-3, 0.60, 0.2, 1e-6),
+        "deit_vit_base": (100, 20, 2048, 5e-3, 0.65, 0.3, 1e-6),
+        "clip_vit_large": (50, 5, 2048, 1e-3, 0.75, 0.4, 2e-6),
+        "esvit_swin_base": (100, 20, 1024, 2.5e-3, 0.80, 0.4, 5e-7),
+        "swin_v2_giant": (10, 2, 576, 2.1e-5, 1.0, 0.5, 0.0),
+    }  # fmt: skip
+    for name, values in published.items():
+        recipe = load_recipe(f"imagenet/finetune_{name}")
+        train, optim, data, section = recipe.train, recipe.optim, recipe.data, recipe.classification
+        assert values == (
+            train.epochs, optim.warmup_epochs, train.global_batch, optim.lr, optim.layer_decay,
+            recipe.model.overrides["drop_path_rate"], optim.min_lr,
+        )  # fmt: skip
+        assert optim.warmup_lr == optim.min_lr
+        giant = name == "swin_v2_giant"
+        assert (optim.weight_decay, optim.grad_clip) == ((0.1, 100.0) if giant else (0.05, 5.0))
+        assert (data.rand_augment, data.erasing, data.interpolation) == ("m9-mstd0.5-inc1", 0.25, "bicubic")
+        assert section is not None
+        assert (section.mixup, section.cutmix, section.cutmix_share) == (0.8, 1.0, 0.5)
+        assert (section.label_smoothing, section.head_init_scale, section.num_classes) == (0.1, 0.001, 1000)
+        assert recipe.model.overrides["shared_bias"] is False
 
 
 def test_headers_say_what_is_known() -> None:

@@ -3,14 +3,18 @@
 from functools import partial
 from typing import Any
 
+import numpy as np
 import pytest
 import timm
 import torch
+from scipy.interpolate import CubicSpline
+from scipy.optimize import brentq
 from timm.models.beit import Beit
 from torch import Tensor, nn
 
 from fd_scale.errors import UserError
 from fd_scale.models import create_model, load_tensors
+from fd_scale.models.position_bias import resized_table
 from fd_scale.models.vit import BiasedAttention
 
 SMALL: dict[str, Any] = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 3, "num_heads": 2}
@@ -147,3 +151,46 @@ def test_what_does_not_fit_is_refused() -> None:
             build(**wrong)
     with pytest.raises(UserError, match="has the formats ours and timm"):
         build().to_layout({}, "official")
+
+
+@pytest.mark.parametrize(("old", "new"), [(14, 24), (7, 16), (4, 5), (9, 4), (3, 3)])
+def test_a_resized_table_is_a_spline_in_geometric_coordinates(old: int, new: int) -> None:
+    """Written out slowly: the ratio by a root finder, a not-a-knot cubic spline along one axis, then the other."""
+    torch.manual_seed(0)
+    table_Th = torch.randn((2 * old - 1) ** 2, 2, dtype=torch.float64)
+    ratio = 1.0
+    if new > old:
+        ratio = brentq(lambda q: sum(q**k for k in range(old - 1)) - (new - 1), 1, 8, xtol=1e-14)
+    distances = [sum(ratio**k for k in range(step)) for step in range(old)]
+    places = [-distance for distance in distances[:0:-1]] + distances
+    grid_HWh = table_Th.view(2 * old - 1, 2 * old - 1, 2).numpy()
+    wanted = np.arange(1 - new, new)
+    rows_HWh = CubicSpline(places, grid_HWh, axis=0)(wanted)
+    expected = CubicSpline(places, rows_HWh, axis=1)(wanted).reshape(-1, 2)
+    found = resized_table(table_Th, new)
+    np.testing.assert_allclose(found.numpy(), expected, atol=1e-4)
+    middle = len(found) // 2
+    torch.testing.assert_close(found[middle], table_Th[len(table_Th) // 2])  # no distance stays no distance
+    torch.testing.assert_close(
+        found[middle + 1], table_Th[len(table_Th) // 2 + 1]
+    )  # and a neighbour a neighbour
+
+
+@pytest.mark.parametrize("shared_bias", [True, False])
+def test_weights_of_a_smaller_grid_are_resized(shared_bias: bool, caplog: pytest.LogCaptureFixture) -> None:
+    """As fine-tuning at 336 px takes them from 224 px: a linear table stays one near the centre, CLS rows are kept."""
+    small, large = build(), build(img_size=64, shared_bias=shared_bias)
+    randomise(small)
+    load_tensors(large, small.state_dict(), "224 px")
+    assert "is resized from 52 relative positions to those of 8 x 8" in caplog.text
+    table = small.model.rel_pos_bias.relative_position_bias_table
+    tables = [
+        parameter for name, parameter in large.named_parameters() if name.endswith("position_bias_table")
+    ]
+    assert len(tables) == (1 if shared_bias else 3)
+    for found in tables:
+        assert found.shape == (15 * 15 + 3, 2)
+        assert torch.equal(found[-3:], table[-3:])
+        torch.testing.assert_close(found[:-3], resized_table(table[:-3].detach(), 8))
+    tokens = large(images(64, torch.float32))
+    assert tokens.isfinite().all()
