@@ -9,8 +9,10 @@ from __future__ import annotations
 import contextlib
 import logging
 import tempfile
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -31,6 +33,7 @@ from fd_scale.distill import DistillationTask
 from fd_scale.distributed import Preemption, World
 from fd_scale.engine import Engine, Partition
 from fd_scale.errors import UserError
+from fd_scale.evaluate import evaluate_task, find_checkpoint, recipe_of
 from fd_scale.evaluation import EvaluationSet
 from fd_scale.export import convert, export, interpolate
 from fd_scale.fetch import fetch
@@ -50,8 +53,8 @@ from fd_scale.randomness import hash64
 from fd_scale.trainer import Task, Trainer
 
 __all__ = [
-    "build_task", "build_trainer", "convert", "export", "fetch", "interpolate", "load_recipe", "measure", "plan",
-    "train",
+    "build_task", "build_trainer", "convert", "evaluate", "export", "fetch", "interpolate", "load_recipe", "measure",
+    "plan", "train",
 ]  # fmt: skip
 
 logger = logging.getLogger(__name__)
@@ -74,6 +77,35 @@ def train(recipe: Recipe) -> TrainState:
     world = distributed.start(recipe.train.device, recipe.train.timeout_s)
     log.set_up(world.rank)
     return build_trainer(recipe, world).train()
+
+
+def evaluate(path: str | Path, overrides: Sequence[str] = (), real: str | None = None) -> dict[str, Any]:
+    """Measures a run's newest checkpoint, or the one that is named; all ranks call it and share the images.
+
+    Args:
+        path: folder of a run, or one of its checkpoints.
+        overrides: `key=value` settings that replace the recipe's, e.g. `data.evaluation=imagefolder:PATH`.
+        real: file of ImageNet's reassessed labels (`evaluation.reassessed_labels`); none: without.
+
+    Returns:
+        What is in RUN/evaluations/CHECKPOINT.json too: `step`, `source`, the metrics, and `classes` of a classifier.
+
+    Raises:
+        UserError: there is no whole checkpoint, or the images do not fit it.
+    """
+    alone = World(rank=0, local_rank=0, size=1, device=torch.device("cpu"))
+    run, checkpoint = find_checkpoint(Path(path), alone)
+    recipe = recipe_of(run, checkpoint, list(overrides))
+    if real is not None and recipe.classification is None:
+        raise UserError(f"--real: labels are for a classifier, {run} is of task {recipe.task}; leave it out")
+    world = distributed.start(recipe.train.device, recipe.train.timeout_s)
+    log.set_up(world.rank)
+    recipe = resolved(recipe)
+    choose_kernels(recipe.train.kernels, world.device)
+    task = build_task(recipe, None)
+    for teacher in task.teachers if isinstance(task, DistillationTask) else []:
+        teacher.to(world.device)
+    return evaluate_task(task, recipe, run, checkpoint, world, real)
 
 
 def plan(recipe: Recipe, gpu: str, num_gpus: int, images: int | None = None) -> Plan:
@@ -231,13 +263,13 @@ def _compile(task: Task) -> None:
 
 
 def build_task(
-    recipe: Recipe, source: Source, placement: Placement = WHOLE, in_parts: Placement = WHOLE
+    recipe: Recipe, source: Source | None, placement: Placement = WHOLE, in_parts: Placement = WHOLE
 ) -> Task:
     """Builds the recipe's task; its initial weights are a function of the recipe's seed.
 
     Args:
         recipe: a recipe of any task.
-        source: its training images.
+        source: its training images; none: a classification says itself how many classes it has.
         placement: where the trained module's parameters are.
         in_parts: where those of teachers are that the recipe wants partitioned.
     """

@@ -28,6 +28,7 @@ examples:
   fd-scale fetch my.yaml                                     its data and weights on the hub, into the cache
   fd-scale distill digits/distill train.steps=100            on one device
   torchrun --nproc-per-node 8 -m fd_scale distill my.yaml    on eight
+  fd-scale evaluate runs/digits/finetune                     metrics of a checkpoint, by class too
   fd-scale export runs/digits/distill out                    weights as safetensors, with a model card
   fd-scale convert in.pth out --model swin_v2_base --format timm    from any layout of names to another
 """
@@ -86,6 +87,23 @@ def _parser() -> argparse.ArgumentParser:
             "--profile", action="store_true", help="trace three steps into RUN/profile (log.profile=true)"
         )
         training.set_defaults(run=_train, task=task, verb=verb)
+
+    evaluate = _add_verb(
+        verbs, "evaluate", "metrics of a run's checkpoint, as a table and as JSON",
+        "Measures the newest checkpoint of a run, or the one named, on data.evaluation: accuracy, by class too, and\n"
+        "calibration of a classifier; the loss of a distillation. Writes RUN/evaluations/CHECKPOINT.json.",
+        "  fd-scale evaluate runs/digits/finetune\n"
+        "  fd-scale evaluate runs/mine/checkpoints/step_00005000 data.evaluation=imagefolder:imagenet-v2\n"
+        "  torchrun --nproc-per-node 8 -m fd_scale evaluate runs/mine --real real.json",
+    )  # fmt: skip
+    evaluate.add_argument("run_dir", metavar="RUN", help="folder of a run, or one of its checkpoints")
+    evaluate.add_argument(
+        "overrides", metavar="key=value", nargs="*", help="settings that replace the recipe's"
+    )
+    evaluate.add_argument(
+        "--real", metavar="FILE", help="reassessed labels of ImageNet's validation images (real.json)"
+    )
+    evaluate.set_defaults(run=_evaluate)
 
     check = _add_verb(
         verbs, "check", "what would fail, before a job is queued",
@@ -305,6 +323,12 @@ def _train(options: argparse.Namespace) -> None:
     from fd_scale import api
 
     api.train(recipe)
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    from fd_scale import api
+
+    api.evaluate(options.run_dir, options.overrides, options.real)
 
 
 def _check(options: argparse.Namespace) -> None:

@@ -59,8 +59,8 @@ def not_writable(folder: Path, error: OSError) -> UserError:
     )
 
 
-def read_recipe(run_dir: Path) -> Recipe:
-    """Returns the resolved recipe of a run.
+def read_recipe(run_dir: Path, overrides: list[str] | None = None) -> Recipe:
+    """Returns the resolved recipe of a run, with `key=value` settings replaced.
 
     Raises:
         UserError: the folder is not one of a run.
@@ -68,7 +68,7 @@ def read_recipe(run_dir: Path) -> Recipe:
     file = run_dir / "recipe.yaml"
     if not file.is_file():
         raise UserError(f"{run_dir}: no recipe.yaml there; expected the folder of a run (its run_dir)")
-    return load_recipe(file)
+    return load_recipe(file, overrides)
 
 
 def environment() -> dict[str, Any]:

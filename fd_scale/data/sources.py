@@ -7,7 +7,7 @@ import functools
 import json
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -116,7 +116,9 @@ class ImageFolderSource:
             raise UserError(
                 f"imagefolder:{path} is not a folder; give the folder that holds the class folders"
             )
-        classes = sorted(e.name for e in os.scandir(self.root) if e.is_dir() and not e.name.startswith("."))
+        classes = _sorted_classes(
+            e.name for e in os.scandir(self.root) if e.is_dir() and not e.name.startswith(".")
+        )
         names, labels = [], []
         for label, class_name in enumerate(classes):
             found = sorted(_walk_images(self.root / class_name))
@@ -159,6 +161,13 @@ class ImageFolderSource:
         except OSError as error:
             raise DecodeError(f"cannot be read: {error.strerror}") from error
         return decode(data), int(self.labels_N[sample_id])
+
+
+def _sorted_classes(names: Iterable[str]) -> list[str]:
+    """By name; numbers, as ImageNet-V2 has them, by value."""
+    classes = list(names)
+    numbers = all(name.isdecimal() for name in classes)
+    return sorted(classes, key=lambda name: (int(name) if numbers else 0, name))
 
 
 class ParquetSource:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -24,6 +24,19 @@ class EvaluationSet:
     num_workers: int
 
 
+def evaluated_batches(evaluation: EvaluationSet, world: World) -> Iterator[Batch]:
+    """Yields this rank's batches of a source on its device; every rank has equally many."""
+    for batch in evaluation_batches(
+        evaluation.source,
+        evaluation.transform,
+        batch_size=evaluation.batch_size,
+        rank=world.rank,
+        world_size=world.size,
+        num_workers=evaluation.num_workers,
+    ):
+        yield batch.to(world.device)
+
+
 def mean_over_source(
     evaluation: EvaluationSet, world: World, sums: Callable[[Batch], tuple[dict[str, float], int]]
 ) -> dict[str, float]:
@@ -40,15 +53,8 @@ def mean_over_source(
     """
     totals: dict[str, float] = {}
     num_items = 0
-    for batch in evaluation_batches(
-        evaluation.source,
-        evaluation.transform,
-        batch_size=evaluation.batch_size,
-        rank=world.rank,
-        world_size=world.size,
-        num_workers=evaluation.num_workers,
-    ):
-        values, count = sums(batch.to(world.device))
+    for batch in evaluated_batches(evaluation, world):
+        values, count = sums(batch)
         num_items += count
         for name, value in values.items():
             totals[name] = totals.get(name, 0.0) + value

@@ -16,7 +16,7 @@ from fd_scale.config import ClassificationConfig, ModelConfig, Recipe
 from fd_scale.data import UNLABELLED, Batch, Source, TrainLoader
 from fd_scale.distributed import World
 from fd_scale.errors import UserError
-from fd_scale.evaluation import EvaluationSet, Forward, mean_over_source
+from fd_scale.evaluation import Accuracy, AccuracyCounter, EvaluationSet, Forward, evaluated_batches
 from fd_scale.finetune.mixing import Mixing
 from fd_scale.models import build_model, drop_path_scale, dtype_of, normalize, undecayed_parameters
 
@@ -118,6 +118,11 @@ class ClassificationTask:
             num_classes = source.num_classes
             if evaluation is not None:
                 require_same_classes(recipe, source, evaluation.source)
+        elif evaluation is not None and evaluation.source.num_classes != num_classes:
+            raise UserError(
+                f"data.evaluation: {recipe.data.evaluation} has {evaluation.source.num_classes} classes and the model "
+                f"{num_classes}; expected as many"
+            )
         assert num_classes is not None, "without a source the recipe says how many classes there are"
         self.seed = recipe.seed
         config = recipe.classification
@@ -154,17 +159,29 @@ class ClassificationTask:
         return inputs
 
     def evaluate(self, forward: Forward, world: World) -> dict[str, float]:
-        """Measures top-1 accuracy and cross entropy (nats) over the evaluation source."""
-        if self.evaluation is None:
-            return {}
+        """Measures accuracy and cross entropy (nats) over the evaluation source."""
+        return {} if self.evaluation is None else self.accuracy(self.evaluation, forward, world).metrics
 
-        def sums(batch: Batch) -> tuple[dict[str, float], int]:
-            logits_BK = forward(images_BCHW=batch.images, labels_B=batch.labels)["logits"]
-            loss = F.cross_entropy(logits_BK, batch.labels, ignore_index=UNLABELLED, reduction="sum")
-            hits = (logits_BK.argmax(-1) == batch.labels).sum()
-            return {"top1": float(hits), "loss": float(loss)}, int((batch.labels != UNLABELLED).sum())
+    def accuracy(
+        self,
+        evaluation: EvaluationSet,
+        forward: Forward,
+        world: World,
+        reassessed: list[list[int]] | None = None,
+    ) -> Accuracy:
+        """Measures accuracy over a source, by class too.
 
-        return mean_over_source(self.evaluation, world, sums)
+        Args:
+            evaluation: images and labels.
+            forward: the module's.
+            world: ranks, which share the images.
+            reassessed: as `AccuracyCounter` takes them.
+        """
+        counter = AccuracyCounter(self.module.head.out_features, reassessed)
+        for batch in evaluated_batches(evaluation, world):
+            outputs = forward(images_BCHW=batch.images, labels_B=batch.labels)
+            counter.add(outputs["logits"], batch.labels, batch.positions.tolist())
+        return counter.result(world)
 
     def pictures(self, batch: Batch, outputs: dict[str, Tensor]) -> dict[str, np.ndarray]:
         """The images as the model gets them."""

@@ -49,6 +49,11 @@ def train_all_compiled(runs: list[dict[str, Any]], backend: str) -> None:
     train_all(runs)
 
 
+def evaluate(path: str, overrides: list[str]) -> dict[str, Any]:
+    """Evaluates a run or a checkpoint."""
+    return api.evaluate(path, overrides)
+
+
 def measured_state(values: dict[str, Any]) -> list[tuple[float, float]]:
     """Returns predicted and measured bytes of parameters, gradients and optimizer states."""
     predicted, found = api.measure(build_recipe(values))

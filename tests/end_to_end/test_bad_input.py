@@ -355,3 +355,17 @@ def test_a_good_recipe_is_not_refused(
     """The recipe of these tests is sound: what they see refused is what they broke."""
     cli.main(["distill", write(run), "run_dir=" + run["run_dir"] + "-again"])
     assert (Path(run["run_dir"] + "-again") / "checkpoints" / "latest").read_text() == "step_00000002\n"
+
+
+def test_evaluation_of_what_cannot_be(
+    run: dict[str, Any], refused: Refused, tmp_path: Path, recipe_values: Values
+) -> None:
+    assert "expected the folder of a run" in refused("evaluate", str(tmp_path))
+    folder = str(run["run_dir"])
+    assert "names no images to evaluate on" in refused("evaluate", folder)
+    sentence = refused("evaluate", folder, "data.evaluation=digits:test", "--real", "real.json")
+    assert "--real: labels are for a classifier" in sentence
+    checkpoint = next((Path(folder) / "checkpoints").glob("step_*"))
+    torn = shutil.copytree(checkpoint, tmp_path / "run/checkpoints/step_00000009")
+    next(torn.glob("*.pt")).write_bytes(b"")
+    assert "this checkpoint is not whole" in refused("evaluate", str(torn))

@@ -1,0 +1,134 @@
+"""`fd-scale evaluate`: a checkpoint's metrics, as a table and as JSON."""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.table import Table
+
+from fd_scale import run_folder
+from fd_scale.checkpoint import newest_checkpoint, read_manifest, verify, write_atomically
+from fd_scale.config import Recipe
+from fd_scale.distributed import World
+from fd_scale.engine import saved_weights
+from fd_scale.errors import UserError
+from fd_scale.evaluation import Accuracy, reassessed_labels
+from fd_scale.finetune import ClassificationTask
+from fd_scale.log import console
+from fd_scale.models import dtype_of
+from fd_scale.trainer import Task
+
+logger = logging.getLogger(__name__)
+
+NUM_WORST = 10
+
+
+def find_checkpoint(path: Path, world: World) -> tuple[Path, Path]:
+    """Returns a run's folder and the checkpoint that is meant, whole: the newest, or `path` itself.
+
+    Raises:
+        UserError: there is none.
+    """
+    if not (path / "manifest.json").is_file():
+        return path, newest_checkpoint(path)
+    if problems := verify(path, world):
+        raise UserError(
+            f"{path}: this checkpoint is not whole: {'; '.join(problems)}; name another, or the run's folder"
+        )
+    return path.parent.parent, path
+
+
+def recipe_of(run: Path, checkpoint: Path, overrides: list[str]) -> Recipe:
+    """Returns a run's recipe with other settings, without the weights that it started from.
+
+    Raises:
+        UserError: as `run_folder.read_recipe`, or there is nothing to evaluate on.
+    """
+    recipe = run_folder.read_recipe(run, overrides)
+    if recipe.contrastive is not None:
+        raise UserError(
+            f"{run}: a contrastive loss is no metric of a source; evaluate what was fine-tuned from it"
+        )
+    if recipe.data.evaluation is None:
+        raise UserError(f"{run}: its recipe names no images to evaluate on; add data.evaluation=SOURCE")
+    if recipe.distill is not None and recipe.distill.loss == "phi_s":
+        raise UserError(
+            f"{run}: loss phi_s standardises by statistics that a checkpoint does not hold; its metrics are in "
+            "metrics.jsonl"
+        )
+    recipe = replace(recipe, model=replace(recipe.model, weights=None))
+    if recipe.classification is not None:
+        head = saved_weights(checkpoint).shapes["head.weight"]
+        recipe = replace(recipe, classification=replace(recipe.classification, num_classes=head[0]))
+    return recipe
+
+
+def evaluate_task(
+    task: Task, recipe: Recipe, run: Path, checkpoint: Path, world: World, real: str | None
+) -> dict[str, Any]:
+    """Reads a checkpoint's weights into a task, measures it, prints a table and writes RUN/evaluations/STEP.json.
+
+    Args:
+        task: built without weights, on the host.
+        recipe: what it was built from.
+        run: folder of the run.
+        checkpoint: a whole one.
+        world: ranks, which share the images; each holds the model whole.
+        real: as `reassessed_labels` takes it; none: without.
+
+    Returns:
+        The metrics, with `step`, `source` and, of a classifier, `classes`.
+
+    Raises:
+        UserError: the images do not fit the task.
+    """
+    shards = saved_weights(checkpoint)
+    with torch.no_grad():
+        for name, tensor in task.module.state_dict(keep_vars=True).items():
+            tensor.copy_(shards.read(name))
+    task.module.to(world.device, dtype_of(recipe.train.precision)).eval()
+    step = read_manifest(checkpoint)["state"]["step"]
+    logger.info("%s: step %d on %s", checkpoint, step, recipe.data.evaluation)
+    found: dict[str, Any] = {"step": step, "source": str(recipe.data.evaluation)}
+    with torch.no_grad():
+        if isinstance(task, ClassificationTask):
+            assert task.evaluation is not None, "the recipe names images"
+            source = task.evaluation.source
+            reassessed = reassessed_labels(real, source, task.module.head.out_features) if real else None
+            accuracy = task.accuracy(task.evaluation, task.module, world, reassessed)
+            found |= accuracy.to_json(source.class_names)
+            table = accuracy_table(accuracy, source.class_names)
+        else:
+            metrics = task.evaluate(task.module, world)
+            found |= metrics
+            table = Table("metric", "value")
+            for name, value in metrics.items():
+                table.add_row(name, f"{value:.5g}")
+    if world.is_main:
+        folder = run / "evaluations"
+        try:
+            folder.mkdir(exist_ok=True)
+            write_atomically(folder / f"{checkpoint.name}.json", json.dumps(found, indent=1))
+        except OSError as error:
+            raise run_folder.not_writable(folder, error) from None
+        console.print(table)
+        console.print(f"written to {folder / checkpoint.name}.json")
+    return found
+
+
+def accuracy_table(accuracy: Accuracy, class_names: list[str] | None) -> Table:
+    """Shows the metrics, then the classes that fare worst."""
+    table = Table("metric", "value", title=f"{accuracy.num_images} images")
+    for name, value in accuracy.metrics.items():
+        table.add_row(name, f"{value:.4f}" if name in ("loss", "calibration_error") else f"{value:.2%}")
+    table.add_section()
+    for label in accuracy.worst_classes(NUM_WORST):
+        name = class_names[label] if class_names else str(label)
+        images = accuracy.class_images[label]
+        table.add_row(f"class {label} {name}", f"{accuracy.class_top1[label]:.2%} of {images}")
+    return table
