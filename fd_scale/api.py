@@ -27,6 +27,7 @@ from fd_scale.data import (
     contrastive_transform,
     evaluation_transform,
     open_source,
+    spread,
     training_view,
 )
 from fd_scale.distill import DistillationTask
@@ -290,7 +291,15 @@ def build_task(
                     "teacher %s has random weights: distill.teachers.%d.model.weights names none",
                     teacher.model.name, index,
                 )  # fmt: skip
-        return DistillationTask(recipe, evaluation, placement, in_parts)
+        bank = None
+        if evaluation is not None and recipe.distill.knn_images:
+            source = open_source(recipe.data.train) if source is None else source
+            if 0 in (source.num_classes, evaluation.source.num_classes):
+                raise UserError(
+                    "distill.knn_images: neighbours need labels, of data.train and of data.evaluation; set it to 0"
+                )
+            bank = replace(evaluation, source=spread(source, recipe.distill.knn_images))
+        return DistillationTask(recipe, evaluation, bank, placement, in_parts)
     with placement.building(dtype_of(recipe.train.precision)):
         if recipe.contrastive is not None:
             return ContrastiveTask(recipe)

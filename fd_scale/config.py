@@ -328,12 +328,16 @@ class DistillConfig:
     PHI-S standardised target (arXiv 2410.01680)."""
     beta: float = 2.0
     """Where smooth L1 turns from squared to absolute error, in standard deviations of the target."""
+    knn_images: int = 0
+    """Training images, evenly spread, among which each evaluation looks for its images' 20 nearest neighbours, to judge
+    the student's features by labels; 0: no such metric."""
     phi_s_images: int = 4096
     """Images, the first of the run's stream, over which PHI-S measures a teacher's statistics at every start."""
 
     def __post_init__(self) -> None:
         _require(len(self.teachers) > 0, "distill.teachers", "an empty list", "at least one teacher")
         _require(self.beta > 0, "distill.beta", self.beta, "a positive number")
+        _require(self.knn_images >= 0, "distill.knn_images", self.knn_images, "0 or more")
         _require(self.phi_s_images > 0, "distill.phi_s_images", self.phi_s_images, "a positive whole number")
         for index, teacher in enumerate(self.teachers):
             if teacher.model.weights == TEACHER:

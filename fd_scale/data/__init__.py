@@ -2,6 +2,7 @@
 
 from fd_scale.data.base import UNLABELLED, Source
 from fd_scale.data.loader import Batch, TrainLoader, evaluation_batches
+from fd_scale.data.mixture import spread
 from fd_scale.data.sources import open_source
 from fd_scale.data.transforms import (
     Transform,
@@ -20,5 +21,6 @@ __all__ = [
     "evaluation_batches",
     "evaluation_transform",
     "open_source",
+    "spread",
     "training_view",
 ]

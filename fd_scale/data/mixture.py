@@ -15,36 +15,23 @@ from fd_scale.errors import UserError
 logger = logging.getLogger(__name__)
 
 
-class Filtered:
-    """Those images of a source that a list keeps; where several have one key, the list means all of them."""
+class Subset:
+    """Some images of a source, in an order of their own.
 
-    def __init__(self, source: Source, only: str | None, without: str | None) -> None:
-        """Reads the lists.
+    Args:
+        source: where the images are.
+        sample_ids_N: which of them, int64.
+    """
 
-        Args:
-            source: where the images are.
-            only: text file, a key a line: images to keep; none: all.
-            without: text file, a key a line: images to leave out; none: none.
-
-        Raises:
-            UserError: a list cannot be read, names an image that is not there, or leaves no image.
-        """
+    def __init__(self, source: Source, sample_ids_N: npt.NDArray[np.int64]) -> None:
         self.source = source
-        keys = [source.key(sample_id) for sample_id in range(len(source))]
-        kept_N = np.ones(len(keys), dtype=bool)
-        for file, keeps in ((only, True), (without, False)):
-            if file is not None:
-                kept_N &= _listed(file, keys) == keeps
-        self.sample_ids_N = np.flatnonzero(kept_N)
-        if len(self) == 0:
-            lists = ", ".join(filter(None, (only, without)))
-            raise UserError(f"{lists}: no image is left of {len(keys)}; check the lists of images")
+        self.sample_ids_N = sample_ids_N
         self.class_names = source.class_names
         self.num_classes = source.num_classes
 
     @property
     def fingerprint(self) -> str:
-        """See `Source`: that of the whole source, and which images are kept."""
+        """See `Source`: that of the whole source, and which images are in."""
         return content_hash([self.source.fingerprint, self.sample_ids_N.tobytes().hex()])
 
     def __len__(self) -> int:
@@ -58,6 +45,36 @@ class Filtered:
 
     def read(self, sample_id: int) -> tuple[Image.Image, int]:
         return self.source.read(int(self.sample_ids_N[sample_id]))
+
+
+def spread(source: Source, count: int) -> Source:
+    """Returns so many images of a source, evenly spread over it and so over classes that lie in a row; or all."""
+    if count >= len(source):
+        return source
+    return Subset(source, np.arange(count, dtype=np.int64) * len(source) // count)
+
+
+def filtered(source: Source, only: str | None, without: str | None) -> Subset:
+    """Returns those images of a source that lists keep; where several have one key, a list means all of them.
+
+    Args:
+        source: where the images are.
+        only: text file, a key a line: images to keep; none: all.
+        without: text file, a key a line: images to leave out; none: none.
+
+    Raises:
+        UserError: a list cannot be read, names an image that is not there, or leaves no image.
+    """
+    keys = [source.key(sample_id) for sample_id in range(len(source))]
+    kept_N = np.ones(len(keys), dtype=bool)
+    for file, keeps in ((only, True), (without, False)):
+        if file is not None:
+            kept_N &= _listed(file, keys) == keeps
+    sample_ids_N = np.flatnonzero(kept_N)
+    if not len(sample_ids_N):
+        lists = ", ".join(filter(None, (only, without)))
+        raise UserError(f"{lists}: no image is left of {len(keys)}; check the lists of images")
+    return Subset(source, sample_ids_N)
 
 
 class Mixture:

@@ -19,7 +19,7 @@ from PIL import Image
 from fd_scale.config import SourceConfig, as_list
 from fd_scale.data.base import IMAGE_SUFFIXES, UNLABELLED, Source, content_hash, data_files
 from fd_scale.data.decode import DecodeError, decode
-from fd_scale.data.mixture import Filtered, Mixture
+from fd_scale.data.mixture import Mixture, filtered
 from fd_scale.data.shards import TarSource
 from fd_scale.errors import UserError
 
@@ -64,7 +64,7 @@ def _open(config: SourceConfig) -> Source:
     source = _KINDS[kind](rest)
     if config.only is None and config.without is None:
         return source
-    return Filtered(source, config.only, config.without)
+    return filtered(source, config.only, config.without)
 
 
 class DigitsSource:

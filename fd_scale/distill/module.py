@@ -70,16 +70,19 @@ class DistillationModule(nn.Module):
 
         Args:
             images_BCHW: uint8 views.
-            targets: for each objective (images of `rows`, L, D), any float dtype.
+            targets: for each objective (images of `rows`, L, D), any float dtype; empty: no loss is wanted.
             rows: for each objective the images that its teacher saw, int64; None: all.
             drop_path_scale_RB: 0 or 1 / keep probability for each residual branch; none: nothing is dropped.
 
         Returns:
             For each loss name the weighted sum over images and tokens of the channel mean, fp32 scalar;
             `tokens`, `target`: the projected tokens and the target of the first objective, without gradient.
+            Without targets `features` alone, the mean of the student's patch tokens, (B, D).
         """
         pixels_BCHW = normalize(images_BCHW, self.backbone.mean, self.backbone.std).to(self.dtype)
         tokens_BLD = self.backbone(pixels_BCHW, drop_path_scale_RB)
+        if not targets:
+            return {"features": tokens_BLD[:, self.backbone.num_prefix_tokens :].mean(1)}
         outputs: dict[str, Tensor] = {}
         for objective, projector, target, chosen in zip(
             self.objectives, self.projectors, targets, rows, strict=True

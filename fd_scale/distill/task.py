@@ -23,7 +23,7 @@ from fd_scale.distill.phi_s import PhiS
 from fd_scale.distill.pictures import side_by_side
 from fd_scale.distributed import World
 from fd_scale.errors import UserError
-from fd_scale.evaluation import EvaluationSet, Forward, mean_over_source
+from fd_scale.evaluation import EvaluationSet, Forward, mean_over_source, nearest_neighbours
 from fd_scale.models import (
     Backbone,
     build_model,
@@ -48,6 +48,7 @@ class DistillationTask:
     Args:
         recipe: with its section `distill`.
         evaluation: images on which the loss is measured.
+        bank: images and labels among which those of `evaluation` have their nearest neighbours; none: no such metric.
         placement: where the student's parameters are.
         in_parts: where those of teachers are that the recipe wants partitioned.
     """
@@ -58,6 +59,7 @@ class DistillationTask:
         self,
         recipe: Recipe,
         evaluation: EvaluationSet | None,
+        bank: EvaluationSet | None = None,
         placement: Placement = WHOLE,
         in_parts: Placement = WHOLE,
     ) -> None:
@@ -66,6 +68,7 @@ class DistillationTask:
         self.config = config = recipe.distill
         self.seed = recipe.seed
         self.evaluation = evaluation
+        self.bank = bank
         self.teachers = [
             Teacher(
                 teacher,
@@ -163,7 +166,10 @@ class DistillationTask:
         }
 
     def evaluate(self, forward: Forward, world: World) -> dict[str, float]:
-        """Measures the loss over the evaluation source, without drop path; every teacher sees every image."""
+        """Measures the loss over the evaluation source, without drop path; every teacher sees every image.
+
+        With a bank also how well the student's features classify.
+        """
         if self.evaluation is None:
             return {}
         all_rows = [None] * len(self.places)
@@ -174,7 +180,15 @@ class DistillationTask:
             losses = {name: float(outputs[name]) / items for name, items in self.items_per_image.items()}
             return {"loss": sum(losses.values())} | losses, len(batch.labels)
 
-        return mean_over_source(self.evaluation, world, sums)
+        metrics = mean_over_source(self.evaluation, world, sums)
+        if self.bank is not None:
+            metrics |= nearest_neighbours(
+                self.bank,
+                self.evaluation,
+                lambda batch: forward(images_BCHW=batch.images, targets=[], rows=[])["features"],
+                world,
+            )
+        return metrics
 
     def pictures(self, batch: Batch, outputs: dict[str, Tensor]) -> dict[str, np.ndarray]:
         """Image, the first teacher's features and the student's, side by side."""

@@ -2,6 +2,7 @@
 
 from fd_scale.evaluation.accuracy import Accuracy, AccuracyCounter, reassessed_labels
 from fd_scale.evaluation.loop import EvaluationSet, Forward, evaluated_batches, mean_over_source
+from fd_scale.evaluation.nearest import nearest_neighbours
 
 __all__ = [
     "Accuracy",
@@ -10,5 +11,6 @@ __all__ = [
     "Forward",
     "evaluated_batches",
     "mean_over_source",
+    "nearest_neighbours",
     "reassessed_labels",
 ]

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import cases
+import numpy as np
 import pytest
 from ranks import run_ranks
 
@@ -45,3 +46,22 @@ def test_evaluate_gives_the_metrics_of_the_run(
     earlier = run_ranks(cases.evaluate, 1, str(run_dir / "checkpoints/step_00000002"), [])[0]
     assert earlier["step"] == 2
     assert earlier["loss"] != found[0]["loss"]
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_neighbours_are_found_wherever_they_are(recipe_values: Values, tmp_path: Path, stage: int) -> None:
+    """A bank of 100 images in one part, in two, in three: the same votes, but for equal distances."""
+    found = []
+    for ranks in (1, 2):
+        values = recipe_values(
+            run_dir=str(tmp_path / f"{ranks}"), data__evaluation="digits:test", train__ds_config=f"zero{stage}",
+            train__steps=2, log__evaluate_every_steps=1,
+        )  # fmt: skip
+        values["distill"]["knn_images"] = 100
+        run_ranks(cases.train, ranks, values)
+        logged = cases.read_metrics(Path(values["run_dir"]), "evaluation")
+        assert len(logged) == 2
+        found.append(logged[-1]["knn_top1"])
+    found += [metrics["knn_top1"] for metrics in run_ranks(cases.evaluate, 3, values["run_dir"], [])]
+    assert 0.15 < found[0] < 1, "better than chance"
+    np.testing.assert_allclose(found, found[0], atol=1 / 300)
