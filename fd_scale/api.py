@@ -38,7 +38,7 @@ from fd_scale.evaluate import evaluate_task, find_checkpoint, recipe_of
 from fd_scale.evaluation import EvaluationSet
 from fd_scale.export import convert, export, interpolate
 from fd_scale.fetch import fetch
-from fd_scale.finetune import ClassificationTask
+from fd_scale.finetune import ClassificationTask, LinearProbeTask, cached_features
 from fd_scale.hardware import find_gpu
 from fd_scale.log import console
 from fd_scale.metrics import Recorder
@@ -174,15 +174,20 @@ def build_trainer(
         ds_config.read(recipe.train.ds_config), recipe, world.size, world.device.type
     )
     source = open_source(recipe.data.train) if source is None else source
+    transform, num_workers = training_transform(recipe), recipe.data.num_workers
+    if recipe.linear_probe is not None:
+        images = replace(_evaluation_set(recipe, recipe.data.train), source=source)
+        features = cached_features(recipe, images, Path(recipe.run_dir) / "features/train", world)
+        source, transform, num_workers = features.source, features.transform, features.num_workers
     loader = TrainLoader(
         source,
-        training_transform(recipe),
+        transform,
         seed=recipe.seed,
         global_batch=recipe.train.global_batch,
         micro_batch=engine_config["train_micro_batch_size_per_gpu"],
         rank=world.rank,
         world_size=world.size,
-        num_workers=recipe.data.num_workers,
+        num_workers=num_workers,
         max_bad_fraction=recipe.data.max_bad_fraction,
         pin_memory=world.device.type == "cuda",
     )
@@ -198,12 +203,12 @@ def build_trainer(
             f"train.epochs: {recipe.train.epochs} epochs of {loader.steps_per_epoch} steps are no step; raise it"
         )
     peak_images_per_s = None
-    if must_fit and world.device.type == "cuda":
+    if must_fit and world.device.type == "cuda" and recipe.linear_probe is None:
         peak_images_per_s = world.on_main(lambda: _refuse_what_does_not_fit(recipe, source, world))
     stage = ds_config.zero_stage(engine_config)
     parts = Partition(engine_config, world)
     with initialise_on or contextlib.nullcontext():
-        task = build_task(recipe, source, parts if stage == 3 else WHOLE, parts)
+        task = build_task(recipe, source, parts if stage == 3 else WHOLE, parts, world)
     if recipe.train.compile:
         _compile(task)
     if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in task.module.modules()):
@@ -215,7 +220,7 @@ def build_trainer(
     world.on_main(lambda: run_folder.create(recipe))
     log.set_up(world.rank, run_dir)
     task.prepare(world, loader)
-    engine = Engine(task.module, task.undecayed, engine_config, recipe.optim, world)
+    engine = Engine(task.module, task.undecayed, task.lr_scales, engine_config, recipe.optim, world)
     checkpoints = Checkpoints(run_dir, recipe.checkpoint.keep_last, identity, world)
     logger.info(
         "%s: %d steps of %d images (%d ranks x %d micro-batches x %d) on %s, ZeRO-%d, %s, %s; %.1f M parameters",
@@ -264,7 +269,11 @@ def _compile(task: Task) -> None:
 
 
 def build_task(
-    recipe: Recipe, source: Source | None, placement: Placement = WHOLE, in_parts: Placement = WHOLE
+    recipe: Recipe,
+    source: Source | None,
+    placement: Placement = WHOLE,
+    in_parts: Placement = WHOLE,
+    world: World | None = None,
 ) -> Task:
     """Builds the recipe's task; its initial weights are a function of the recipe's seed.
 
@@ -273,17 +282,20 @@ def build_task(
         source: its training images; none: a classification says itself how many classes it has.
         placement: where the trained module's parameters are.
         in_parts: where those of teachers are that the recipe wants partitioned.
+        world: ranks, which compute features together where the recipe is a linear probe's.
     """
     recipe = resolved(recipe)
     torch.manual_seed(int(hash64(recipe.seed, "initialisation")) % 2**63)
     evaluation = None
     if recipe.data.evaluation is not None:
-        evaluation = EvaluationSet(
-            source=open_source(recipe.data.evaluation),
-            transform=evaluation_transform(recipe.model.size),
-            batch_size=recipe.train.micro_batch,
-            num_workers=recipe.data.num_workers,
-        )
+        evaluation = _evaluation_set(recipe, recipe.data.evaluation)
+    if recipe.linear_probe is not None:
+        assert world is not None, "a trainer builds it"
+        assert source is not None, "a trainer builds it"
+        if evaluation is not None:
+            folder = Path(recipe.run_dir) / "features/evaluation"
+            evaluation = cached_features(recipe, evaluation, folder, world)
+        return LinearProbeTask(recipe, source, evaluation, placement)
     if recipe.distill is not None:
         for index, teacher in enumerate(recipe.distill.teachers):
             if teacher.model.weights is None:
@@ -304,6 +316,15 @@ def build_task(
         if recipe.contrastive is not None:
             return ContrastiveTask(recipe)
         return ClassificationTask(recipe, evaluation, source)
+
+
+def _evaluation_set(recipe: Recipe, source: Any) -> EvaluationSet:
+    return EvaluationSet(
+        source=open_source(source),
+        transform=evaluation_transform(recipe.model.size),
+        batch_size=recipe.train.micro_batch,
+        num_workers=recipe.data.num_workers,
+    )
 
 
 def training_transform(recipe: Recipe) -> Transform:

@@ -11,7 +11,7 @@ import ctypes
 import shutil
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -80,6 +80,9 @@ class _Subject:
                 task = DistillationTask(recipe, None)
             elif recipe.task == "contrastive":
                 task = ContrastiveTask(recipe)
+            elif recipe.linear_probe is not None:
+                num_features = build_model(replace(recipe.model, weights=None)).num_features
+                return (num_features + 1) * self.source.num_classes * len(recipe.linear_probe.lr_factors)
             else:
                 task = ClassificationTask(recipe, None, self.source)
         return sum(parameter.numel() for parameter in task.module.parameters())

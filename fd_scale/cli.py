@@ -36,9 +36,9 @@ examples:
 _LAYOUTS = ("ours", "timm", "hf", "official", "fd")
 
 _TRAINING_VERBS = {
-    "distill": ("distill", "feature distillation of a teacher into a student"),
-    "pretrain": ("contrastive", "contrastive pre-training of a teacher, without labels"),
-    "finetune": ("classification", "fine-tuning on labels"),
+    "distill": (("distill",), "feature distillation of a teacher into a student"),
+    "pretrain": (("contrastive",), "contrastive pre-training of a teacher, without labels"),
+    "finetune": (("classification", "linear_probe"), "fine-tuning on labels, or a linear probe"),
 }
 
 
@@ -74,11 +74,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"fd-scale {__version__}")
     verbs = parser.add_subparsers(metavar="VERB", required=True)
 
-    for verb, (task, summary) in _TRAINING_VERBS.items():
+    for verb, (tasks, summary) in _TRAINING_VERBS.items():
+        wanted = " or ".join(f"`{task}`" for task in tasks)
         training = _add_verb(
             verbs, verb, summary,
             f"{summary[0].upper()}{summary[1:]}. A run folder that holds a checkpoint is resumed.\n"
-            f"The recipe's task must be `{task}`; `fd-scale recipes` lists every setting.",
+            f"The recipe's task must be {wanted}; `fd-scale recipes` lists every setting.",
             f"  fd-scale {verb} RECIPE optim.lr=1e-3 run_dir=runs/mine\n"
             f"  torchrun --nproc-per-node 8 -m fd_scale {verb} RECIPE",
         )  # fmt: skip
@@ -86,7 +87,7 @@ def _parser() -> argparse.ArgumentParser:
         training.add_argument(
             "--profile", action="store_true", help="trace three steps into RUN/profile (log.profile=true)"
         )
-        training.set_defaults(run=_train, task=task, verb=verb)
+        training.set_defaults(run=_train, tasks=tasks)
 
     evaluate = _add_verb(
         verbs, "evaluate", "metrics of a run's checkpoint, as a table and as JSON",
@@ -317,8 +318,8 @@ def _add_recipe(parser: argparse.ArgumentParser) -> None:
 
 def _train(options: argparse.Namespace) -> None:
     recipe = load_recipe(options.recipe, [*options.overrides, *["log.profile=true"] * options.profile])
-    if recipe.task != options.task:
-        verb = next(verb for verb, (task, _) in _TRAINING_VERBS.items() if task == recipe.task)
+    if recipe.task not in options.tasks:
+        verb = next(verb for verb, (tasks, _) in _TRAINING_VERBS.items() if recipe.task in tasks)
         raise UserError(f"{options.recipe}: its task is {recipe.task}; run it with `fd-scale {verb}`")
     from fd_scale import api
 

@@ -27,7 +27,7 @@ PRETRAINED = "pretrained"
 TEACHER = "teacher"
 """As a student's `model.weights`: those of the first teacher."""
 
-TASKS = ("distill", "contrastive", "classification")
+TASKS = ("distill", "contrastive", "classification", "linear_probe")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -402,10 +402,24 @@ class ClassificationConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class LinearProbeConfig:
+    """A linear classifier on the mean of a frozen model's patch tokens: computed once, without augmentation."""
+
+    lr_factors: list[float] = field(default_factory=lambda: [0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0])
+    """A classifier for each: factors of `optim.lr`. All are trained in one pass; the best by top-1 is reported."""
+
+    def __post_init__(self) -> None:
+        _require(
+            len(self.lr_factors) > 0 and 0 < min(self.lr_factors) <= max(self.lr_factors) < inf,
+            "linear_probe.lr_factors", self.lr_factors, "positive numbers, at least one",
+        )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Recipe:
     """All that defines a run."""
 
-    task: Literal["distill", "contrastive", "classification"]
+    task: Literal["distill", "contrastive", "classification", "linear_probe"]
     """What is trained; the section of the same name holds its settings."""
     run_dir: str
     """Folder of the run: made where absent, resumed where it holds a checkpoint."""
@@ -421,6 +435,7 @@ class Recipe:
     distill: DistillConfig | None = None
     contrastive: ContrastiveConfig | None = None
     classification: ClassificationConfig | None = None
+    linear_probe: LinearProbeConfig | None = None
 
     def __post_init__(self) -> None:
         for name in TASKS:
@@ -449,6 +464,11 @@ class Recipe:
                 "data.interpolation, data.rand_augment, data.erasing: contrastive views have an augmentation of their "
                 "own; remove them"
             )
+        if self.linear_probe is not None and (self.optim.grad_clip or self.optim.layer_decay != 1):
+            raise UserError(
+                "optim.grad_clip, optim.layer_decay: a linear probe trains classifiers that must not touch each other, "
+                "and no layers; set grad_clip to 0 and layer_decay to 1"
+            )
         if self.train.steps is None and self.optim.warmup_steps:
             raise UserError(
                 "optim.warmup_steps: the run's length is in epochs; set optim.warmup_epochs instead"
@@ -465,7 +485,7 @@ _SECTIONS: dict[str, Any] = {
     "log": LogConfig,
     "distill": DistillConfig,
     "distill.teachers.0": TeacherConfig, "contrastive": ContrastiveConfig,
-    "classification": ClassificationConfig,
+    "classification": ClassificationConfig, "linear_probe": LinearProbeConfig,
 }  # fmt: skip
 
 

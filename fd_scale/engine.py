@@ -6,7 +6,7 @@ import copy
 import ctypes
 import os
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,7 @@ from fd_scale.config import OptimConfig  # noqa: E402
 from fd_scale.distributed import World  # noqa: E402
 from fd_scale.ds_config import offload_device, zero_stage  # noqa: E402
 from fd_scale.errors import UserError  # noqa: E402
-from fd_scale.models import Backbone, learning_rate_scales  # noqa: E402
+from fd_scale.models import Backbone  # noqa: E402
 from fd_scale.optim import ClippedAdamW, build_adamw, parameter_groups  # noqa: E402
 from fd_scale.shards import BASE_OPTIMIZER, FLAT_MASTERS, MASTERS, Shards, layout  # noqa: E402
 from fd_scale.traffic import traffic_of  # noqa: E402
@@ -206,6 +206,7 @@ class Engine:
     Args:
         module: trained module; DeepSpeed moves it to the device, casts it and (stage 3) partitions it.
         undecayed: names of parameters without weight decay, besides 1-D ones.
+        lr_scales: factor of the peak learning rate of some parameters, by name; the others have 1.
         ds_config: resolved DeepSpeed configuration (`fd_scale.ds_config.resolve`).
         optim: settings of AdamW.
         world: ranks.
@@ -218,6 +219,7 @@ class Engine:
         self,
         module: nn.Module,
         undecayed: set[str],
+        lr_scales: Mapping[str, float],
         ds_config: dict[str, Any],
         optim: OptimConfig,
         world: World,
@@ -231,7 +233,7 @@ class Engine:
             optim.weight_decay,
             undecayed,
             lambda parameter: len(_whole_shape(parameter)),
-            learning_rate_scales(module, optim.layer_decay),
+            lr_scales,
         )
         self.lr_scales = [group["lr_scale"] for group in groups]
         _move_buffers(module, world.device)

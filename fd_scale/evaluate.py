@@ -54,6 +54,10 @@ def recipe_of(run: Path, checkpoint: Path, overrides: list[str]) -> Recipe:
         raise UserError(
             f"{run}: a contrastive loss is no metric of a source; evaluate what was fine-tuned from it"
         )
+    if recipe.linear_probe is not None:
+        raise UserError(
+            f"{run}: a linear probe's checkpoint holds no backbone; its metrics are in metrics.jsonl"
+        )
     if recipe.data.evaluation is None:
         raise UserError(f"{run}: its recipe names no images to evaluate on; add data.evaluation=SOURCE")
     if recipe.distill is not None and recipe.distill.loss == "phi_s":

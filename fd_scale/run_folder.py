@@ -125,6 +125,10 @@ def identity(recipe: Recipe, data_fingerprint: str, stage: int, world_size: int)
         settings[f"distill.teachers.{index}.model.name"] = model_identity(teacher.model)
     settings["model.name"] = model_identity(recipe.model)
     free_settings = set(_FREE_SETTINGS)
+    if recipe.linear_probe is not None:  # the model stays what it was at the start, and is in no checkpoint
+        free_settings -= {"model.weights"}
+        path = weights_path(recipe.model)
+        settings["model.weights"] = path and weights_sha256(path)
     facts = {"data_fingerprint": data_fingerprint, "zero_stage": stage}
     if recipe.distill is not None and recipe.distill.loss == "phi_s":
         # The rounding of a teacher's features would move its close eigenvalues, and with them the target.

@@ -42,6 +42,8 @@ class Task(Protocol):
 
     undecayed: set[str]
     """Names of parameters without weight decay, besides 1-D ones."""
+    lr_scales: dict[str, float]
+    """Factor of the peak learning rate of some parameters, by name; the others have 1."""
     best_metric: tuple[str, int]
     """The evaluation metric that picks the best checkpoint, and +1 where larger is better, else -1."""
 

@@ -22,6 +22,7 @@ SECTIONS: dict[str, dict[str, Any]] = {
     },
     "contrastive": {"projection_dim": 8},
     "classification": {"head_init_scale": 1.0},
+    "linear_probe": {"lr_factors": [0.1, 1.0, 10.0]},
 }
 
 FINE_TUNING: dict[str, Any] = {

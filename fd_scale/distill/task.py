@@ -29,6 +29,7 @@ from fd_scale.models import (
     build_model,
     drop_path_scale,
     dtype_of,
+    learning_rate_scales,
     load_tensors,
     resolved,
     undecayed_parameters,
@@ -106,6 +107,7 @@ class DistillationTask:
         with placement.building(dtype):
             self.module = DistillationModule(student, objectives, choose_loss(config), dtype)
         self.undecayed = undecayed_parameters(self.module)
+        self.lr_scales = learning_rate_scales(self.module, recipe.optim.layer_decay)
         self.rates = student.drop_path_rates
 
     def _objective(self, student: Backbone, index: int, number: int) -> Objective:

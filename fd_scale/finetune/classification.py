@@ -18,7 +18,14 @@ from fd_scale.distributed import World
 from fd_scale.errors import UserError
 from fd_scale.evaluation import Accuracy, AccuracyCounter, EvaluationSet, Forward, evaluated_batches
 from fd_scale.finetune.mixing import Mixing
-from fd_scale.models import build_model, drop_path_scale, dtype_of, normalize, undecayed_parameters
+from fd_scale.models import (
+    build_model,
+    drop_path_scale,
+    dtype_of,
+    learning_rate_scales,
+    normalize,
+    undecayed_parameters,
+)
 
 
 class ClassificationModule(nn.Module):
@@ -138,6 +145,7 @@ class ClassificationTask:
             recipe.train.activation_checkpointing, recipe.train.checkpointing_period
         )
         self.undecayed = undecayed_parameters(self.module)
+        self.lr_scales = learning_rate_scales(self.module, recipe.optim.layer_decay)
         self.rates = self.module.backbone.drop_path_rates
 
     def prepare(self, world: World, loader: TrainLoader) -> None:

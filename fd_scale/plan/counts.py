@@ -373,7 +373,11 @@ def _build(recipe: Recipe, source: Source | None) -> Task:
     if recipe.contrastive is not None:
         distributed.start("cpu", recipe.train.timeout_s)  # its loss asks how many ranks there are
         return ContrastiveTask(recipe)
-    assert recipe.classification is not None, "there are three tasks"
+    if recipe.linear_probe is not None:
+        raise UserError(
+            "plan: a linear probe trains a few classifiers on features that are computed once; no plan of it"
+        )
+    assert recipe.classification is not None, "there are four tasks"
     if source is None and recipe.classification.num_classes is None:
         raise UserError(
             f"data.train: {recipe.data.train} cannot be opened here, and how many classes it has is not known; set "

@@ -18,7 +18,14 @@ from fd_scale.config import ContrastiveConfig, ModelConfig, Recipe
 from fd_scale.data import Batch, TrainLoader
 from fd_scale.distributed import World
 from fd_scale.evaluation import Forward
-from fd_scale.models import build_model, drop_path_scale, dtype_of, normalize, undecayed_parameters
+from fd_scale.models import (
+    build_model,
+    drop_path_scale,
+    dtype_of,
+    learning_rate_scales,
+    normalize,
+    undecayed_parameters,
+)
 
 
 class _GatherRanks(torch.autograd.Function):
@@ -109,6 +116,7 @@ class ContrastiveTask:
             recipe.train.activation_checkpointing, recipe.train.checkpointing_period
         )
         self.undecayed = undecayed_parameters(self.module)
+        self.lr_scales = learning_rate_scales(self.module, recipe.optim.layer_decay)
         self.rates = self.module.backbone.drop_path_rates
 
     def prepare(self, world: World, loader: TrainLoader) -> None:

@@ -18,7 +18,9 @@ from fd_scale.config import Recipe, build_recipe, load_recipe, to_dict
 from fd_scale.data import Batch, open_source
 from fd_scale.engine import Engine
 from fd_scale.errors import UserError
+from fd_scale.finetune.linear_probe import probed_backbone
 from fd_scale.metrics import read_metrics
+from fd_scale.models import resolved
 from fd_scale.trainer import Trainer
 
 
@@ -47,6 +49,13 @@ def train_all_compiled(runs: list[dict[str, Any]], backend: str) -> None:
     """Trains several recipes in turn, their blocks compiled by a backend of `torch.compile`."""
     torch.compile = functools.partial(torch.compile, backend=backend)
     train_all(runs)
+
+
+def initial_backbone(values: dict[str, Any]) -> dict[str, np.ndarray]:
+    """The weights that a linear probe without given weights computes its features with."""
+    log.set_up()
+    recipe = resolved(build_recipe(values))
+    return {name: tensor.numpy() for name, tensor in probed_backbone(recipe).state_dict().items()}
 
 
 def evaluate(path: str, overrides: list[str]) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from typing import Any, get_args, get_type_hints
 import pytest
 
 from fd_scale.config import (
+    TASKS,
     Recipe,
     SourceConfig,
     build_recipe,
@@ -46,7 +47,7 @@ def test_packaged_recipe(name: str, tmp_path: Path) -> None:
     for word in ("Command", "Hardware", "Expected"):
         assert any(re.match(rf"# {word}: +\S", line) for line in header), word
     command = next(line for line in header if line.startswith("# Command"))
-    verb = {"distill": "distill", "contrastive": "pretrain", "classification": "finetune"}[recipe.task]
+    verb = {"distill": "distill", "contrastive": "pretrain"}.get(recipe.task, "finetune")
     assert f" {verb} {name}" in command
     file = tmp_path / "recipe.yaml"
     file.write_text(to_yaml(recipe))
@@ -130,12 +131,13 @@ def test_every_setting_is_described() -> None:
         ("distill.teachers.0.layers", []), ("contrastive.temperature", 0.0), ("contrastive.projection_dim", 0),
         ("classification.label_smoothing", 1.0), ("classification.num_classes", 1), ("classification.mixup", -0.1),
         ("classification.cutmix", -0.1), ("classification.cutmix_share", 1.1), ("data.erasing", 1.1),
-        ("optim.layer_decay", 0.0), ("optim.layer_decay", 1.1),
+        ("optim.layer_decay", 0.0), ("optim.layer_decay", 1.1), ("linear_probe.lr_factors", []),
+        ("linear_probe.lr_factors", [1.0, 0.0]),
     ],
 )  # fmt: skip
 def test_range(recipe_values: Values, key: str, value: Any) -> None:
     section, *_, name = key.split(".")
-    task = section if section in ("distill", "contrastive", "classification") else "distill"
+    task = section if section in TASKS else "distill"
     values = recipe_values(task)
     (values["distill"]["teachers"][0] if ".0." in key else values.setdefault(section, {}))[name] = value
     with pytest.raises(UserError, match=rf"recipe: .*{re.escape(key.replace('.0.', '.'))}.*: got .*expected"):

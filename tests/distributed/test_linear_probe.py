@@ -1,0 +1,95 @@
+"""A linear probe: features once, classifiers that do not touch each other, the same on any number of ranks."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import cases
+import numpy as np
+import pytest
+import torch
+from ranks import run_ranks
+from sklearn.linear_model import LogisticRegression
+
+from fd_scale.config import build_recipe
+from fd_scale.data import evaluation_transform, open_source
+from fd_scale.models import build_model, normalize, resolved
+
+Values = Callable[..., dict[str, Any]]
+
+
+@pytest.fixture
+def values(recipe_values: Values) -> dict[str, Any]:
+    return recipe_values(
+        "linear_probe", data__evaluation="digits:test", optim__lr=1e-3, optim__grad_clip=0.0,
+        optim__weight_decay=0.0, train__global_batch=64, train__micro_batch=32, train__steps=46,
+        checkpoint__save_every_steps=23, log__evaluate_every_steps=23,
+    )  # fmt: skip
+
+
+def evaluations(values: dict[str, Any]) -> list[dict[str, Any]]:
+    return cases.read_metrics(Path(values["run_dir"]), "evaluation")
+
+
+def test_ranks_and_a_resume_change_nothing(values: dict[str, Any], tmp_path: Path) -> None:
+    found = {}
+    for name, ranks, stage in (("one", 1, 0), ("two", 2, 3), ("resumed", 2, 3)):
+        run = values | {
+            "run_dir": str(tmp_path / name),
+            "train": values["train"] | {"ds_config": f"zero{stage}"},
+        }
+        if name == "resumed":
+            run_ranks(cases.train_until_preempted, ranks, run, 30)
+        run_ranks(cases.train, ranks, run)
+        found[name] = evaluations(run)[-1]
+        curve = cases.curve(run["run_dir"])
+        assert len(curve) == 46
+        found[name]["curve"] = curve
+    assert found["resumed"]["curve"] == found["two"]["curve"]
+    for key in ("top1", "loss", "learning_rate"):
+        assert found["one"][key] == pytest.approx(found["two"][key], rel=1e-3), key
+    np.testing.assert_allclose(found["one"]["curve"], found["two"]["curve"], rtol=1e-3)
+    assert found["one"]["top1"] > 0.3
+
+
+def test_features_are_the_backbones_and_computed_once(values: dict[str, Any]) -> None:
+    run_ranks(cases.train_until_preempted, 2, values, 2)
+    folder = Path(values["run_dir"]) / "features"
+    features, labels = (np.load(folder / f"evaluation/{name}.npy") for name in ("features", "labels"))
+    recipe = resolved(build_recipe(values))
+    source, transform = open_source("digits:test"), evaluation_transform(recipe.model.size)
+    torch.manual_seed(0)
+    stamps = {file: file.stat().st_mtime_ns for file in folder.rglob("*.npy")}
+    run_ranks(cases.train, 2, values)
+    assert {file: file.stat().st_mtime_ns for file in folder.rglob("*.npy")} == stamps
+    assert labels.tolist() == [source.read(index)[1] for index in range(len(source))]
+    # Another way to the same features: whole batches, one process.
+    backbone = run_ranks(cases.initial_backbone, 1, values)[0]
+    model = build_model(recipe.model)
+    model.load_state_dict({name: torch.from_numpy(array) for name, array in backbone.items()})
+    images = torch.stack([transform(source.read(index)[0]) for index in range(64)])
+    with torch.no_grad():
+        expected = model.eval()(normalize(images, model.mean, model.std)).mean(1)
+    np.testing.assert_allclose(features[:64], expected, atol=1e-5)
+
+
+def test_comes_near_logistic_regression(values: dict[str, Any]) -> None:
+    """scikit-learn's, on the same features: the classifier of the best learning rate is as good within 5%."""
+    values["train"]["steps"] = 460
+    values["linear_probe"]["lr_factors"] = [0.1, 10.0, 30.0, 100.0]
+    values["log"]["evaluate_every_steps"] = 0
+    values["checkpoint"]["save_every_steps"] = 460
+    values["log"]["every_steps"] = 100
+    run_ranks(cases.train, 1, values)
+    folder = Path(values["run_dir"]) / "features"
+    (x, y), (x_test, y_test) = (
+        [np.load(folder / f"{part}/{name}.npy") for name in ("features", "labels")]
+        for part in ("train", "evaluation")
+    )
+    mean, std = x.mean(0), x.std(0)
+    judge = LogisticRegression(max_iter=2000).fit((x - mean) / std, y)
+    expected = judge.score((x_test - mean) / std, y_test)
+    [found] = evaluations(values)
+    assert expected > 0.6
+    assert found["top1"] > expected - 0.05, expected
+    assert found["learning_rate"] > 1e-4
