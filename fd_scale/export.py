@@ -57,6 +57,10 @@ def export(run_dir: str | Path, out: str | Path, layout: str = "ours") -> Path:
     shards = saved_weights(checkpoint)
     prefix = f"{BACKBONE}."
     names = {name.removeprefix(prefix): name for name in shards.shapes if name.startswith(prefix)}
+    if not names:
+        raise UserError(
+            f"{run}: its checkpoints hold no backbone, as those of a linear probe; export the run it was of"
+        )
     step = read_manifest(checkpoint)["state"]["step"]
     backbone = _on_meta(recipe.model)
     texts = {"README.md": model_card(recipe, run, step, backbone)}

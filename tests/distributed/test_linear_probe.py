@@ -13,6 +13,8 @@ from sklearn.linear_model import LogisticRegression
 
 from fd_scale.config import build_recipe
 from fd_scale.data import evaluation_transform, open_source
+from fd_scale.errors import UserError
+from fd_scale.export import export
 from fd_scale.models import build_model, normalize, resolved
 
 Values = Callable[..., dict[str, Any]]
@@ -93,3 +95,5 @@ def test_comes_near_logistic_regression(values: dict[str, Any]) -> None:
     assert expected > 0.6
     assert found["top1"] > expected - 0.05, expected
     assert found["learning_rate"] > 1e-4
+    with pytest.raises(UserError, match="hold no backbone"):
+        export(values["run_dir"], folder.parent / "export")
