@@ -62,7 +62,7 @@ def state(
     bucket = size * float(zero.get("reduce_bucket_size", _REDUCE_BUCKET))
     ranks = min(num_gpus, GPUS_PER_NODE) if stage == HIERARCHICAL else num_gpus
     in_parts = counts.partitioned_teacher_bytes
-    teacher = counts.teacher_bytes + in_parts / num_gpus
+    teacher = counts.teacher_bytes + in_parts / ranks
     most_live = size * float(zero.get("stage3_max_live_parameters", _LIVE_PARAMETERS))
     teacher_live = min(in_parts, most_live) if num_gpus > 1 else 0
     if stage == "0":
