@@ -185,7 +185,7 @@ def curves(make_recipe: Callable[..., Recipe]) -> Callable[..., dict[str, Curve]
         heavy = replace(COUNTS, student_flops=2.0 * G)
         recipe = make_recipe(
             train__precision="bf16", train__global_batch=2048, train__micro_batch=8, train__ds_config=ds_config,
-            data__num_workers=8,
+            data__num_workers=8, checkpoint__save_every_steps=1000,
         )  # fmt: skip
         found = scaling("made up", recipe, GPU, parse_sizes(f"8..{last}"), Assumptions(**assumed), heavy)
         return {curve.name: curve for curve in found.curves}
