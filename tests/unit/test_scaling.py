@@ -193,7 +193,7 @@ def curves(make_recipe: Callable[..., Recipe]) -> Callable[..., dict[str, Curve]
     return make
 
 
-def test_curves_fall_and_hierarchical_is_better_beyond_a_node(
+def test_curves_fall_and_hierarchical_is_better_beyond_some_size(
     curves: Callable[..., dict[str, Curve]],
 ) -> None:
     found = curves()
@@ -208,8 +208,13 @@ def test_curves_fall_and_hierarchical_is_better_beyond_a_node(
             assert point.step_s >= point.compute_s > 0
     for kind in ("strong", "weak"):
         flat, layered = found[f"{kind}, ZeRO-3"].points, found[f"{kind}, hierarchical"].points
-        assert flat[0].step_s == pytest.approx(layered[0].step_s, rel=0.01), "one node is one node"
-        assert all(one.step_s > other.step_s for one, other in zip(flat[2:], layered[2:], strict=True))
+        assert flat[0].step_s == layered[0].step_s, "one node is one node"
+        # As long as all of it hides, they differ by what a checkpoint copies.
+        assert all(
+            one.step_s == pytest.approx(other.step_s, rel=1e-3)
+            for one, other in zip(flat[:5], layered[:5], strict=True)
+        )
+        assert all(one.step_s > other.step_s for one, other in zip(flat[5:], layered[5:], strict=True))
     strong, weak = found["strong, ZeRO-3"], found["weak, ZeRO-3"]
     assert [point.num_gpus for point in strong.points] == [8 << k for k in range(9)], "up to an image a GPU"
     assert (strong.points[-1].choice.micro_batch, strong.points[-1].bound) == (1, "latency")
