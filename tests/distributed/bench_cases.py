@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from fd_scale.benchmarks import steps
-from fd_scale.benchmarks.cells import Cell
+from fd_scale.benchmarks.cells import RECIPE, Cell
 
 
 def cells(folder: str, given: list[Cell]) -> list[dict[str, Any]]:
@@ -21,7 +21,7 @@ def cells(folder: str, given: list[Cell]) -> list[dict[str, Any]]:
     found = []
     for number, cell in enumerate(given):
         file = Path(folder) / f"{number}.json"
-        steps.main(str(file), cell.way, 2, [*cell.overrides, "train.device=cpu"])
+        steps.main(str(file), RECIPE, cell.way, 2, [*cell.overrides, "train.device=cpu"])
         found.append(json.loads(file.read_text()) | {"compiled": len(compiled)})
         compiled.clear()
     return found

@@ -347,6 +347,20 @@ def sent_bytes(values: dict[str, Any]) -> tuple[list[float], list[int]]:
     return sent, sizes
 
 
+def sent_bytes_with_hpz(values: dict[str, Any]) -> tuple[list[float], list[int]]:
+    """As `sent_bytes`; DeepSpeed, which forms the groups of hpZ whenever a module is partitioned, keeps the first."""
+    from deepspeed.utils import groups
+
+    form = groups._create_zero_param_parallel_group
+
+    def form_once(size: int) -> None:
+        if groups._ZERO_PARAM_INTRA_PARALLEL_GROUP is None:
+            form(size)
+
+    groups._create_zero_param_parallel_group = form_once
+    return sent_bytes(values)
+
+
 def train_without_saving(values: dict[str, Any]) -> TrainState:
     """Trains; a snapshot for a checkpoint is an error."""
 
