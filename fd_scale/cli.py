@@ -196,11 +196,12 @@ def _add_tools(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
 
 def _add_bench(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     bench = _add_verb(
-        verbs, "bench", "measurements: step, kernels, giant",
-        "Measures the training step, the kernels, or whole steps of SwinV2-G on a GPU.",
+        verbs, "bench", "measurements: step, kernels, giant, scale",
+        "Measures the training step, the kernels, whole steps of SwinV2-G on a GPU, or a recipe's on many.",
         "  fd-scale bench step --json step.json\n"
         "  fd-scale bench kernels --match swin_g_w12\n"
-        "  fd-scale bench giant --match '^G'",
+        "  fd-scale bench giant --match '^G'\n"
+        "  torchrun --nproc-per-node 8 -m fd_scale bench scale imagenet/swin_v2_giant",
     )  # fmt: skip
     subjects = bench.add_subparsers(metavar="WHAT", required=True)
 
@@ -250,6 +251,43 @@ def _add_bench(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
     )
     giant.add_argument("--report", action="store_true", help="measure nothing; print the newest file's table")
     giant.set_defaults(run=_bench_giant)
+    _add_bench_scale(subjects)
+
+
+def _add_bench_scale(subjects: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    scale = _add_verb(
+        subjects, "scale", "a recipe's step on more and more of the ranks of one job, beside `plan --scaling`",
+        "Run under torchrun on all nodes of a job: measures whole steps on the first rank or node, on twice as many,\n"
+        "and so on, each in processes of its own while the other ranks wait; images are noise, weights random. Each\n"
+        "size is recorded at once; a second call goes on where the first one stopped. Predicted stands beside measured.",
+        "  srun torchrun --nnodes 8 --nproc-per-node 8 ... -m fd_scale bench scale imagenet/swin_v2_giant\n"
+        "  torchrun --nproc-per-node 2 -m fd_scale bench scale digits/distill\n"
+        "  fd-scale bench scale digits/distill --report",
+    )  # fmt: skip
+    _add_recipe(scale)
+    scale.add_argument(
+        "--sizes",
+        metavar="N,N,...",
+        help="numbers of ranks (default: a rank or a node, twice as many, up to all)",
+    )
+    scale.add_argument(
+        "--weak",
+        action="store_true",
+        help="the recipe's micro-batch on each rank, not its global batch on all",
+    )
+    scale.add_argument("--steps", type=int, default=10, help="measured steps of each size (default: 10)")
+    scale.add_argument(
+        "--out", metavar="DIR", default="runs/bench_scale", help="JSON files (default: runs/bench_scale)"
+    )
+    scale.add_argument(
+        "--assume",
+        metavar="NAME=VALUE",
+        action="append",
+        default=[],
+        help="as of `plan --scaling`; may be repeated",
+    )
+    scale.add_argument("--report", action="store_true", help="measure nothing; print the newest file's table")
+    scale.set_defaults(run=_bench_scale)
 
 
 def _add_weights_tools(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -447,6 +485,17 @@ def _bench_giant(options: argparse.Namespace) -> None:
     from fd_scale.benchmarks import bench_giant
 
     bench_giant(Path(options.out), options.match, options.minutes, report=options.report)
+
+
+def _bench_scale(options: argparse.Namespace) -> None:
+    from fd_scale.benchmarks.scale import Job, bench_scale
+    from fd_scale.plan.scaling import Assumptions
+
+    job = Job(
+        recipe=options.recipe, overrides=tuple(options.overrides), weak=options.weak, num_steps=options.steps
+    )
+    assumed = Assumptions.given(options.assume)
+    bench_scale(job, Path(options.out), options.sizes, assumed, report=options.report)
 
 
 def _demo(options: argparse.Namespace) -> None:

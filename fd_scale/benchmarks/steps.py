@@ -161,7 +161,9 @@ def _now(world: World) -> float:
 def main(file: str, name: str, way: str, num_steps: int, settings: list[str]) -> int:
     """Measures a cell, a recipe's; what goes wrong is written in the place of the measurement."""
     with tempfile.TemporaryDirectory() as folder:
-        recipe = load_recipe(name, [*settings, f"run_dir={folder}/run"])
+        run_dir = Path(folder) / "run"
+        run_dir.mkdir()  # each rank its own, since nodes may share no disk
+        recipe = load_recipe(name, [*settings, f"run_dir={run_dir}"])
         world = distributed.start(recipe.train.device, recipe.train.timeout_s)
         log.set_up(world.rank)
         found: dict[str, Any]
