@@ -259,7 +259,7 @@ def _add_bench_scale(subjects: argparse._SubParsersAction[argparse.ArgumentParse
         subjects, "scale", "a recipe's step on more and more of the ranks of one job, beside `plan --scaling`",
         "Run under torchrun on all nodes of a job: measures whole steps on the first rank or node, on twice as many,\n"
         "and so on, each in processes of its own while the other ranks wait; images are noise, weights random. Each\n"
-        "size is recorded at once; a second call goes on where the first one stopped. Predicted stands beside measured.",
+        "size is recorded at once; a second call goes on where the first one stopped. Predictions stand beside them.",
         "  srun torchrun --nnodes 8 --nproc-per-node 8 ... -m fd_scale bench scale imagenet/swin_v2_giant\n"
         "  torchrun --nproc-per-node 2 -m fd_scale bench scale digits/distill\n"
         "  fd-scale bench scale digits/distill --report",
