@@ -64,12 +64,13 @@ def reach(found: Scaling) -> list[str]:
 def assumptions(found: Scaling) -> list[str]:
     """What stands behind the numbers."""
     gpu, first = found.gpu, found.curves[0].points[0]
+    layered = f"{HIERARCHICAL}: ZeRO-3 within a node, a replica in each; planned, not run by this version"
     return [
         "step s = the larger of (compute + exposed + waits) and input, and saves; exposed: of links and hops, what "
         f"hides behind nothing; waits: for the slowest GPU; share: images/s a GPU over those on {first.num_gpus}",
         f"rates: {gpu.peak_flops / 1e12:.0f} TFLOP/s dense bf16, NVLink {gpu.nvlink / 1e9:.0f} GB/s, InfiniBand "
         f"{gpu.infiniband / 1e9:.0f} GB/s a GPU, one direction (NVIDIA's datasheets), {GPUS_PER_NODE} GPUs a node",
-        f"{HIERARCHICAL}: ZeRO-3 within a node, a replica in each; planned, not run by this version",
+        *[layered] * any(curve.stage == HIERARCHICAL for curve in found.curves),
         *found.assumed.lines(),
     ]
 
