@@ -70,9 +70,13 @@ def test_what_needs_no_measurement(recipe_file: str, tmp_path: Path) -> None:
     assert other.rows(records) == Job(recipe=recipe_file, weak=True).rows(records) == job.rows(None) == []
 
 
-def test_predicted_beside_measured(recipe_file: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_predicted_beside_measured(
+    recipe_file: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The fewest ranks say how quickly they compute; the rest follows, and nothing waits for input or checkpoints."""
     job = Job(recipe=recipe_file)
+    counts = scale_report.count(load_recipe(recipe_file, job.settings(1)))
+    monkeypatch.setattr(scale_report, "count", lambda recipe: counts)
     measured = [record(job, 1, 10_000.0, sent_bytes=0.0), record(job, 2, 8_000.0, sent_bytes=151_200.0)]
     assumed = Assumptions(jitter=0, launch_us=0, overlap=0)
     points, found = scale_report.predictions(measured, assumed)
@@ -120,9 +124,10 @@ def test_wrong_options(
     assert sentence in capsys.readouterr().err
 
 
-def test_other_tasks_are_refused(recipe_values: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+def test_other_tasks_are_refused(
+    recipe_values: Callable[..., dict[str, Any]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     OmegaConf.save(OmegaConf.create(recipe_values("contrastive")), tmp_path / "other.yaml")
     with pytest.raises(SystemExit):
-        cli.main(
-            ["bench", "scale", str(tmp_path / "other.yaml"), "--report", "--out", str(tmp_path / "none")]
-        )
+        cli.main(["bench", "scale", str(tmp_path / "other.yaml"), "--report"])
+    assert "is contrastive, expected distill" in capsys.readouterr().err
