@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import signal
 import socket
@@ -36,7 +37,6 @@ SIZE_TIMEOUT_S = 900.0
 POLL_S = 0.5
 LAST_WORDS = 30
 """Lines of a rank that failed, as they are shown."""
-STOPPED = "stopped, as another rank had failed"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -166,7 +166,7 @@ def _opened(out: Path) -> tuple[Environment, Records]:
 
 
 def _measured(job: Job, size: int, world: World) -> dict[str, Any]:
-    """Runs a size on the first ranks; returns fields of a `Record` on the main rank, nothing elsewhere."""
+    """Runs a size on the first ranks; returns fields of a `Record`, on the main rank those that count."""
     port = world.from_main(_free_port())
     with tempfile.TemporaryDirectory() as folder, open(f"{folder}/words", "w+", encoding="utf-8") as words:
         result = Path(folder) / "result.json"
@@ -180,22 +180,20 @@ def _measured(job: Job, size: int, world: World) -> dict[str, Any]:
             if child is not None:
                 child.kill()  # nothing where it has ended
                 child.wait()
-        found = (
-            {}
-            if child is None
-            else _read(result) or {"error": ended or f"ended with code {child.returncode}"}
-        )
+        found: dict[str, Any] = {}
+        if child is not None:
+            found = _read(result) or {"error": ended or f"ended with code {child.returncode}"}
         words.seek(0)
         last = words.readlines()[-LAST_WORDS:] if "error" in found else []
-    everyone = world.gather((found, last))
-    if not world.is_main:
-        return {}
-    # Ranks that waited for one that failed have nothing to say but that.
-    wrong = [(rank, each, said) for rank, (each, said) in enumerate(everyone) if "error" in each]
-    for rank, each, said in sorted(wrong, key=lambda one: one[1]["error"] == STOPPED)[:1]:
-        logger.error("%s: rank %d: %s; its last words:", job.cell(size), rank, each["error"])
+        # A rank that was killed is why others failed; one that was stopped is not; of the rest, the first.
+        when = result.stat().st_mtime if result.exists() else math.inf if ended else 0.0
+    everyone = world.gather((when, found.get("error"), last))
+    wrong = [(when, rank, error, said) for rank, (when, error, said) in enumerate(everyone) if error]
+    if world.is_main and wrong:
+        _, rank, error, said = min(wrong)
+        logger.error("%s: rank %d: %s; its last words:", job.cell(size), rank, error)
         sys.stderr.writelines(said)
-        return {"error": f"rank {rank}: {each['error']}"}
+        return {"error": f"rank {rank}: {error}"}
     return found
 
 
@@ -214,7 +212,11 @@ def _awaited(child: subprocess.Popen[bytes] | None, result: Path, world: World) 
         time.sleep(POLL_S)
     if not running:
         return None
-    return STOPPED if num_failed else f"time-out: not done after {SIZE_TIMEOUT_S:g} s"
+    return (
+        "stopped, as another rank had failed"
+        if num_failed
+        else f"time-out: not done after {SIZE_TIMEOUT_S:g} s"
+    )
 
 
 def _environment(size: int, port: int) -> dict[str, str]:
