@@ -45,7 +45,7 @@ class Traffic:
     passes: int
     """Collectives before the optimizer step; an all-reduce counts as two, as it goes around a ring twice."""
     settling_passes: int
-    """Those behind it."""
+    """Those behind it; at stage 3 one for each of the small parameters that stay whole."""
 
 
 @dataclass(frozen=True)
@@ -264,7 +264,7 @@ class _Moved:
     gather_bucket: float
     """Most that go at once."""
     reduce_bucket: float
-    settling_bucket: float
+    settling_passes: int
 
     def passes(self, rounds: int) -> int:
         """Collectives before the optimizer step, in which gathers and reductions come `rounds` times."""
@@ -276,19 +276,20 @@ def _moved(parameters: Sequence[int], stage: str, accumulation: int, zero: dict[
     total = sum(parameters)
     reduce_bucket = float(zero.get("reduce_bucket_size", _BUCKET))
     if stage in ("3", HIERARCHICAL):
-        moving = total - persistent_parameters(parameters, zero)
+        whole = persistent_parameters(parameters, zero)
+        moving = total - sum(whole)
         kept = min(moving, float(zero.get("stage3_max_reuse_distance", _REUSE_DISTANCE)) / 2)
         prefetched = float(zero.get("stage3_prefetch_bucket_size", _PREFETCH_BUCKET))
         return _Moved(
-            accumulation * (2 * moving - kept), accumulation * total, total - moving,
-            prefetched, reduce_bucket, max(total, 1),
+            accumulation * (2 * moving - kept), accumulation * total, sum(whole), prefetched, reduce_bucket, len(whole),
         )  # fmt: skip
     reduced = total * (accumulation if stage == "2" else 1)
     # Stages 1 and 2 reduce a bucket that lies on several ranks for all of them: an all-reduce.
     all_reduced = stage == "0" or zero.get("use_multi_rank_bucket_allreduce", True)
+    settling = 0 if stage == "0" else total
     return _Moved(
-        reduced if all_reduced else 0, reduced, 0 if stage == "0" else total,
-        reduce_bucket, reduce_bucket, float(zero.get("allgather_bucket_size", _BUCKET)),
+        reduced if all_reduced else 0, reduced, settling, reduce_bucket, reduce_bucket,
+        math.ceil(settling / float(zero.get("allgather_bucket_size", _BUCKET))),
     )  # fmt: skip
 
 
@@ -354,7 +355,7 @@ def traffic(
         settling=size * moved.settling / whole,
         behind=_behind(stage, zero),
         passes=moved.passes(1 if stage in ("0", "1") else accumulation) + teacher_passes,
-        settling_passes=math.ceil(moved.settling / moved.settling_bucket),
+        settling_passes=moved.settling_passes,
     )  # fmt: skip
 
 

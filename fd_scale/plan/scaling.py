@@ -26,7 +26,7 @@ LARGEST = 4096
 
 
 _POSITIVE = ("utilisation", "link_efficiency", "worker_images_per_s", "host_copy_gb_per_s", "disk_gb_per_s")
-_SHARES = ("utilisation", "link_efficiency", "overlap", "tree")
+_SHARES = ("utilisation", "link_efficiency", "overlap", "small", "tree")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,6 +50,9 @@ class Assumptions:
     """Microseconds from a GPU to the next in its node. Source: as above, hwLat, NVLink, ring, Simple."""
     network_hop_us: float = 14.0
     """Microseconds from a node to the next. Source: as above, hwLat, network, ring and tree, Simple."""
+    small: float = 0.2
+    """Share of the hops' time that a collective of few bytes takes (a parameter that ZeRO-3 leaves whole). Source: as
+    above, ring, LL: 0.6 and 2.7 us."""
     tree: float = 0.0
     """1: collectives between nodes take log2(nodes) hops; 0: a ring, nodes - 1, as NCCL gathers and reduce-scatters."""
     jitter: float = 0.02
@@ -353,13 +356,15 @@ def _latency(choice: Choice, num_gpus: int, assumed: Assumptions) -> tuple[float
     rings = 1 if assumed.tree else nodes  # a tree of nodes, a chain in each; or one ring through all
     within = assumed.nvlink_hop_us * (num_gpus - nodes) / nodes
     between = assumed.network_hop_us * (math.ceil(math.log2(nodes)) if assumed.tree else nodes - 1)
+    far = 0.0
     if choice.stage == HIERARCHICAL:
         # Gathers stay in a node; two passes between nodes all-reduce the shards' gradients, a bucket each.
-        own = assumed.start_us + within
         far = 2 * (assumed.start_us + between) if nodes > 1 else 0.0
-        return 1e-6 * (sent.passes * own + far), 1e-6 * sent.settling_passes * own
-    one = 1e-6 * (assumed.start_us + within * rings + between)
-    return sent.passes * one, sent.settling_passes * one
+        rings, between = 1, 0.0
+    hops = within * rings + between
+    share = assumed.small if choice.stage in ("3", HIERARCHICAL) else 1.0
+    during = sent.passes * (assumed.start_us + hops) + far
+    return 1e-6 * during, 1e-6 * sent.settling_passes * (assumed.start_us + share * hops)
 
 
 def _checkpoint(planned: Plan, point: Point, assumed: Assumptions) -> float:

@@ -90,6 +90,21 @@ def test_what_ranks_send_is_what_was_predicted(
     assert all(rank == found[0] for rank in found)
 
 
+def test_how_many_collectives_there_are(recipe_values: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+    """Small buckets, and small parameters that stay whole: most of a model's, and each has a gather of its own."""
+    zero = {"stage": 3, "stage3_param_persistence_threshold": 600, "stage3_prefetch_bucket_size": 6000}
+    values = sending(recipe_values, tmp_path, zero, 2, 1)
+    recipe = build_recipe(values)
+    [point] = scaling("small", recipe, GPUS["h100"], [2], counts=counted(recipe)).curves[0].points
+    sent = point.choice.traffic
+    assert sent.settling_passes == sum(count <= 600 for count in counted(recipe).parameters) > 20
+    [(gathers, others), _] = run_ranks(cases.collectives, 2, values)
+    # A gather brings a bucket at least, and a block at once.
+    assert 0 < gathers - sent.settling_passes <= sent.passes - 1
+    assert gathers - sent.settling_passes >= (sent.passes - 1) / 2
+    assert others == 1 + 2, "a bucket of gradients; whether they are finite, and their norm"
+
+
 def test_what_hpz_would_send(recipe_values: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
     """DeepSpeed's own way to gather within a node: of two gathers a micro-batch, the one for the backward pass.
 

@@ -85,6 +85,8 @@ def test_predicted_beside_measured(
     noisy, _ = scale_report.predictions(measured, Assumptions())
     assert noisy[0].training_s == pytest.approx(10)
     assert 5 < noisy[1].training_s < 5.1
+    late, _ = scale_report.predictions(measured[1:], Assumptions(jitter=0.1, overlap=1))
+    assert late[0].training_s == pytest.approx(8, rel=1e-3)
     assert found.jitter == 0
     assert found.utilisation < 1e-3
     failed = record(job, 4, error="rank 3: out of memory")

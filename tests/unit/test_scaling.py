@@ -137,7 +137,7 @@ def test_passes_by_hand() -> None:
     assert passes("2", 4) == (16, 2)
     assert passes("3", 4) == passes("hierarchical", 4) == (4 * (20 + 20 + 2), 0)
     assert passes("3", 1, stage3_prefetch_bucket_size=500 * M) == (2 + 2 + 2, 0)
-    assert passes("3", 1, (*COUNTS.parameters, 1000)) == (40 + 3, 1)
+    assert passes("3", 1, (*COUNTS.parameters, 1000, 1000)) == (40 + 3, 2), "small ones travel one by one"
 
 
 def test_hops_by_hand(planned: Callable[..., Plan]) -> None:
@@ -151,6 +151,12 @@ def test_hops_by_hand(planned: Callable[..., Plan]) -> None:
     # ZeRO-3, one micro-batch: 42 passes in a node, and 2 between nodes.
     layered = predict(planned(3, 64), hops, "hierarchical")
     assert layered.latency_s == pytest.approx((42 * (1000 + 7 * 10) + 2 * (1000 + 7 * 100)) * 1e-6)
+    settled = planned(3, 64, replace(COUNTS, parameters=(*COUNTS.parameters, 1000, 1000)))
+    flat = predict(settled, replace(hops, small=0.5)).latency_s
+    # 43 passes, since the buckets of gradients are three then.
+    assert flat == pytest.approx((43 * (1000 + 1260) + 2 * (1000 + 630)) * 1e-6)
+    layered = predict(settled, replace(hops, small=0.5), "hierarchical")
+    assert layered.latency_s == pytest.approx((43 * 1070 + 2 * 1700 + 2 * 1035) * 1e-6)
     assert predict(planned(3, 8), hops, "hierarchical").latency_s == predict(planned(3, 8), hops).latency_s
 
 
