@@ -15,7 +15,7 @@ from rich.table import Table
 from yaml import YAMLError
 
 from fd_scale import __version__
-from fd_scale.config import ModelConfig, describe_keys, load_recipe, packaged_recipes
+from fd_scale.config import ModelConfig, Recipe, describe_keys, load_recipe, packaged_recipes
 from fd_scale.errors import UserError
 from fd_scale.hardware import GPUS, find_gpu
 
@@ -145,8 +145,10 @@ def _add_plan(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
         verbs, "plan", "memory a GPU, step time and cost, before a job is queued",
         "Counts a recipe's FLOPs and activations on the models' shapes (no GPU, no weights), predicts what a GPU\n"
         "holds at each ZeRO stage and checkpointing policy, and names the quickest that fits. With --measure it takes\n"
-        "a few steps on this machine and prints predicted beside measured.",
+        "a few steps on this machine and prints predicted beside measured. With --scaling it models the step on more\n"
+        "and more GPUs, and says what bounds it.",
         "  fd-scale plan imagenet/swin_v2_giant --gpus 64 --gpu h100 --images 1281167 --plot plan.png\n"
+        "  fd-scale plan imagenet/swin_v2_giant --scaling 8..4096 --gpu h100 --assume jitter=0.05\n"
         "  torchrun --nproc-per-node 2 -m fd_scale plan digits/distill --measure train.ds_config=zero3",
     )  # fmt: skip
     _add_recipe(plan)
@@ -160,8 +162,21 @@ def _add_plan(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
     plan.add_argument(
         "--measure", action="store_true", help="take a few steps on this machine, on the ranks that are"
     )
+    plan.add_argument(
+        "--scaling",
+        metavar="FIRST..LAST",
+        help="step time on FIRST GPUs, twice as many, and so on, as 8..4096",
+    )
+    plan.add_argument(
+        "--assume", metavar="NAME=VALUE", action="append", default=None,
+        help="with --scaling: another value of an assumption, of those that it prints; may be repeated",
+    )  # fmt: skip
     plan.add_argument("--json", metavar="FILE", help="write all numbers there too")
-    plan.add_argument("--plot", metavar="FILE", help="write a PNG: memory of each stage and policy")
+    plan.add_argument(
+        "--plot",
+        metavar="FILE",
+        help="write a PNG: memory of each stage and policy, or the curves of --scaling",
+    )
     plan.set_defaults(run=_plan)
 
 
@@ -200,11 +215,12 @@ def _add_tools(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
 
 def _add_bench(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     bench = _add_verb(
-        verbs, "bench", "measurements: step, kernels, giant",
-        "Measures the training step, the kernels, or whole steps of SwinV2-G on a GPU.",
+        verbs, "bench", "measurements: step, kernels, giant, scale",
+        "Measures the training step, the kernels, whole steps of SwinV2-G on a GPU, or a recipe's on many.",
         "  fd-scale bench step --json step.json\n"
         "  fd-scale bench kernels --match swin_g_w12\n"
-        "  fd-scale bench giant --match '^G'",
+        "  fd-scale bench giant --match '^G'\n"
+        "  torchrun --nproc-per-node 8 -m fd_scale bench scale imagenet/swin_v2_giant",
     )  # fmt: skip
     subjects = bench.add_subparsers(metavar="WHAT", required=True)
 
@@ -254,6 +270,43 @@ def _add_bench(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
     )
     giant.add_argument("--report", action="store_true", help="measure nothing; print the newest file's table")
     giant.set_defaults(run=_bench_giant)
+    _add_bench_scale(subjects)
+
+
+def _add_bench_scale(subjects: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    scale = _add_verb(
+        subjects, "scale", "a recipe's step on more and more of the ranks of one job, beside `plan --scaling`",
+        "Run under torchrun on all nodes of a job: measures whole steps on the first rank or node, on twice as many,\n"
+        "and so on, each in processes of its own while the other ranks wait; images are noise, weights random. Each\n"
+        "size is recorded at once; a second call goes on where the first one stopped. Predictions stand beside them.",
+        "  srun torchrun --nnodes 8 --nproc-per-node 8 ... -m fd_scale bench scale imagenet/swin_v2_giant\n"
+        "  torchrun --nproc-per-node 2 -m fd_scale bench scale digits/distill\n"
+        "  fd-scale bench scale digits/distill --report",
+    )  # fmt: skip
+    _add_recipe(scale)
+    scale.add_argument(
+        "--sizes",
+        metavar="N,N,...",
+        help="numbers of ranks (default: a rank or a node, twice as many, up to all)",
+    )
+    scale.add_argument(
+        "--weak",
+        action="store_true",
+        help="the recipe's micro-batch on each rank, not its global batch on all",
+    )
+    scale.add_argument("--steps", type=int, default=10, help="measured steps of each size (default: 10)")
+    scale.add_argument(
+        "--out", metavar="DIR", default="runs/bench_scale", help="JSON files (default: runs/bench_scale)"
+    )
+    scale.add_argument(
+        "--assume",
+        metavar="NAME=VALUE",
+        action="append",
+        default=[],
+        help="as of `plan --scaling`; may be repeated",
+    )
+    scale.add_argument("--report", action="store_true", help="measure nothing; print the newest file's table")
+    scale.set_defaults(run=_bench_scale)
 
 
 def _add_weights_tools(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -341,9 +394,9 @@ def _check(options: argparse.Namespace) -> None:
 def _plan(options: argparse.Namespace) -> None:
     recipe = load_recipe(options.recipe, options.overrides)
     if options.measure:
-        planned = ("gpus", "gpu", "images", "json", "plot")
-        if given := [f"--{name}" for name in planned if getattr(options, name) is not None]:
-            raise UserError(f"plan: --measure prints what this machine holds; remove {', '.join(given)}")
+        _refuse(
+            options, "--measure prints what this machine holds", "gpus gpu images scaling assume json plot"
+        )
         from fd_scale import api
         from fd_scale.plan.measure import measured_table
 
@@ -351,6 +404,10 @@ def _plan(options: argparse.Namespace) -> None:
         if os.environ.get("RANK", "0") == "0":
             Console().print(measured_table(predicted, measured))
         return
+    if options.scaling is not None:
+        _scaling(options, recipe)
+        return
+    _refuse(options, "without --scaling nothing is assumed that can be set", "assume")
     if options.gpus is None or options.gpu is None:
         raise UserError(
             f"plan: --gpus N and --gpu NAME say for what to plan (one of {', '.join(GPUS)}), or --measure"
@@ -361,11 +418,37 @@ def _plan(options: argparse.Namespace) -> None:
     from fd_scale.plan import plan, plot, show, to_json, write_json
 
     found = plan(options.recipe, recipe, gpu, options.gpus, images=options.images)
-    show(found, Console(width=None if sys.stdout.isatty() else 150))  # a log file has no width of its own
+    show(found, _console())
     if options.json is not None:
         write_json(to_json(found), options.json)
     if options.plot is not None:
         plot(found, options.plot)
+
+
+def _scaling(options: argparse.Namespace, recipe: Recipe) -> None:
+    _refuse(options, "--scaling has numbers of GPUs, and no end of a run", "gpus images")
+    if options.gpu is None:
+        raise UserError(f"plan: --gpu NAME says on what to scale, one of {', '.join(GPUS)}")
+    gpu = find_gpu(options.gpu)
+    from fd_scale.plan import scaling, scaling_report, write_json
+
+    sizes, assumed = scaling.parse_sizes(options.scaling), scaling.Assumptions.given(options.assume or [])
+    found = scaling.scaling(options.recipe, recipe, gpu, sizes, assumed)
+    scaling_report.show(found, _console())
+    if options.json is not None:
+        write_json(scaling_report.to_json(found), options.json)
+    if options.plot is not None:
+        scaling_report.plot(found, options.plot)
+
+
+def _refuse(options: argparse.Namespace, reason: str, names: str) -> None:
+    """Raises where an option of `names` is given."""
+    if given := [f"--{name}" for name in names.split() if getattr(options, name) is not None]:
+        raise UserError(f"plan: {reason}; remove {', '.join(given)}")
+
+
+def _console() -> Console:
+    return Console(width=None if sys.stdout.isatty() else 150)  # a log file has no width of its own
 
 
 def _fetch(options: argparse.Namespace) -> None:
@@ -427,6 +510,17 @@ def _bench_giant(options: argparse.Namespace) -> None:
     from fd_scale.benchmarks import bench_giant
 
     bench_giant(Path(options.out), options.match, options.minutes, report=options.report)
+
+
+def _bench_scale(options: argparse.Namespace) -> None:
+    from fd_scale.benchmarks.scale import Job, bench_scale
+    from fd_scale.plan.scaling import Assumptions
+
+    job = Job(
+        recipe=options.recipe, overrides=tuple(options.overrides), weak=options.weak, num_steps=options.steps
+    )
+    assumed = Assumptions.given(options.assume)
+    bench_scale(job, Path(options.out), options.sizes, assumed, report=options.report)
 
 
 def _demo(options: argparse.Namespace) -> None:

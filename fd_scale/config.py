@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import re
+import sys
 from dataclasses import MISSING, dataclass, field, fields
 from importlib import resources
 from math import inf
@@ -605,21 +606,25 @@ def to_dict(recipe: Recipe) -> dict[str, Any]:
 
 def describe_keys() -> list[tuple[str, str, str]]:
     """Returns (key, default, meaning) of every setting, from the field docstrings above."""
-    source = Path(__file__).read_text(encoding="utf-8")
+    return [
+        (f"{section}.{name}".lstrip("."), default, meaning)
+        for section, cls in _SECTIONS.items()
+        for name, default, meaning in describe_fields(cls)
+    ]
+
+
+def describe_fields(cls: type) -> list[tuple[str, str, str]]:
+    """Returns (name, default, meaning) of each field of a dataclass that has a docstring under it."""
+    source = Path(str(sys.modules[cls.__module__].__file__)).read_text(encoding="utf-8")
+    body = source.split(f"class {cls.__name__}:")[1].split("\n\n\n")[0]
     rows = []
-    for section, cls in _SECTIONS.items():
-        body = source.split(f"class {cls.__name__}:")[1].split("\n\n\n")[0]
-        for item in fields(cls):
-            match = re.search(rf'^    {item.name}: .*\n    """((?:.|\n)*?)"""', body, re.MULTILINE)
-            if match is None:
-                continue  # a section of its own
-            default = (
-                "required"
-                if item.default is MISSING and item.default_factory is MISSING
-                else str(item.default)
-            )
-            key = f"{section}.{item.name}".lstrip(".")
-            rows.append((key, default if "MISSING" not in default else "{}", " ".join(match[1].split())))
+    for item in fields(cls):
+        match = re.search(rf'^    {item.name}: .*\n    """((?:.|\n)*?)"""', body, re.MULTILINE)
+        if match is None:
+            continue  # a section of its own
+        required = item.default is MISSING and item.default_factory is MISSING
+        default = "required" if required else str(item.default)
+        rows.append((item.name, default if "MISSING" not in default else "{}", " ".join(match[1].split())))
     return rows
 
 

@@ -9,13 +9,14 @@ from dataclasses import dataclass
 
 RECIPE = "imagenet/swin_v2_giant"
 
-# Random weights, an epoch that is not read from disk, one teacher that is whole: there is one GPU. A run's learning
-# rate without its warm-up might end in steps that are skipped, and those cost less.
-_ONE_GPU = (
+STEPS_ALONE = (
     "data.evaluation=null", "data.num_workers=0", "optim.lr=1e-5", "optim.warmup_lr=0", "optim.min_lr=0",
     "optim.warmup_epochs=0", "train.epochs=null", "train.steps=1000", "log.images_every_steps=0",
-    "distill.teachers.0.model.weights=null", "distill.teachers.0.partitioned=false",
 )  # fmt: skip
+"""Settings of steps that are measured. A run's learning rate without its warm-up might end in steps that are skipped,
+and those cost less."""
+# Random weights, and one teacher that is whole: there is one GPU.
+_ONE_GPU = (*STEPS_ALONE, "distill.teachers.0.model.weights=null", "distill.teachers.0.partitioned=false")
 
 
 def _size(name: str) -> tuple[str, ...]:

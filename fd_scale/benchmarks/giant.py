@@ -114,7 +114,7 @@ def _measured(cell: Cell, device: str, planner: _Planner) -> Record:
     environment = Environment.here()
     with tempfile.TemporaryDirectory() as folder, open(f"{folder}/words", "w+", encoding="utf-8") as words:
         result = Path(folder) / "result.json"
-        command = [str(result), cell.way, str(NUM_STEPS), *settings]
+        command = [str(result), RECIPE, cell.way, str(NUM_STEPS), *settings]
         child = subprocess.Popen([*PROGRAM, *command], stdout=words, stderr=words)
         began = time.monotonic()
         try:

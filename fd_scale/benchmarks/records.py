@@ -73,6 +73,9 @@ class Record:
     """Most that torch had taken from the driver."""
     plan_gib: float | None = None
     """What `fd-scale plan` predicts for `peak_gib`; none for a peer."""
+    num_ranks: int = 1
+    sent_bytes: float | None = None
+    """Bytes that rank 0 sent a step, taken as rings; a peer's are not counted."""
     phases_s: dict[str, float] = field(default_factory=dict)
     """Seconds of a step in each phase, the mean; a peer's are not taken."""
     build_s: float | None = None
@@ -110,7 +113,7 @@ class Records:
             found = [Record(**item | {"environment": Environment(**item["environment"])}) for item in items]
         except (ValueError, TypeError, KeyError) as error:
             raise UserError(
-                f"{path} is no file of `bench giant` ({error}); name another folder with --out"
+                f"{path} is no file of `bench giant` or `bench scale` ({error}); name another folder with --out"
             ) from None
         return cls(path, {record.cell: record for record in found})
 

@@ -1,6 +1,6 @@
 """One cell in a process of its own: it builds, warms up, measures, and writes what it found as JSON.
 
-python -m fd_scale.benchmarks.steps FILE WAY STEPS key=value ...
+python -m fd_scale.benchmarks.steps FILE RECIPE WAY STEPS key=value ...
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from PIL import Image
 
 from fd_scale import api, distributed, log
 from fd_scale.bench import Bare, BareLoop
-from fd_scale.benchmarks.cells import FSDP2, PEERS, RECIPE, TIMM_COMPILED
+from fd_scale.benchmarks.cells import FSDP2, PEERS, TIMM_COMPILED
 from fd_scale.benchmarks.peers import TimmPair, shard_and_compile
 from fd_scale.checkpoint import write_atomically
 from fd_scale.config import Recipe, load_recipe
@@ -39,6 +39,8 @@ NUM_BATCHES = 2
 Step = Callable[[list[Batch]], None]
 Phases = Callable[[], dict[str, float]]
 """Seconds in each phase since the last call."""
+Sent = Callable[[], float]
+"""Bytes that this rank has sent so far."""
 
 
 class Noise:
@@ -70,12 +72,13 @@ def measured(recipe: Recipe, way: str, num_steps: int, world: World) -> dict[str
     """
     batches = _batches(recipe, world)
     began = _now(world)
-    step, phases = _peer(recipe, way, world) if way in PEERS else _ours(recipe, world)
+    step, phases, sent = _peer(recipe, way, world) if way in PEERS else _ours(recipe, world)
     built = _now(world)
-    times = []
+    times, sent_before = [], 0.0
     for index in range(WARM_UP_STEPS + num_steps):
         if index == WARM_UP_STEPS:
             phases()
+            sent_before = sent()
             if world.device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats(world.device)
         start = _now(world)
@@ -87,10 +90,11 @@ def measured(recipe: Recipe, way: str, num_steps: int, world: World) -> dict[str
         "num_steps": num_steps, "median_ms": 1e3 * median, "p10_ms": 1e3 * p10, "p90_ms": 1e3 * p90,
         "images_per_s": recipe.train.global_batch / median, "build_s": built - began, "first_step_s": times[0],
         "phases_s": {name: seconds / num_steps for name, seconds in phases().items()},
+        "sent_bytes": None if way in PEERS else (sent() - sent_before) / num_steps,
     } | _memory(world)  # fmt: skip
 
 
-def _ours(recipe: Recipe, world: World) -> tuple[Step, Phases]:
+def _ours(recipe: Recipe, world: World) -> tuple[Step, Phases, Sent]:
     """The trainer's own step: teacher, loss, engine, agreement between ranks."""
     trainer = api.build_trainer(
         recipe, world, source=Noise(), must_fit=False, initialise_on=world.device
@@ -103,10 +107,10 @@ def _ours(recipe: Recipe, world: World) -> tuple[Step, Phases]:
         if trainer.engine.skipped:
             raise RuntimeError("a step was skipped: a gradient is not finite")
 
-    return step, trainer.phases.read
+    return step, trainer.phases.read, lambda: trainer.engine.sent_bytes
 
 
-def _peer(recipe: Recipe, way: str, world: World) -> tuple[Step, Phases]:
+def _peer(recipe: Recipe, way: str, world: World) -> tuple[Step, Phases, Sent]:
     task: Bare
     if way == FSDP2:
         choose_kernels(recipe.train.kernels, world.device)
@@ -119,7 +123,7 @@ def _peer(recipe: Recipe, way: str, world: World) -> tuple[Step, Phases]:
     else:
         task = TimmPair(recipe, world.device, compiled=way == TIMM_COMPILED)
     # FSDP2 casts by itself.
-    return BareLoop(task, recipe, world, autocast=way != FSDP2).take_step, dict
+    return BareLoop(task, recipe, world, autocast=way != FSDP2).take_step, dict, float
 
 
 def _batches(recipe: Recipe, world: World) -> list[list[Batch]]:
@@ -154,10 +158,12 @@ def _now(world: World) -> float:
     return time.perf_counter()
 
 
-def main(file: str, way: str, num_steps: int, settings: list[str]) -> int:
-    """Measures a cell; what goes wrong is written in the place of the measurement."""
+def main(file: str, name: str, way: str, num_steps: int, settings: list[str]) -> int:
+    """Measures a cell, a recipe's; what goes wrong is written in the place of the measurement."""
     with tempfile.TemporaryDirectory() as folder:
-        recipe = load_recipe(RECIPE, [*settings, f"run_dir={folder}/run"])
+        run_dir = Path(folder) / "run"
+        run_dir.mkdir()  # each rank its own, since nodes may share no disk
+        recipe = load_recipe(name, [*settings, f"run_dir={run_dir}"])
         world = distributed.start(recipe.train.device, recipe.train.timeout_s)
         log.set_up(world.rank)
         found: dict[str, Any]
@@ -172,5 +178,5 @@ def main(file: str, way: str, num_steps: int, settings: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    name, chosen_way, steps, *given = sys.argv[1:]
-    sys.exit(main(name, chosen_way, int(steps), given))
+    to, of, chosen_way, steps, *given = sys.argv[1:]
+    sys.exit(main(to, of, chosen_way, int(steps), given))

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -21,8 +22,10 @@ UTILISATION = 0.4
 """Assumed unless a measured one is given."""
 
 
+# What DeepSpeed takes where its JSON names no other number; in elements.
 _REUSE_DISTANCE = 1e9
-"""DeepSpeed's, where the JSON has none."""
+_PREFETCH_BUCKET = 5e7
+_BUCKET = 5e8
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,14 @@ class Traffic:
     """Gradients, reduce-scattered (an all-reduce is both: it adds to `gathered` too)."""
     seconds: float
     """Over the slower of NVLink and InfiniBand."""
+    settling: float
+    """Share of it that follows the optimizer step, where nothing is left to hide it behind, 0..1."""
+    behind: Literal["step", "backward", "last backward", "nothing"]
+    """Which computation the rest may hide behind; `last`: of the step's micro-batches."""
+    passes: int
+    """Collectives before the optimizer step; an all-reduce counts as two, as it goes around a ring twice."""
+    settling_passes: int
+    """Those behind it; at stage 3 one for each of the small parameters that stay whole."""
 
 
 @dataclass(frozen=True)
@@ -205,8 +216,9 @@ def present_gpu(device: torch.device) -> Gpu:
 
 def _section(stage: str, zero: dict[str, Any]) -> dict[str, Any]:
     """`zero_optimization` of the recipe's JSON where it is of this stage, else that of the shipped one."""
+    stage = "3" if stage == HIERARCHICAL else stage
     if stage != str(ds_config.zero_stage(zero)):
-        zero = ds_config.read(f"zero{3 if stage == HIERARCHICAL else stage}")
+        zero = ds_config.read(f"zero{stage}")
     section: dict[str, Any] = zero.get("zero_optimization", {})
     return {key: value for key, value in section.items() if value != "auto"}
 
@@ -228,8 +240,66 @@ def _choice(
         accumulation=accumulation,
         memory=memory(counts, held, activations, micro_batch),
         compute_seconds=flops / (num_gpus * gpu.peak_flops * utilisation),
-        traffic=traffic(counts.parameters, size, stage, gpu, num_gpus, accumulation, zero),
+        traffic=traffic(
+            counts.parameters,
+            size,
+            stage,
+            gpu,
+            num_gpus,
+            accumulation,
+            zero,
+            counts.partitioned_teacher_bytes,
+        ),
     )
+
+
+@dataclass(frozen=True)
+class _Moved:
+    """Elements that collectives bring to each GPU in a step, before what it has itself is taken off."""
+
+    gathered: float
+    reduced: float
+    settling: float
+    """Parameters that are gathered after the optimizer step."""
+    gather_bucket: float
+    """Most that go at once."""
+    reduce_bucket: float
+    settling_passes: int
+
+    def passes(self, rounds: int) -> int:
+        """Collectives before the optimizer step, in which gathers and reductions come `rounds` times."""
+        gathers = math.ceil(self.gathered / rounds / self.gather_bucket)
+        return rounds * (gathers + math.ceil(self.reduced / rounds / self.reduce_bucket))
+
+
+def _moved(parameters: Sequence[int], stage: str, accumulation: int, zero: dict[str, Any]) -> _Moved:
+    total = sum(parameters)
+    reduce_bucket = float(zero.get("reduce_bucket_size", _BUCKET))
+    if stage in ("3", HIERARCHICAL):
+        whole = persistent_parameters(parameters, zero)
+        moving = total - sum(whole)
+        kept = min(moving, float(zero.get("stage3_max_reuse_distance", _REUSE_DISTANCE)) / 2)
+        prefetched = float(zero.get("stage3_prefetch_bucket_size", _PREFETCH_BUCKET))
+        return _Moved(
+            accumulation * (2 * moving - kept), accumulation * total, sum(whole), prefetched, reduce_bucket, len(whole),
+        )  # fmt: skip
+    reduced = total * (accumulation if stage == "2" else 1)
+    # Stages 1 and 2 reduce a bucket that lies on several ranks for all of them: an all-reduce.
+    all_reduced = stage == "0" or zero.get("use_multi_rank_bucket_allreduce", True)
+    settling = 0 if stage == "0" else total
+    return _Moved(
+        reduced if all_reduced else 0, reduced, settling, reduce_bucket, reduce_bucket,
+        math.ceil(settling / float(zero.get("allgather_bucket_size", _BUCKET))),
+    )  # fmt: skip
+
+
+def _behind(stage: str, zero: dict[str, Any]) -> Literal["step", "backward", "last backward", "nothing"]:
+    in_parts = stage in ("3", HIERARCHICAL)
+    if stage == "0" or not zero.get("overlap_comm", in_parts):
+        return "nothing"
+    if in_parts:
+        return "step"
+    return "backward" if stage == "2" else "last backward"
 
 
 def traffic(
@@ -240,13 +310,15 @@ def traffic(
     num_gpus: int,
     accumulation: int,
     zero: dict[str, Any],
+    teacher_bytes: float = 0,
 ) -> Traffic:
     """What a GPU sends in a step, and the time that it takes.
 
     Stages 0 and 1 reduce gradients once a step, the others once a micro-batch. Stage 3 gathers parameters for the
     forward and for the backward pass of each micro-batch, but does not let go in between of those that are read
     again within `stage3_max_reuse_distance` elements; the others gather them after the step. Recomputation gathers
-    nothing more: DeepSpeed keeps what the backward pass is about to read. Tests count what gloo ranks send.
+    nothing more: DeepSpeed keeps what the backward pass is about to read. A teacher in parts is gathered once a
+    micro-batch, at any stage. Tests count what gloo ranks send.
 
     Args:
         parameters: elements of each trained parameter.
@@ -256,37 +328,35 @@ def traffic(
         num_gpus: GPUs of the job, 8 in a node.
         accumulation: micro-batches a step.
         zero: `zero_optimization` of the DeepSpeed JSON.
+        teacher_bytes: weights of the teachers that are in parts.
 
     Source: volumes: Rajbhandari et al. 2020 (arXiv:1910.02054), section 7; a ring over n moves (n - 1) / n of the
     whole through each member.
     """
-    total = sum(parameters)
-    gathered: float
-    reduced: float
-    if stage in ("3", HIERARCHICAL):
-        moving = total - persistent_parameters(parameters, zero)
-        kept = min(moving, float(zero.get("stage3_max_reuse_distance", _REUSE_DISTANCE)) / 2)
-        gathered = accumulation * (2 * moving - kept) + (total - moving)
-        reduced = accumulation * total
-    else:
-        reduced = total * (accumulation if stage == "2" else 1)
-        gathered = 0.0 if stage == "0" else total
-        # Stages 1 and 2 reduce a bucket that lies on several ranks for all of them: an all-reduce.
-        if stage == "0" or zero.get("use_multi_rank_bucket_allreduce", True):
-            gathered += reduced
-    gathered, reduced = size * gathered, size * reduced
+    moved = _moved(parameters, stage, accumulation, zero)
+    teacher = accumulation * teacher_bytes
+    gathered, reduced = size * (moved.gathered + moved.settling) + teacher, size * moved.reduced
+    whole = gathered + reduced
     in_node = min(num_gpus, GPUS_PER_NODE)
     num_nodes = -(-num_gpus // GPUS_PER_NODE)
     ring = in_node if stage == HIERARCHICAL else num_gpus
     # Between nodes: a node takes in what its cards bring, and its GPUs share it; or, hierarchically, each GPU
     # all-reduces the gradients of its own shard, once a step.
-    between = 2 * size * total if stage == HIERARCHICAL else gathered + reduced
+    between = 2 * size * sum(parameters) if stage == HIERARCHICAL else whole
     between *= (num_nodes - 1) / num_nodes / in_node
     gathered, reduced = gathered * (ring - 1) / ring, reduced * (ring - 1) / ring
     within = (gathered + reduced) / gpu.nvlink
     if stage == HIERARCHICAL:
         gathered, reduced = gathered + between / 2, reduced + between / 2
-    return Traffic(gathered, reduced, max(within, between / gpu.infiniband))
+    prefetched = float(zero.get("stage3_prefetch_bucket_size", _PREFETCH_BUCKET))
+    teacher_passes = accumulation * math.ceil(teacher_bytes / size / prefetched)
+    return Traffic(
+        gathered, reduced, max(within, between / gpu.infiniband),
+        settling=size * moved.settling / whole,
+        behind=_behind(stage, zero),
+        passes=moved.passes(1 if stage in ("0", "1") else accumulation) + teacher_passes,
+        settling_passes=moved.settling_passes,
+    )  # fmt: skip
 
 
 def _model_flops(counts: Counts) -> float:

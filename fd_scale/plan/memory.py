@@ -62,7 +62,7 @@ def state(
     bucket = size * float(zero.get("reduce_bucket_size", _REDUCE_BUCKET))
     ranks = min(num_gpus, GPUS_PER_NODE) if stage == HIERARCHICAL else num_gpus
     in_parts = counts.partitioned_teacher_bytes
-    teacher = counts.teacher_bytes + in_parts / num_gpus
+    teacher = counts.teacher_bytes + in_parts / ranks
     most_live = size * float(zero.get("stage3_max_live_parameters", _LIVE_PARAMETERS))
     teacher_live = min(in_parts, most_live) if num_gpus > 1 else 0
     if stage == "0":
@@ -82,7 +82,7 @@ def state(
             teacher=teacher, buffers=bucket * (2 if zero.get("overlap_comm", False) else 1) + teacher_live,
             step=4 * own * stays,
         )  # fmt: skip
-    persistent = persistent_parameters(counts.parameters, zero) if ranks > 1 else 0
+    persistent = sum(persistent_parameters(counts.parameters, zero)) if ranks > 1 else 0
     parameters_stay = offload_device({"zero_optimization": zero}, "offload_param") == "none"
     live = min(most_live, size * (total - persistent)) if ranks > 1 or not parameters_stay else 0
     return State(
@@ -93,10 +93,10 @@ def state(
     )  # fmt: skip
 
 
-def persistent_parameters(parameters: Sequence[int], zero: dict[str, Any]) -> int:
-    """Elements of the parameters that stage 3 leaves whole on each rank, of those of these sizes."""
+def persistent_parameters(parameters: Sequence[int], zero: dict[str, Any]) -> list[int]:
+    """Elements of each parameter that stage 3 leaves whole on each rank, of those of these sizes."""
     threshold = float(zero.get("stage3_param_persistence_threshold", _PERSISTENT))
-    return sum(count for count in parameters if count <= threshold)
+    return [count for count in parameters if count <= threshold]
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -211,7 +212,7 @@ def to_json(plan: Plan) -> dict[str, Any]:
 
 def write_json(values: dict[str, Any], file: str) -> None:
     """Writes a plan's numbers."""
-    _written(file, lambda: write_atomically(Path(file), json.dumps(values, indent=1)))
+    written(file, lambda: write_atomically(Path(file), json.dumps(values, indent=1)))
 
 
 def plot(plan: Plan, file: str) -> None:
@@ -233,10 +234,11 @@ def plot(plan: Plan, file: str) -> None:
     axes.set_ylabel("GiB a GPU")
     axes.set_title(f"{plan.name}, {plan.num_gpus} x {plan.gpu.name}, micro-batch {own.micro_batch}")
     axes.legend(fontsize="small")
-    _written(file, lambda: figure.savefig(file, format="png", dpi=120))
+    written(file, lambda: figure.savefig(file, format="png", dpi=120))
 
 
-def _written(file: str, write: Any) -> None:
+def written(file: str, write: Callable[[], object]) -> None:
+    """Calls what writes a file; a file that cannot be written is a sentence."""
     try:
         write()
     except OSError as error:

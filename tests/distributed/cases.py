@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fd_scale import api, checkpoint, distributed, log
+from fd_scale import api, checkpoint, distributed, log, traffic
 from fd_scale.checkpoint import Checkpoints, TrainState
 from fd_scale.config import Recipe, build_recipe, load_recipe, to_dict
 from fd_scale.data import Batch, open_source
@@ -381,6 +381,50 @@ def sent_bytes(values: dict[str, Any]) -> tuple[list[float], list[int]]:
     sizes = [getattr(p, "ds_numel", p.numel()) for p in trainer.task.module.parameters()]
     trainer.train()
     return sent, sizes
+
+
+def collectives(values: dict[str, Any]) -> tuple[int, int]:
+    """Trains; returns the gathers and the other collectives of the last step, as DeepSpeed calls them."""
+    called: list[str] = []
+    counting = traffic.Traffic._counting
+
+    def noting(self: traffic.Traffic, name: str, collective: Any) -> Any:
+        counted = counting(self, name, collective)
+
+        def noted(*args: Any, **kwargs: Any) -> Any:
+            if not self._inside:
+                called.append(name)
+            return counted(*args, **kwargs)
+
+        return noted
+
+    train_step = Trainer.train_step
+    found: list[str] = []
+
+    def note_step(self: Trainer, *arguments: Any) -> None:
+        called.clear()
+        train_step(self, *arguments)
+        found[:] = called
+
+    traffic.Traffic._counting = noting  # type: ignore[method-assign]
+    Trainer.train_step = note_step  # type: ignore[method-assign]
+    sent_bytes(values)
+    gathers = sum("gather" in name for name in found)
+    return gathers, len(found) - gathers
+
+
+def sent_bytes_with_hpz(values: dict[str, Any]) -> tuple[list[float], list[int]]:
+    """As `sent_bytes`; DeepSpeed, which forms the groups of hpZ whenever a module is partitioned, keeps the first."""
+    from deepspeed.utils import groups
+
+    form = groups._create_zero_param_parallel_group
+
+    def form_once(size: int) -> None:
+        if groups._ZERO_PARAM_INTRA_PARALLEL_GROUP is None:
+            form(size)
+
+    groups._create_zero_param_parallel_group = form_once
+    return sent_bytes(values)
 
 
 def train_without_saving(values: dict[str, Any]) -> TrainState:

@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 from ranks import run_ranks
 
+from fd_scale.config import Recipe, build_recipe
 from fd_scale.hardware import GPUS
-from fd_scale.plan.estimate import traffic
+from fd_scale.plan import Counts, count
+from fd_scale.plan.scaling import scaling
 
 pytestmark = pytest.mark.slow
 
@@ -48,18 +50,21 @@ def test_states_are_as_predicted(
 
 
 @pytest.mark.parametrize(
-    ("stage", "ranks", "accumulation", "zero"),
+    ("stage", "ranks", "accumulation", "zero", "partitioned"),
     [
-        (0, 2, 2, {}),
-        (0, 4, 1, {}),
-        (1, 2, 2, {}),
-        (1, 4, 1, {}),
-        (2, 2, 2, {}),
-        (2, 4, 2, {}),
-        (3, 2, 1, {}),  # all parameters are below the threshold, and stay whole
-        (3, 4, 2, {"stage3_param_persistence_threshold": 0}),  # kept from the forward to the backward pass
-        (3, 2, 2, LET_GO),
-        (3, 4, 1, LET_GO),
+        (3, 1, 1, LET_GO, False),
+        (0, 2, 2, {}, False),
+        (0, 4, 1, {}, False),
+        (1, 2, 2, {}, False),
+        (1, 4, 1, {}, False),
+        (2, 2, 2, {}, False),
+        (2, 4, 2, {}, False),
+        (3, 2, 1, {}, False),  # all parameters are below the threshold, and stay whole
+        (3, 4, 2, {"stage3_param_persistence_threshold": 0}, False),  # kept from the forward to the backward pass
+        (3, 2, 2, LET_GO, False),
+        (3, 4, 1, LET_GO, False),
+        (3, 2, 2, LET_GO, True),  # a teacher in parts is gathered once a micro-batch
+        (2, 4, 1, {"stage3_param_persistence_threshold": 0}, True),
     ],
 )  # fmt: skip
 def test_what_ranks_send_is_what_was_predicted(
@@ -69,20 +74,70 @@ def test_what_ranks_send_is_what_was_predicted(
     ranks: int,
     accumulation: int,
     zero: dict[str, int],
+    partitioned: bool,
 ) -> None:
-    ds_config = {"zero_optimization": {"stage": stage} | zero}
-    (tmp_path / "ds.json").write_text(json.dumps(ds_config))
+    """By the model of scaling: its points have the numbers."""
+    values = sending(recipe_values, tmp_path, {"stage": stage} | zero, ranks, accumulation, partitioned)
+    found = run_ranks(cases.sent_bytes, ranks, values)
+    sent, sizes = found[0]
+    recipe = build_recipe(values)
+    [point] = scaling("small", recipe, GPUS["h100"], [ranks], counts=counted(recipe)).curves[0].points
+    assert (point.choice.stage, point.choice.accumulation) == (str(stage), accumulation)
+    assert sum(sizes) == counted(recipe).num_parameters
+    # From the third step on DeepSpeed knows the order in which parameters are read. Partitions are padded to whole
+    # ranks, and the gradient's norm is a few numbers.
+    assert sent[2] == pytest.approx(point.choice.traffic.gathered + point.choice.traffic.reduced, rel=0.02)
+    assert all(rank == found[0] for rank in found)
+
+
+def test_how_many_collectives_there_are(recipe_values: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+    """Small buckets, and small parameters that stay whole: most of a model's, and each has a gather of its own."""
+    zero = {"stage": 3, "stage3_param_persistence_threshold": 600, "stage3_prefetch_bucket_size": 6000}
+    values = sending(recipe_values, tmp_path, zero, 2, 1)
+    recipe = build_recipe(values)
+    [point] = scaling("small", recipe, GPUS["h100"], [2], counts=counted(recipe)).curves[0].points
+    sent = point.choice.traffic
+    assert sent.settling_passes == sum(count <= 600 for count in counted(recipe).parameters) > 20
+    [(gathers, others), _] = run_ranks(cases.collectives, 2, values)
+    # A gather brings a bucket at least, and a block at once.
+    assert 0 < gathers - sent.settling_passes <= sent.passes - 1
+    assert gathers - sent.settling_passes >= (sent.passes - 1) / 2
+    assert others == 1 + 2, "a bucket of gradients; whether they are finite, and their norm"
+
+
+def test_what_hpz_would_send(recipe_values: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+    """DeepSpeed's own way to gather within a node: of two gathers a micro-batch, the one for the backward pass.
+
+    The engine does not run it: here the ranks make DeepSpeed form its groups no more than once.
+    """
+    values = sending(recipe_values, tmp_path, {"stage": 3, "zero_hpz_partition_size": 2} | LET_GO, 4, 1)
+    found = run_ranks(cases.sent_bytes_with_hpz, 4, values)
+    sent, sizes = found[0]
+    all_ranks, a_node = 3 / 4, 1 / 2
+    assert sent[2] == pytest.approx(4 * sum(sizes) * (all_ranks + a_node + all_ranks), rel=0.02)
+
+
+def sending(
+    recipe_values: Callable[..., dict[str, Any]], tmp_path: Path, zero: dict[str, int], ranks: int,
+    accumulation: int, partitioned: bool = False,
+) -> dict[str, Any]:  # fmt: skip
+    (tmp_path / "ds.json").write_text(json.dumps({"zero_optimization": zero}))
     values = recipe_values(
         train__ds_config=str(tmp_path / "ds.json"), train__steps=3,
         train__micro_batch=16 // ranks // accumulation,
     )  # fmt: skip
     values["log"]["every_steps"] = 100
-    found = run_ranks(cases.sent_bytes, ranks, values)
-    sent, sizes = found[0]
-    predicted = traffic(
-        sizes, 4, str(stage), GPUS["h100"], ranks, accumulation, ds_config["zero_optimization"]
-    )
-    # From the third step on DeepSpeed knows the order in which parameters are read. Partitions are padded to whole
-    # ranks, and the gradient's norm is a few numbers.
-    assert sent[2] == pytest.approx(predicted.gathered + predicted.reduced, rel=0.02)
-    assert all(rank == found[0] for rank in found)
+    values["distill"]["teachers"][0]["partitioned"] = partitioned
+    return values
+
+
+COUNTS: dict[bool, Counts] = {}
+
+
+def counted(recipe: Recipe) -> Counts:
+    """Counts the recipe's models; in these tests they differ by where the teacher is."""
+    assert recipe.distill is not None
+    partitioned = recipe.distill.teachers[0].partitioned
+    if partitioned not in COUNTS:
+        COUNTS[partitioned] = count(recipe)
+    return COUNTS[partitioned]

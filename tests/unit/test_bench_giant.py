@@ -33,7 +33,7 @@ FOUND = {
 # In the place of a cell's process: says that it ran, then does what the cell's micro-batch stands for.
 PROGRAM = """
 import sys, time
-file, way, steps, *settings = sys.argv[1:]
+file, recipe, way, steps, *settings = sys.argv[1:]
 open(LOG, "a").write(way + "\\n")
 if "train.micro_batch=2" in settings:
     sys.exit(9)
@@ -143,7 +143,7 @@ def test_without_a_gpu_it_is_one_sentence_or_a_report(
     (tmp_path / "other.json").write_text('{"a": 1}')
     with pytest.raises(SystemExit):
         cli.main(["bench", "giant", "--out", str(tmp_path), "--report"])
-    assert "no file of `bench giant`" in capsys.readouterr().err
+    assert "no file of `bench giant` or `bench scale`" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         cli.main(["bench", "giant", "--match", "("])
     assert "no regular expression" in capsys.readouterr().err
