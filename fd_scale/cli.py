@@ -196,6 +196,26 @@ def _add_tools(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
 
     _add_bench(verbs)
 
+    compare = _add_verb(
+        verbs, "compare", "one fine-tuning from several starting points, over seeds",
+        "Runs `finetune RECIPE` from each starting point with seeds 0, 1, ..., into RUN_DIR/NAME-SEED; what is\n"
+        "complete is not repeated. Prints mean, spread and paired differences; writes RUN_DIR/compare.json and\n"
+        "compare.png.",
+        "  fd-scale compare digits/finetune --run-dir runs/compare --seeds 3 \\\n"
+        "      --start teacher model.weights=runs/digits/teacher-export \\\n"
+        "      --start student model.weights=runs/digits/distill-export --start scratch model.weights=null",
+    )  # fmt: skip
+    _add_recipe(compare)
+    compare.add_argument(
+        "--start", metavar=("NAME", "key=value"), nargs="+", action="append", required=True,
+        help="a name and the settings that make a starting point; twice or more; the first is compared with",
+    )  # fmt: skip
+    compare.add_argument("--run-dir", required=True, help="folder of the runs")
+    compare.add_argument("--seeds", type=int, default=3, help="runs of each (default: 3)")
+    compare.add_argument("--ranks", type=int, default=1, help="processes of each run (default: 1)")
+    compare.add_argument("--side-by-side", type=int, default=1, help="runs at a time (default: 1)")
+    compare.set_defaults(run=_compare)
+
     demo = _add_verb(
         verbs, "demo", "the whole story on embedded data, in minutes, on a CPU",
         "Pre-trains a teacher on scikit-learn's digits, distils it with ZeRO-3 on two processes, fine-tunes\n"
@@ -521,6 +541,19 @@ def _bench_scale(options: argparse.Namespace) -> None:
     )
     assumed = Assumptions.given(options.assume)
     bench_scale(job, Path(options.out), options.sizes, assumed, report=options.report)
+
+
+def _compare(options: argparse.Namespace) -> None:
+    from fd_scale.compare import compare
+
+    starts = {name: settings for name, *settings in options.start}
+    if len(starts) < len(options.start):
+        raise UserError("--start: two have one name; choose others")
+    found = compare(
+        options.recipe, starts, options.run_dir, options.seeds, options.overrides,
+        num_ranks=options.ranks, side_by_side=options.side_by_side,
+    )  # fmt: skip
+    Console().print(found.table())
 
 
 def _demo(options: argparse.Namespace) -> None:

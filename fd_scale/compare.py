@@ -1,0 +1,198 @@
+"""`fd-scale compare`: one fine-tuning from several starting points, over seeds; each run is an ordinary run folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import statistics
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from rich.table import Table
+
+from fd_scale.checkpoint import write_atomically
+from fd_scale.config import load_recipe
+from fd_scale.errors import UserError
+from fd_scale.log import console
+from fd_scale.metrics import read_metrics
+from fd_scale.run_folder import not_writable
+
+METRIC = "top1"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Top-1 of each starting point, in 0..1, one value a seed."""
+
+    top1: dict[str, list[float]]
+
+    @property
+    def reference(self) -> str:
+        """The starting point that the others are compared with: the first."""
+        return next(iter(self.top1))
+
+    def differences(self, name: str) -> list[float]:
+        """Top-1 of a starting point less the reference's, seed by seed: both saw the same order and crops."""
+        return [own - other for own, other in zip(self.top1[name], self.top1[self.reference], strict=True)]
+
+    def to_json(self) -> dict[str, object]:
+        """Returns plain values."""
+        return {
+            name: {
+                "top1": values, "mean": statistics.mean(values), "sd": _spread(values),
+                "difference": statistics.mean(self.differences(name)), "difference_sd": _spread(self.differences(name)),
+            }
+            for name, values in self.top1.items()
+        }  # fmt: skip
+
+    def table(self) -> Table:
+        """Means, spread, and paired differences, in points."""
+        table = Table(
+            "start", "top-1, mean", "s.d. over seeds", f"less {self.reference}, paired", "each seed"
+        )
+        for name, values in self.top1.items():
+            spread, pairs = _spread(values), self.differences(name)
+            paired = f"{100 * statistics.mean(pairs):+.1f}" + (
+                "" if _spread(pairs) is None else f" (s.d. {100 * (_spread(pairs) or 0):.1f})"
+            )
+            table.add_row(
+                name, f"{statistics.mean(values):.1%}", "one seed" if spread is None else f"{spread:.1%}",
+                "" if name == self.reference else paired, "  ".join(f"{value:.1%}" for value in values),
+            )  # fmt: skip
+        return table
+
+
+def _spread(values: Sequence[float]) -> float | None:
+    return statistics.stdev(values) if len(values) > 1 else None
+
+
+def compare(
+    recipe: str,
+    starts: Mapping[str, Sequence[str]],
+    run_dir: str | Path,
+    num_seeds: int,
+    overrides: Sequence[str] = (),
+    *,
+    num_ranks: int = 1,
+    side_by_side: int = 1,
+) -> Comparison:
+    """Fine-tunes from each starting point with each seed; runs that are complete are not repeated, others go on.
+
+    Args:
+        recipe: of task classification or linear_probe, with images to evaluate on.
+        starts: name -> settings, such as `model.weights=PATH`; the first is what the others are compared with.
+        run_dir: folder of the runs, NAME-SEED each, and of compare.json and compare.png.
+        num_seeds: seeds 0 to `num_seeds` - 1.
+        overrides: settings of all runs.
+        num_ranks: processes of each run on this host.
+        side_by_side: runs at a time.
+
+    Raises:
+        UserError: the recipe does not allow it, or a run failed.
+    """
+    if num_seeds < 1:
+        raise UserError(f"--seeds: got {num_seeds}, expected at least 1")
+    if len(starts) < 2:
+        raise UserError(f"--start: got {len(starts)}, expected two starting points or more to compare")
+    root = Path(run_dir)
+    jobs: dict[Path, list[str]] = {}
+    for name, settings in starts.items():
+        if not re.fullmatch(r"[\w.+ ,-]+", name):
+            raise UserError(
+                f"--start {name}: a name becomes part of a folder's; expected letters, digits, - and _"
+            )
+        for seed in range(num_seeds):
+            jobs[_folder(root, name, seed)] = [*overrides, *settings, f"seed={seed}"]
+    if len(jobs) < len(starts) * num_seeds:
+        raise UserError(f"--start: {', '.join(starts)} do not make different folders; choose other names")
+    for settings in jobs.values():
+        found = load_recipe(recipe, settings)
+        if found.task not in ("classification", "linear_probe") or found.data.evaluation is None:
+            raise UserError(f"{recipe}: expected task classification or linear_probe, with data.evaluation")
+    with ThreadPoolExecutor(side_by_side) as pool:
+        started = [
+            pool.submit(launch, "finetune", recipe, folder, num_ranks, settings, show=False)
+            for folder, settings in jobs.items()
+        ]
+        try:
+            for done in as_completed(started):
+                folder = done.result()
+                console.print(f"{folder}: top-1 {_top1(folder):.1%}", soft_wrap=True, highlight=False)
+        except UserError:
+            pool.shutdown(cancel_futures=True)
+            raise
+    result = Comparison(
+        {name: [_top1(_folder(root, name, seed)) for seed in range(num_seeds)] for name in starts}
+    )
+    try:
+        write_atomically(root / "compare.json", json.dumps(result.to_json(), indent=1))
+        _plot(root / "compare.png", root, result)
+    except OSError as error:
+        raise not_writable(root, error) from None
+    return result
+
+
+def launch(
+    verb: str, recipe: str, run_dir: Path, num_ranks: int, settings: Sequence[str], show: bool = True
+) -> Path:
+    """Runs a verb as a user would: alone, or under torchrun; each process has a core of its own.
+
+    Raises:
+        UserError: it failed; what it said is in the message where it was not shown.
+    """
+    arguments = ["-m", "fd_scale", verb, recipe, f"run_dir={run_dir}", *settings]
+    launcher = [sys.executable]
+    if num_ranks > 1:
+        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_ranks}"]
+    done = subprocess.run(
+        [*launcher, *arguments],
+        env={"OMP_NUM_THREADS": "1"} | os.environ,
+        check=False,
+        stderr=None if show else subprocess.PIPE,
+        text=True,
+    )
+    if done.returncode:
+        said = "see above" if show else "; ".join(done.stderr.strip().splitlines()[-3:])
+        raise UserError(
+            f"`fd-scale {verb} {recipe} run_dir={run_dir}` ended with code {done.returncode}: {said}"
+        )
+    return run_dir
+
+
+def _folder(root: Path, name: str, seed: int) -> Path:
+    return root / f"{name.replace(', ', '-').replace(' ', '-')}-{seed}"
+
+
+def _top1(folder: Path) -> float:
+    return float(read_metrics(folder, "evaluation")[-1][METRIC])
+
+
+def _plot(path: Path, root: Path, result: Comparison) -> None:
+    figure, (curves, points) = plt.subplots(1, 2, figsize=(10, 3.6), constrained_layout=True)
+    for index, (name, values) in enumerate(result.top1.items()):
+        for seed in range(len(values)):
+            lines = read_metrics(_folder(root, name, seed), "train")
+            curves.plot(
+                [line["step"] for line in lines], [line["loss"] for line in lines], color=f"C{index}",
+                alpha=0.7, label=name if seed == 0 else None,
+            )  # fmt: skip
+        points.scatter([index] * len(values), [100 * value for value in values], color=f"C{index}")
+        points.hlines(100 * statistics.mean(values), index - 0.2, index + 0.2, color=f"C{index}")
+    curves.set(title="training loss (nats)", xlabel="optimizer step")
+    curves.legend()
+    points.set(
+        title="top-1 (%), a point each seed", xticks=range(len(result.top1)), xticklabels=list(result.top1)
+    )
+    for axis in (curves, points):
+        axis.grid(alpha=0.3)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
