@@ -31,6 +31,7 @@ from fd_scale.distributed import choose_device
 from fd_scale.errors import UserError
 from fd_scale.fetch import named_files
 from fd_scale.finetune import ClassificationTask
+from fd_scale.finetune.labels import doubts_of_labels
 from fd_scale.hardware import find_gpu
 from fd_scale.models import Backbone, build_model, resolved
 from fd_scale.optim import apex_is_importable
@@ -248,8 +249,14 @@ def _described(config: ModelConfig, model: Backbone) -> str:
     )
 
 
-def _task(subject: _Subject) -> str:
-    return f"{subject.recipe.task}: {subject.num_trained / 1e6:.2f} M trained parameters"
+def _task(subject: _Subject) -> str | _Warning:
+    detail = f"{subject.recipe.task}: {subject.num_trained / 1e6:.2f} M trained parameters"
+    if subject.recipe.task not in ("classification", "linear_probe"):
+        return detail
+    doubts = doubts_of_labels("data.train", subject.source)
+    if subject.recipe.data.evaluation is not None:
+        doubts += doubts_of_labels("data.evaluation", open_source(subject.recipe.data.evaluation))
+    return _Warning("\n".join([detail, *doubts])) if doubts else detail
 
 
 def _memory(subject: _Subject) -> str | _Warning:

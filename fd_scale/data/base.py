@@ -8,6 +8,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Protocol
 
+import numpy as np
+import numpy.typing as npt
 from PIL import Image
 
 from fd_scale import hub
@@ -33,6 +35,9 @@ class Source(Protocol):
     @property
     def num_classes(self) -> int:
         """Number of classes; 0 where nothing is labelled."""
+
+    def all_labels(self) -> npt.NDArray[np.int64]:
+        """Label of each sample, -1 where it has none; known without reading images."""
 
     @property
     def fingerprint(self) -> str:

@@ -29,6 +29,10 @@ class Subset:
         self.class_names = source.class_names
         self.num_classes = source.num_classes
 
+    def all_labels(self) -> npt.NDArray[np.int64]:
+        """See `Source`."""
+        return self.source.all_labels()[self.sample_ids_N]
+
     @property
     def fingerprint(self) -> str:
         """See `Source`: that of the whole source, and which images are in."""
@@ -100,6 +104,17 @@ class Mixture:
             logger.info("labels are not used: the %d sources do not name the same classes", len(sources))
         self.class_names = names if self.labels_agree else None
         self.num_classes = sources[0].num_classes if self.labels_agree else 0
+
+    def all_labels(self) -> npt.NDArray[np.int64]:
+        """See `Source`."""
+        if not self.labels_agree:
+            return np.full(len(self), UNLABELLED)
+        return np.concatenate(
+            [
+                np.tile(source.all_labels(), weight)
+                for source, weight in zip(self.sources, self.weights, strict=True)
+            ]
+        )
 
     @property
     def fingerprint(self) -> str:

@@ -83,6 +83,10 @@ class TarSource:
     def __len__(self) -> int:
         return len(self.members_N)
 
+    def all_labels(self) -> npt.NDArray[np.int64]:
+        """See `Source`."""
+        return self.labels_N
+
     def name(self, sample_id: int) -> str:
         return f"{self.paths[self.shards_N[sample_id]]}:{os.fsdecode(self.members_N[sample_id])}"
 

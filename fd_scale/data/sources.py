@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
@@ -97,6 +98,10 @@ class DigitsSource:
     def __len__(self) -> int:
         return len(self.labels_N)
 
+    def all_labels(self) -> npt.NDArray[np.int64]:
+        """See `Source`."""
+        return self.labels_N
+
     def name(self, sample_id: int) -> str:
         return f"digits:{self.split}:{sample_id}"
 
@@ -148,6 +153,10 @@ class ImageFolderSource:
 
     def __len__(self) -> int:
         return len(self.names_N)
+
+    def all_labels(self) -> npt.NDArray[np.int64]:
+        """See `Source`."""
+        return self.labels_N
 
     def name(self, sample_id: int) -> str:
         return str(self.root / self.key(sample_id))
@@ -245,6 +254,10 @@ class ParquetSource:
 
     def __len__(self) -> int:
         return self._first_ids[-1]
+
+    def all_labels(self) -> npt.NDArray[np.int64]:
+        """See `Source`."""
+        return self.labels_N
 
     def name(self, sample_id: int) -> str:
         file_id, _ = self._row_groups[bisect.bisect_right(self._first_ids, sample_id) - 1]

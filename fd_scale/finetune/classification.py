@@ -5,6 +5,7 @@ Shape legend: B = images, L = tokens, D = channels, K = classes.
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from fd_scale.data import UNLABELLED, Batch, Source, TrainLoader
 from fd_scale.distributed import World
 from fd_scale.errors import UserError
 from fd_scale.evaluation import Accuracy, AccuracyCounter, EvaluationSet, Forward, evaluated_batches
+from fd_scale.finetune.labels import doubts_of_labels
 from fd_scale.finetune.mixing import Mixing
 from fd_scale.models import (
     build_model,
@@ -26,6 +28,8 @@ from fd_scale.models import (
     normalize,
     undecayed_parameters,
 )
+
+logger = logging.getLogger(__name__)
 
 
 class ClassificationModule(nn.Module):
@@ -123,8 +127,12 @@ class ClassificationTask:
                     "give the data that are meant, or remove it"
                 )
             num_classes = source.num_classes
+            doubts = doubts_of_labels("data.train", source)
             if evaluation is not None:
                 require_same_classes(recipe, source, evaluation.source)
+                doubts += doubts_of_labels("data.evaluation", evaluation.source)
+            for doubt in doubts:
+                logger.warning("%s", doubt)
         elif evaluation is not None and evaluation.source.num_classes != num_classes:
             raise UserError(
                 f"data.evaluation: {recipe.data.evaluation} has {evaluation.source.num_classes} classes and the model "

@@ -23,6 +23,7 @@ from fd_scale.data import UNLABELLED, Batch, Source, TrainLoader
 from fd_scale.distributed import World
 from fd_scale.errors import UserError
 from fd_scale.evaluation import AccuracyCounter, EvaluationSet, Forward, evaluated_batches
+from fd_scale.finetune.labels import doubts_of_labels
 from fd_scale.models import Backbone, build_model, dtype_of, normalize, weights_path, weights_sha256
 from fd_scale.placement import WHOLE, Placement
 from fd_scale.randomness import hash64
@@ -55,6 +56,10 @@ class FeatureSource:
     def num_classes(self) -> int:
         """See `Source`."""
         return self.images.num_classes
+
+    def all_labels(self) -> npt.NDArray[np.int64]:
+        """See `Source`."""
+        return self.labels
 
     @property
     def fingerprint(self) -> str:
@@ -222,6 +227,8 @@ class LinearProbeTask:
         assert isinstance(train, FeatureSource), "cached_features made it"
         if train.num_classes < 2:
             raise UserError(f"data.train: {recipe.data.train} has no classes; a linear probe needs labels")
+        for doubt in doubts_of_labels("data.train", train):
+            logger.warning("%s", doubt)
         self.evaluation = evaluation
         self.factors = tuple(recipe.linear_probe.lr_factors)
         self.learning_rates = [factor * recipe.optim.lr for factor in self.factors]
