@@ -470,6 +470,10 @@ class Recipe:
                 "optim.grad_clip, optim.layer_decay: a linear probe trains classifiers that must not touch each other, "
                 "and no layers; set grad_clip to 0 and layer_decay to 1"
             )
+        if self.linear_probe is not None and self.train.compile:
+            raise UserError(
+                "train.compile: a linear probe runs its model once over the images; set it to false"
+            )
         if self.train.steps is None and self.optim.warmup_steps:
             raise UserError(
                 "optim.warmup_steps: the run's length is in epochs; set optim.warmup_epochs instead"

@@ -11,6 +11,7 @@ import pytest
 from ranks import run_ranks
 
 Values = Callable[..., dict[str, Any]]
+pytestmark = pytest.mark.slow
 
 
 @pytest.mark.parametrize(

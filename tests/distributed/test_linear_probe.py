@@ -18,6 +18,7 @@ from fd_scale.export import export
 from fd_scale.models import build_model, normalize, resolved
 
 Values = Callable[..., dict[str, Any]]
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture

@@ -115,6 +115,8 @@ def write(tmp_path: Path) -> Write:
         pytest.param("contrastive", ["data.erasing=0.5", "train.micro_batch=16"],
                      ["data.erasing", "of their own", "remove them"], id="augmentation of another task"),
         pytest.param("linear_probe", [], ["optim.grad_clip", "set grad_clip to 0"], id="clipping of a probe"),
+        pytest.param("linear_probe", ["optim.grad_clip=0", "train.compile=true"],
+                     ["train.compile", "runs its model once"], id="compiled probe"),
         pytest.param("classification", ["classification.num_classes=1000"],
                      ["classification.num_classes: got 1000", "digits:train has 10"], id="class count"),
         pytest.param("classification", ["classification.cutmix=1.0", "train.micro_batch=1"],
