@@ -36,6 +36,7 @@ from fd_scale.export import convert, export, interpolate
 from fd_scale.fetch import fetch
 from fd_scale.finetune import ClassificationTask
 from fd_scale.hardware import find_gpu
+from fd_scale.lock import RunLock
 from fd_scale.log import console
 from fd_scale.metrics import Recorder
 from fd_scale.models import choose_kernels, dtype_of, resolved
@@ -51,7 +52,7 @@ from fd_scale.trainer import Task, Trainer
 
 __all__ = [
     "build_task", "build_trainer", "convert", "export", "fetch", "interpolate", "load_recipe", "measure", "plan",
-    "train",
+    "start", "train",
 ]  # fmt: skip
 
 logger = logging.getLogger(__name__)
@@ -71,9 +72,18 @@ def train(recipe: Recipe) -> TrainState:
     Raises:
         UserError: the recipe, its data or its checkpoints do not allow it.
     """
+    return start(recipe).train()
+
+
+def start(recipe: Recipe) -> Trainer:
+    """Builds what runs a recipe on the ranks that a launcher started, or on this process alone.
+
+    Raises:
+        UserError: as `train`.
+    """
     world = distributed.start(recipe.train.device, recipe.train.timeout_s)
     log.set_up(world.rank)
-    return build_trainer(recipe, world).train()
+    return build_trainer(recipe, world)
 
 
 def plan(recipe: Recipe, gpu: str, num_gpus: int, images: int | None = None) -> Plan:
@@ -109,7 +119,7 @@ def measure(recipe: Recipe) -> tuple[Choice, Measured]:
         gpu = present_gpu(world.device) if world.device.type == "cuda" else find_gpu("a100-40g")
         planned = world.on_main(lambda: plan_recipe(recipe.run_dir, bare, gpu, world.size, images=0))
         found = measure_trainer(trainer)
-        trainer.preemption.close()
+        trainer.close()
         world.barrier()
     return planned.own, found
 
@@ -171,6 +181,8 @@ def build_trainer(
     run_dir = Path(recipe.run_dir)
     identity = world.on_main(lambda: run_folder.identity(recipe, source.fingerprint, stage, world.size))
     refuse_other_identity(run_dir, identity)
+    lock = RunLock(run_dir)
+    world.on_main(lock.acquire)
     world.on_main(lambda: run_folder.create(recipe))
     log.set_up(world.rank, run_dir)
     task.prepare(world, loader)
@@ -191,6 +203,7 @@ def build_trainer(
         checkpoints=checkpoints,
         recorder=Recorder(run_dir, world, recipe.task, peak_images_per_s),
         preemption=Preemption(run_dir, world),
+        lock=lock,
         world=world,
     )
 

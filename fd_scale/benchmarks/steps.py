@@ -95,7 +95,7 @@ def _ours(recipe: Recipe, world: World) -> tuple[Step, Phases]:
     trainer = api.build_trainer(
         recipe, world, source=Noise(), must_fit=False, initialise_on=world.device
     )  # that the plan may be wrong is what is measured, and what the weights are does not matter
-    trainer.preemption.close()
+    trainer.close()
     trainer.engine.train()
 
     def step(micro_batches: list[Batch]) -> None:
