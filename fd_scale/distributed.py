@@ -145,7 +145,7 @@ class Preemption:
         self.signalled = False
         self.previous: dict[int, Any] = {}
         self.start = slurm_start()
-        if world.is_main and self._written_by() != self.start:
+        if world.is_main and (self.start is None or self._written_by() != self.start):
             self.file.unlink(missing_ok=True)  # it stopped an earlier start
         if world.size == 1 and threading.current_thread() is threading.main_thread():  # Python's rule
             for number in (signal.SIGTERM, signal.SIGUSR1):

@@ -6,8 +6,8 @@ import os
 import shutil
 import subprocess
 from datetime import UTC, datetime
-from importlib import resources
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 
 _PACKAGES = ("fd_scale", "fd_kernels", "fd_ds_configs", "fd_slurm")
@@ -15,7 +15,7 @@ _PACKAGES = ("fd_scale", "fd_kernels", "fd_ds_configs", "fd_slurm")
 
 def scripts() -> Path:
     """Returns the folder of the batch scripts: `slurm/` of a checkout, or as it was installed."""
-    return Path(str(resources.files("fd_slurm")))
+    return _folder("fd_slurm")
 
 
 def commit() -> str | None:
@@ -23,7 +23,7 @@ def commit() -> str | None:
 
     A copy that `pin` made says it in a file, since git would answer for whatever repository the copy lies in.
     """
-    root = Path(str(resources.files("fd_scale")))
+    root = _folder("fd_scale")
     if (root.parent / "COMMIT").is_file():
         return (root.parent / "COMMIT").read_text(encoding="utf-8").strip()
     try:
@@ -46,9 +46,17 @@ def pin(target: Path) -> None:
     """Copies the packages as they are imported here, and the batch scripts, into a new folder."""
     ignored = shutil.ignore_patterns("__pycache__", "cluster.env")
     for package in _PACKAGES:
-        shutil.copytree(str(resources.files(package)), target / package, ignore=ignored)
+        shutil.copytree(_folder(package), target / package, ignore=ignored)
     release = f"release {version('fd-scale')}"
     (target / "COMMIT").write_text(f"{commit() or release}\n", encoding="utf-8")
+
+
+def _folder(package: str) -> Path:
+    """Where a package lies; it is not imported, since `fd_kernels` would bring torch."""
+    spec = find_spec(package)
+    assert spec is not None, package
+    assert spec.origin is not None, package
+    return Path(spec.origin).parent
 
 
 def _git(folder: Path, *command: str) -> str:

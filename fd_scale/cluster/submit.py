@@ -89,7 +89,7 @@ def submit(stages: list[list[str]], wanted: Wanted, array: str | None, *, dry_ru
             continue
         _prepare(stage, copy, environment, cluster_env)
         yield shlex.join(command)
-        before = _sbatch(command)
+        before = _sbatch(command, copy)
         yield from _told(stage, before, copy)
 
 
@@ -253,9 +253,10 @@ def _prepare(stage: _Stage, copy: Path, environment: str, cluster_env: Path | No
         ) from None
 
 
-def _sbatch(command: list[str]) -> str:
+def _sbatch(command: list[str], copy: Path) -> str:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
+        shutil.rmtree(copy)
         raise UserError(
             f"sbatch refuses: {' '.join(done.stderr.split())}; the command is: {shlex.join(command)}"
         )

@@ -1,0 +1,79 @@
+"""A SLURM for all tests of this folder, and the jobs that they submit."""
+
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from slurm_cluster import INSTALL, Cluster, missing_programs, running_cluster
+from slurm_jobs import Job, Submit
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+SCRIPTS = ROOT / "slurm"
+
+
+@pytest.fixture(scope="session")
+def cluster(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """Three nodes on this machine."""
+    problem = ""
+    if missing := missing_programs():
+        problem = f"SLURM is not installed (no {', '.join(missing)}): {INSTALL}"
+    elif os.geteuid() != 0:
+        problem = "slurmctld and slurmd want to be root here"
+    if problem:
+        if request.config.getoption("--require-slurm"):
+            pytest.fail(problem)
+        pytest.skip(problem)
+    folder = tmp_path_factory.mktemp("slurm")
+    with running_cluster(folder, ["n0", "n1", "n2"]) as found:
+        yield found
+
+
+@pytest.fixture(scope="session")
+def site(cluster: Cluster) -> Path:
+    """The cluster.env of this cluster."""
+    file = cluster.folder / "cluster.env"
+    file.write_text(
+        f"FD_PYTHON={sys.executable}\n"
+        "FD_RANKS_PER_NODE=1\n"
+        'FD_SBATCH="--time=10"\n'
+        "export GLOO_SOCKET_IFNAME=lo\n"
+        f"export PYTHONPATH={HERE / 'hook'}\n"
+    )
+    cluster.environment["FD_CLUSTER_ENV"] = str(file)
+    return file
+
+
+@pytest.fixture(scope="session")
+def submit_job(
+    cluster: Cluster,
+    site: Path,
+    values_in: Callable[..., dict[str, Any]],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Submit:
+    """Returns a function that submits slurm/distill.sbatch on the toy recipe: two nodes, eight steps."""
+    folder = tmp_path_factory.mktemp("jobs")
+
+    def submit(
+        name: str, *options: str, settings: tuple[str, ...] = (), hold: str = "", crash: bool = False
+    ) -> Job:
+        run_dir = folder / name
+        values = values_in(run_dir, train__ds_config="zero3", train__steps=8)
+        recipe = folder / f"{name}.yaml"
+        recipe.write_text(json.dumps(values))
+        job = Job(cluster, "", run_dir, folder / f"{name}.out")
+        if hold:
+            step, _, until = hold.partition(" ")
+            job.hold(int(step), until)
+        job.number = cluster.run(
+            "sbatch", "--parsable", "--nodes=2", "--time=10", f"--output={job.output}", *options,
+            str(SCRIPTS / "distill.sbatch"), str(recipe), *settings, cwd=folder,
+            **({"FD_TEST_CRASH": "1"} if crash else {}),
+        ).strip()  # fmt: skip
+        return job
+
+    return submit
