@@ -33,7 +33,7 @@ lint: setup  ## ruff, mypy, codespell, shellcheck
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/codespell
-	$(BIN)/shellcheck .ci/run
+	$(BIN)/shellcheck .ci/run slurm/*.sh slurm/*.sbatch slurm/cluster.env.example
 
 bench: setup  ## our step against a bare loop, and the loader
 	$(BIN)/fd-scale bench step

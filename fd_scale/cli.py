@@ -112,6 +112,7 @@ def _parser() -> argparse.ArgumentParser:
         verbs, "check", "what would fail, before a job is queued",
         "Checks recipe, DeepSpeed JSON, data, weights, run folder, devices and driver; a table and a verdict.",
         "  fd-scale check digits/distill --ranks 2\n"
+        "  salloc --nodes 2 fd-scale check my.yaml --cluster\n"
         "  fd-scale check imagenet/swin_v2_giant --gpus 64 --gpu h100",
     )  # fmt: skip
     _add_recipe(check)
@@ -126,6 +127,10 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument(
         "--gpu", metavar="NAME", help=f"GPU of each: {', '.join(GPUS)} (default: the one here, if any)"
     )
+    check.add_argument(
+        "--cluster", action="store_true",
+        help="look at the nodes of this job: GPUs, driver, network, data, run folder, versions, weights",
+    )  # fmt: skip
     check.set_defaults(run=_check)
     _add_plan(verbs)
     _add_submit(verbs)
@@ -377,6 +382,11 @@ def _train(options: argparse.Namespace) -> None:
 
 
 def _check(options: argparse.Namespace) -> None:
+    if options.cluster:
+        from fd_scale.cluster.check import check_cluster
+
+        check_cluster(load_recipe(options.recipe, options.overrides), [options.recipe, *options.overrides])
+        return
     from fd_scale.check import check
 
     check(options.recipe, options.overrides, options.ranks, options.gpu)

@@ -47,8 +47,10 @@ if [ -z "${FD_PYTHON:-}" ]; then
   FD_PYTHON=python3
   [ ! -x "$FD_CODE/.venv/bin/python" ] || FD_PYTHON=$FD_CODE/.venv/bin/python
 fi
+# A shell that salloc gives runs on the login node, where these are not set.
+first_node=${SLURMD_NODENAME:-$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)}
 # A rank a GPU: SLURM's own count first, since a job may have half a node.
-FD_RANKS_PER_NODE=${FD_RANKS_PER_NODE:-${SLURM_GPUS_ON_NODE:-$(nvidia-smi --list-gpus 2>/dev/null | wc -l)}}
+FD_RANKS_PER_NODE=${FD_RANKS_PER_NODE:-${SLURM_GPUS_ON_NODE:-$(srun --nodes=1 --ntasks=1 bash -c 'nvidia-smi --list-gpus 2>/dev/null | wc -l')}}
 [ "$FD_RANKS_PER_NODE" -gt 0 ] || FD_RANKS_PER_NODE=1
 threads=$((${SLURM_CPUS_ON_NODE:-1} / FD_RANKS_PER_NODE))
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}
@@ -79,13 +81,13 @@ on_nodes() {
   done
   shift
   # shellcheck disable=SC2086  # options, several words
-  srun --ntasks-per-node=1 --cpus-per-task="${SLURM_CPUS_ON_NODE:-1}" --cpu-bind=none --kill-on-bad-exit=1 \
+  srun --ntasks-per-node=1 ${SLURM_CPUS_ON_NODE:+--cpus-per-task=$SLURM_CPUS_ON_NODE} --cpu-bind=none --kill-on-bad-exit=1 \
     ${FD_SRUN_OPTIONS:-} "${options[@]}" "${container_options[@]}" "${container_prefix[@]}" "$@"
 }
 
 # on_first_node COMMAND
 on_first_node() {
-  on_nodes --nodes=1 --ntasks=1 --nodelist="$SLURMD_NODENAME" -- "$@"
+  on_nodes --nodes=1 --ntasks=1 --nodelist="$first_node" -- "$@"
 }
 
 # prepare VERB ARGUMENTS: sets run_dir and port; what is wrong with the arguments ends the job here.
@@ -125,7 +127,7 @@ install() {
 ranks() {
   local address logs numa=()
   # What SLURM itself calls the first node by: a name that the other nodes can surely resolve.
-  address=${FD_RENDEZVOUS_ADDRESS:-$(scontrol show node "$SLURMD_NODENAME" | sed -n 's/.*NodeAddr=\([^ ]*\).*/\1/p')}
+  address=${FD_RENDEZVOUS_ADDRESS:-$(scontrol show node "$first_node" | sed -n 's/.*NodeAddr=\([^ ]*\).*/\1/p')}
   logs=$run_dir/logs/job_${FD_START#slurm }
   [ -z "${FD_NUMA_BINDING:-}" ] || numa=(--numa-binding="$FD_NUMA_BINDING")
   # Each rank's stdout and stderr go to files of their own and to the job's output.

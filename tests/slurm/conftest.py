@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from slurm_cluster import INSTALL, Cluster, missing_programs, running_cluster
-from slurm_jobs import Job, Submit
+from slurm_jobs import Job, Submit, losses
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -59,21 +59,45 @@ def submit_job(
     folder = tmp_path_factory.mktemp("jobs")
 
     def submit(
-        name: str, *options: str, settings: tuple[str, ...] = (), hold: str = "", crash: bool = False
+        name: str,
+        *options: str,
+        settings: tuple[str, ...] = (),
+        hold: list[dict[str, Any]] | None = None,
+        **environment: str,
     ) -> Job:
         run_dir = folder / name
         values = values_in(run_dir, train__ds_config="zero3", train__steps=8)
         recipe = folder / f"{name}.yaml"
         recipe.write_text(json.dumps(values))
-        job = Job(cluster, "", run_dir, folder / f"{name}.out")
-        if hold:
-            step, _, until = hold.partition(" ")
-            job.hold(int(step), until)
-        job.number = cluster.run(
-            "sbatch", "--parsable", "--nodes=2", "--time=10", f"--output={job.output}", *options,
+        if hold is not None:
+            run_dir.mkdir()
+            (run_dir / "hold").write_text(json.dumps(hold))
+        output = folder / f"{name}.out"
+        number = cluster.run(
+            "sbatch", "--parsable", "--nodes=2", "--time=10", f"--output={output}", *options,
             str(SCRIPTS / "distill.sbatch"), str(recipe), *settings, cwd=folder,
-            **({"FD_TEST_CRASH": "1"} if crash else {}),
+            **environment,
         ).strip()  # fmt: skip
-        return job
+        return Job(cluster, number, run_dir, output)
 
     return submit
+
+
+@pytest.fixture(scope="session")
+def limited(submit_job: Submit) -> Job:
+    """A job with a time limit, told 60 s before; it waits for that most of the time, beside the jobs of all tests.
+
+    Its first start runs on until it is told; in its second one the ranks hang, whatever is told them.
+    """
+    hold = [{"start": 0, "step": 3, "until_preempt": True}, {"start": 1, "step": 0}]
+    return submit_job("limited", "--time=2", "--signal=B:USR1@60", "--nodelist=n0,n1", hold=hold)
+
+
+@pytest.fixture(scope="session")
+def undisturbed(cluster: Cluster, limited: Job, submit_job: Submit) -> Job:
+    """A job that nothing happened to; the cluster was checked before it."""
+    job = submit_job("undisturbed", "--nodelist=n0,n1", FD_CHECK="1")
+    job.completed()
+    assert job.restarts() == 0
+    assert [step for step, _ in losses(job.run_dir)] == list(range(1, 9))
+    return job

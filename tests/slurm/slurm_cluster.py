@@ -94,7 +94,7 @@ class Cluster:
         words = self.run("scontrol", "show", "job", number, "--oneliner").split()
         return dict(word.split("=", 1) for word in words if "=" in word)
 
-    def wait(self, what: str, holds: Callable[[], bool], seconds: float = 100) -> None:
+    def wait(self, what: str, holds: Callable[[], bool], seconds: float = 300) -> None:
         """Waits until something holds."""
         deadline = time.monotonic() + seconds
         while not holds():
@@ -103,7 +103,7 @@ class Cluster:
             )
             time.sleep(0.2)
 
-    def ended(self, number: str, seconds: float = 150) -> dict[str, str]:
+    def ended(self, number: str, seconds: float = 400) -> dict[str, str]:
         """Waits for the end of a job, requeued as often as it may be; returns what slurmctld knows of it."""
         unfinished = {
             "PENDING",

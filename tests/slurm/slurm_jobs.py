@@ -17,16 +17,8 @@ class Job:
     run_dir: Path
     output: Path
 
-    def hold(self, step: int, until: str = "") -> None:
-        """Makes the run wait before the step after `step`; before the next start, too."""
-        self.run_dir.mkdir(parents=True, exist_ok=True)
-        (self.run_dir / "hold").write_text(f"{step} {until}")
-
-    def release(self) -> None:
-        (self.run_dir / "hold").unlink()
-
-    def wait_held(self, ranks: int = 2, start: int = 0) -> None:
-        """Waits until all ranks wait at the step of `hold`, in a start of the job."""
+    def wait_held(self, start: int, ranks: int = 2) -> None:
+        """Waits until all ranks wait at a step, as `hold` says of this start of the job."""
         held = [self.run_dir / f"held_{rank}_{start}" for rank in range(ranks)]
         self.cluster.wait(
             f"start {start} of job {self.number} at its step",
@@ -39,7 +31,7 @@ class Job:
 
     def wait_said(self, words: str) -> None:
         """Waits for words in the job's output."""
-        self.cluster.wait(f"'{words}' in {self.output}", lambda: words in self.said(), 150)
+        self.cluster.wait(f"'{words}' in {self.output}", lambda: words in self.said())
 
     def restarts(self) -> int:
         return int(self.cluster.job(self.number)["Restarts"])

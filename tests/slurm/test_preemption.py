@@ -8,36 +8,29 @@ import pytest
 from slurm_cluster import Cluster
 from slurm_jobs import Job, Submit, losses
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 MAX_FAILURES = 3
 
 
-@pytest.fixture(scope="module")
-def limited(cluster: Cluster, submit_job: Submit) -> Job:
-    """A job with a time limit of a minute, told 10 s before; it waits for that most of the time, beside the others."""
-    return submit_job("limited", "--time=1", "--signal=B:USR1@10", hold="3 until preempt")
+def test_two_jobs_on_the_same_nodes(cluster: Cluster, limited: Job, undisturbed: Job) -> None:
+    """They ran at the same time: with one port for all jobs, one of them would not have started."""
+    first, second = cluster.job(limited.number), cluster.job(undisturbed.number)
+    assert second["NodeList"] == "n[0-1]"
+    assert first["SubmitTime"] <= second["StartTime"]
+    assert second["Restarts"] == "0"
+    said = undisturbed.said()
+    assert "nothing found that would fail: 7 checks" in said, "of the cluster, before the training"
+    assert "2 ranks on n0, n1" in said
+    assert "all-reduce" in said
+    logs = undisturbed.run_dir / "logs"
+    streams = sorted(path.relative_to(logs).parts[1] for path in logs.glob("job_*/**/stderr.log"))
+    assert streams == ["node_0", "node_0", "node_1", "node_1"], "a file a rank, of check and training"
 
 
-@pytest.fixture(scope="module")
-def undisturbed(limited: Job, submit_job: Submit) -> list[tuple[int, float]]:
-    """Losses of a job that nothing happened to."""
-    job = submit_job("undisturbed")
-    job.completed()
-    assert job.restarts() == 0
-    found = losses(job.run_dir)
-    assert [step for step, _ in found] == list(range(1, 9))
-    streams = sorted(
-        path.relative_to(job.run_dir / "logs") for path in job.run_dir.glob("logs/job_*/**/std*.log")
-    )
-    assert [path.parts[1] for path in streams] == ["node_0"] * 2 + ["node_1"] * 2, "a file a rank and stream"
-    return found
-
-
-def test_requeued_killed_and_without_power(
-    cluster: Cluster, submit_job: Submit, undisturbed: list[tuple[int, float]]
-) -> None:
-    job = submit_job("disturbed", "--nodelist=n0,n1", hold="3")
+def test_requeued_killed_and_without_power(cluster: Cluster, submit_job: Submit, undisturbed: Job) -> None:
+    hold = [{"start": start, "step": step} for start, step in ((0, 3), (1, 3), (2, 5))]
+    job = submit_job("disturbed", "--exclude=n2", hold=hold)
 
     job.wait_held(start=0)
     second = submit_job("second", "--nodes=1", "--nodelist=n2", settings=(f"run_dir={job.run_dir}",))
@@ -53,35 +46,22 @@ def test_requeued_killed_and_without_power(
     assert f"of slurm {job.number}.0 on" in job.said(), "the same job takes its old lock over at once"
 
     [rank] = job.rank_processes("n1")
-    job.hold(5)
     os.kill(rank, signal.SIGKILL)
     job.wait_held(start=2)
     assert "failed with exit code" in job.said()
 
-    cluster.run("scontrol", "update", f"jobid={job.number}", "nodelist=")
     cluster.cut_power("n1")
     try:
         job.wait_restart(3)
-        job.release()
+        cluster.run("scontrol", "update", f"jobid={job.number}", "excnodelist=")
         job.completed()
     finally:
         cluster.start_node("n1")
-    assert losses(job.run_dir) == undisturbed
-
-
-def test_the_time_limit(cluster: Cluster, limited: Job, undisturbed: list[tuple[int, float]]) -> None:
-    limited.wait_said("preempted, saved: requeued")
-    assert "USR1: the ranks save after this step" in limited.said()
-    limited.hold(0)  # whatever is told them: as ranks that hang
-    limited.wait_said("no save within the lead before the time limit: requeued")
-    limited.release()
-    limited.completed()
-    assert losses(limited.run_dir) == undisturbed
-    assert not (limited.run_dir / "preempt").exists()
+    assert losses(job.run_dir) == losses(undisturbed.run_dir)
 
 
 def test_a_job_that_fails_at_once_stays_down_and_says_why(cluster: Cluster, submit_job: Submit) -> None:
-    job = submit_job("failing", "--nodes=1", crash=True)
+    job = submit_job("failing", "--nodes=1", FD_TEST_CRASH="1")
     state = cluster.ended(job.number)
     assert (state["JobState"], state["Restarts"]) == ("FAILED", str(MAX_FAILURES - 1))
     assert (

@@ -1,10 +1,11 @@
-"""In every Python of a test's job: a run waits before a step while its folder holds a file `hold`.
+"""In every Python of a test's job: a run waits before a step, as the file `hold` in its folder says for this start.
 
-The file says `STEP` or `STEP until preempt`: so a test can disturb a run of milliseconds at a step that it names.
+A list of {"start", "step", "until_preempt"}: so a test can disturb a run of milliseconds at a step that it names.
 """
 
 import importlib.machinery
 import importlib.util
+import json
 import os
 import sys
 import time
@@ -12,13 +13,19 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+START = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+
 
 def waits(run_dir: Path, step: int) -> bool:
     try:
-        first, *until = (run_dir / "hold").read_text().split()
-    except (FileNotFoundError, ValueError):
+        holds = json.loads((run_dir / "hold").read_text())
+    except FileNotFoundError:
         return False
-    return step >= int(first) and not (until and (run_dir / "preempt").exists())
+    preempted = (run_dir / "preempt").exists()
+    return any(
+        hold["start"] == START and step >= hold["step"] and not (hold.get("until_preempt") and preempted)
+        for hold in holds
+    )
 
 
 def add_hold(trainer: ModuleType) -> None:
@@ -27,7 +34,7 @@ def add_hold(trainer: ModuleType) -> None:
     def held(self: Any, *arguments: Any) -> None:
         run_dir = Path(self.recipe.run_dir)
         if waits(run_dir, self.state.step):
-            held = run_dir / f"held_{self.world.rank}_{os.environ.get('SLURM_RESTART_COUNT', 0)}"
+            held = run_dir / f"held_{self.world.rank}_{START}"
             held.touch()
             while waits(run_dir, self.state.step):
                 self.watchdog.beat("a test")
