@@ -98,10 +98,8 @@ def _look(recipe: Recipe, world: World) -> _Node:
     try:
         for files in named_files(recipe):
             hub.cached(files)
-        for model in (
-            recipe.model,
-            *(teacher.model for teacher in teachers),
-        ):
+        teachers = recipe.distill.teachers if recipe.distill is not None else []
+        for model in (recipe.model, *(teacher.model for teacher in teachers)):
             path = weights_path(model)
             if path is not None and not Path(path).exists():
                 problem = f"{path} does not exist"
