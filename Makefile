@@ -25,8 +25,8 @@ $(STAMP): requirements.lock setup.py
 demo: setup  ## the whole story on embedded data, in minutes, on a CPU
 	$(BIN)/fd-scale demo
 
-test: setup  ## all tests; no GPU, no network
-	$(BIN)/python -m pytest
+test: setup  ## all tests; no GPU, no network; those of SLURM where it is installed
+	$(BIN)/python -m pytest $(PYTEST_OPTIONS)
 
 lint: setup  ## ruff, mypy, codespell, shellcheck
 	$(BIN)/ruff check .

@@ -55,6 +55,9 @@ FD_RANKS_PER_NODE=${FD_RANKS_PER_NODE:-${SLURM_GPUS_ON_NODE:-$(srun --nodes=1 --
 threads=$((${SLURM_CPUS_ON_NODE:-1} / FD_RANKS_PER_NODE))
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}
 FD_MAX_FAILURES=${FD_MAX_FAILURES:-3}
+# One element of an array, by a name that is its alone: the number of one of them also means the whole array.
+job=$SLURM_JOB_ID
+[ -z "${SLURM_ARRAY_JOB_ID:-}" ] || job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
 # What fd_scale.lock.slurm_start says of the same start.
 FD_START="slurm $SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}"
 
@@ -116,10 +119,9 @@ install() {
   [ -n "${FD_WHEELHOUSE:-}" ] || return 0
   local target=${FD_LOCAL_DISK:-/tmp}/fd-scale-$SLURM_JOB_ID
   # shellcheck disable=SC2016  # expands on the node
-  on_nodes --ntasks="$SLURM_JOB_NUM_NODES" -- bash -c '"$1" -m venv --clear "$2" &&
-    "$2/bin/python" -m pip install --quiet --no-index --find-links "$3" --require-hashes -r "$3/requirements.lock" &&
-    "$2/bin/python" -m pip install --quiet --no-index --no-deps "$3"/fd_scale-*.whl' \
-    _ "$FD_PYTHON" "$target" "$FD_WHEELHOUSE" || stop 1 "the wheelhouse $FD_WHEELHOUSE could not be installed on every node"
+  on_nodes --ntasks="$SLURM_JOB_NUM_NODES" -- bash -c \
+    '"$1" -m venv --clear "$2" && "$2/bin/python" -m pip install --quiet --no-index --no-deps "$3"/*.whl' \
+    _ "$FD_PYTHON" "$target" "$FD_WHEELHOUSE" || stop 1 "$FD_WHEELHOUSE could not be installed on every node (above)"
   FD_PYTHON=$target/bin/python
 }
 
@@ -136,13 +138,13 @@ ranks() {
     mkdir -p "$logs"
     exec "$python" -m torch.distributed.run --node-rank="$SLURM_NODEID" --log-dir="$logs" --redirects=3 --tee=3 "$@"' \
     _ "$logs" "$FD_PYTHON" --nnodes="$SLURM_JOB_NUM_NODES" --nproc-per-node="$FD_RANKS_PER_NODE" \
-    --master-addr="$address" --master-port="$port" "${numa[@]}" -m fd_scale "$@"
+    --master-addr="$address" --master-port="$port" --rdzv-id="${FD_START#slurm }" "${numa[@]}" -m fd_scale "$@"
 }
 
 # seconds_left: until SLURM ends the job; nothing where it has no time limit.
 seconds_left() {
   local end
-  end=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/.* EndTime=\([^ ]*\).*/\1/p')
+  end=$(scontrol show job "$job" | sed -n 's/.* EndTime=\([^ ]*\).*/\1/p')
   case $end in
     [0-9]*) echo $(($(date -d "$end" +%s) - $(date +%s))) ;;
   esac
@@ -151,12 +153,12 @@ seconds_left() {
 # requeue REASON
 requeue() {
   # A job that is being cancelled ends its steps too, and is not to come back.
-  case $(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T 2>/dev/null) in
+  case $(squeue --noheader --jobs="$job" --format=%T 2>/dev/null) in
     RUNNING) ;;
     *) stop 1 "$1; SLURM is ending the job: not requeued" ;;
   esac
   say "$1: requeued"
-  scontrol requeue "$SLURM_JOB_ID" || stop 75 "SLURM does not requeue this job (above); the same sbatch command resumes"
+  scontrol requeue "$job" || stop 75 "SLURM does not requeue this job (above); the same sbatch command resumes"
   sleep 120 # SLURM ends this script
 }
 
@@ -185,10 +187,10 @@ write_preempt() {
 
 # count_failure: sets `failures`, in a row without a new checkpoint; of this job alone.
 count_failure() {
-  local job step count newest
+  local whose step count newest
   newest=$(cat "$run_dir/checkpoints/latest" 2>/dev/null || echo none)
-  read -r job step count <"$run_dir/logs/failures" 2>/dev/null || job=
-  if [ "$job" = "$SLURM_JOB_ID" ] && [ "$step" = "$newest" ]; then
+  read -r whose step count <"$run_dir/logs/failures" 2>/dev/null || whose=
+  if [ "$whose" = "$SLURM_JOB_ID" ] && [ "$step" = "$newest" ]; then
     failures=$((count + 1))
   else
     failures=1

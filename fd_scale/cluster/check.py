@@ -5,6 +5,7 @@ Every rank looks at its own node, rank 0 compares and prints a table and a verdi
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import subprocess
@@ -143,7 +144,7 @@ def _gpus(recipe: Recipe, nodes: list[_Node]) -> _Row:
             "fails",
             f"no GPU of its own: {', '.join(without)}; start as many ranks as a node has GPUs",
         )
-    differing = _differing(nodes, lambda node: Counter(node.gpus).most_common())
+    differing = _differing(nodes, lambda node: tuple(Counter(node.gpus).most_common()))
     if differing:
         return _Row("GPUs", "fails", f"{differing}; exclude them: sbatch --exclude=HOST")
     return _Row("GPUs", "ok", f"{len(nodes)} x {nodes[0].gpus[0]}, {len(nodes[0].gpus)} visible on each rank")
@@ -199,10 +200,12 @@ def _run_folder(run_dir: Path, world: World) -> _Row:
     present = set(os.listdir(run_dir)) if run_dir.is_dir() else set()
     unseen = [rank for rank in range(world.size) if f"check_{rank}" not in present]
     world.barrier()
-    own.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # said above
+        own.unlink()
     found = world.gather((os.environ.get("SLURMD_NODENAME", platform.node()), problem, unseen))
     for folder in new:
-        folder.rmdir()
+        with contextlib.suppress(OSError):
+            folder.rmdir()
     for host, failed, _ in found:
         if failed:
             return _Row("run folder", "fails", f"{run_dir} cannot be written on {host} ({failed})")

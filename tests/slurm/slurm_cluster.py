@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import getpass
 import os
 import secrets
 import shutil
@@ -23,8 +24,8 @@ CONFIGURATION = """
 ClusterName=test
 SlurmctldHost={host}(127.0.0.1)
 SlurmctldPort={port}
-SlurmUser=root
-SlurmdUser=root
+SlurmUser={user}
+SlurmdUser={user}
 AuthType=auth/munge
 CredType=cred/munge
 AuthInfo=socket={folder}/munge/socket,cred_expire=5
@@ -172,7 +173,9 @@ def _configure(folder: Path, names: list[str], cpus: int) -> None:
         f"NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs={cpus} RealMemory=1000 State=UNKNOWN"
         for name, port in zip(names, ports, strict=True)
     ]
-    text = CONFIGURATION.format(host=host, port=first, folder=folder, nodes="\n".join(nodes))
+    text = CONFIGURATION.format(
+        user=getpass.getuser(), host=host, port=first, folder=folder, nodes="\n".join(nodes)
+    )
     text += "SlurmdParameters=config_overrides\n"
     (folder / "slurm.conf").write_text(text)
     (folder / "state").mkdir()
@@ -206,7 +209,9 @@ def running_cluster(folder: Path, names: list[str], cpus: int = 4) -> Iterator[C
         _until(lambda: _num_idle(environment) == len(names), f"slurmctld and its nodes, see {folder}/*.log")
         yield cluster
     finally:
-        subprocess.run(["scancel", "--user=root", "--quiet"], env=environment, timeout=30, check=False)
+        subprocess.run(
+            ["scancel", f"--user={getpass.getuser()}", "--quiet"], env=environment, timeout=30, check=False
+        )
         for process in (*cluster.nodes.values(), *reversed(started)):
             process.terminate()
             try:

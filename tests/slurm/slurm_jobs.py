@@ -39,6 +39,10 @@ class Job:
     def said(self) -> str:
         return self.output.read_text() if self.output.exists() else ""
 
+    def failed_starts(self) -> list[str]:
+        """What the batch script says of starts that ended with an error."""
+        return [line for line in self.said().splitlines() if "failed with exit code" in line]
+
     def completed(self) -> None:
         """Waits for a good end."""
         state = self.cluster.ended(self.number)

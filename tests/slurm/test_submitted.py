@@ -49,6 +49,9 @@ def test_chain_and_array(
     (copy / "COMMIT").write_text("the copy\n")
     Path(files["student"]).write_text("nonsense")
     cluster.run("scontrol", "release", *chain)
+    held = tmp_path / "swept-seed-1"
+    held.mkdir()
+    (held / "hold").write_text(json.dumps([{"start": 0, "step": 1, "until_preempt": True}]))
     [array], said = submitted(cluster, files["swept"], "--nodes=1", "--array", "seed=0,1", cwd=tmp_path)
     assert f"0: seed=0 run_dir={tmp_path}/swept-seed-0" in said
 
@@ -63,8 +66,18 @@ def test_chain_and_array(
         [sys.executable, "-c", TRAIN_HERE, json.dumps(runs)], check=True, capture_output=True, timeout=300
     )
 
-    for number, name in ((chain[0], "student"), (chain[1], "tuned"), (f"{array}_0", ""), (f"{array}_1", "")):
+    second = Job(cluster, f"{array}_1", held, tmp_path / "swept" / f"slurm-{array}_1.out")
+    second.wait_held(start=0, ranks=1)
+    cluster.run("scancel", "--signal=USR1", "--batch", second.number)
+    for number, name in (
+        (chain[0], "student"),
+        (chain[1], "tuned"),
+        (f"{array}_0", "swept"),
+        (f"{array}_1", "swept"),
+    ):
         Job(cluster, number, tmp_path / name, tmp_path / name / f"slurm-{number}.out").completed()
+    assert second.restarts() == 1, "preempted, and resumed"
+    assert cluster.job(f"{array}_0")["Restarts"] == "0", "alone"
     starts = json.loads((tmp_path / "student" / "environment.json").read_text())
     assert [start["commit"] for start in starts] == ["the copy"]
     assert losses(tmp_path / "student") == losses(tmp_path / "here")
