@@ -45,7 +45,9 @@ SchedulerType=sched/backfill
 SchedulerParameters=sched_interval=2,bf_interval=2,batch_sched_delay=0
 JobRequeue=1
 ReturnToService=2
-SlurmdTimeout=8
+SlurmdTimeout=6
+MessageTimeout=5
+TCPTimeout=2
 SlurmctldTimeout=10
 InactiveLimit=0
 KillWait=2
