@@ -35,7 +35,7 @@ def test_chain_and_array(
     cluster: Cluster, site: Path, values_in: Callable[..., dict[str, Any]], tmp_path: Path
 ) -> None:
     """Both run at the same time, on one node each; beside them the same runs without SLURM."""
-    quick = {"train__steps": 3, "train__ds_config": "zero0"}
+    quick = {"train__steps": 4, "train__ds_config": "zero0"}
     files = {}
     tasks = (("student", "distill"), ("tuned", "classification"), ("swept", "distill"), ("here", "distill"))
     for name, task in tasks:
