@@ -239,8 +239,9 @@ train_and_requeue() {
   fi
   case $code in
     0)
-      if [ "$(cat "$run_dir/preempt" 2>/dev/null)" = "$FD_START" ]; then
-        requeue "preempted, saved"
+      if [ -e "$run_dir/preempt" ]; then # a run that is complete removes it
+        [ "$(cat "$run_dir/preempt")" != "$FD_START" ] || requeue "preempted, saved"
+        stop 75 "stopped by $run_dir/preempt, saved: not requeued, the same command resumes"
       fi
       if [ -n "${FD_EXPORT:-}" ]; then
         rm -rf "$FD_EXPORT" # of an earlier run of the same folder

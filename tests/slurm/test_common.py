@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 COMMON = Path(__file__).parents[2] / "slurm" / "common.sh"
-JOB = {"SLURM_JOB_ID": "7", "SLURMD_NODENAME": "n3", "SLURM_CPUS_ON_NODE": "8", "SLURM_JOB_NUM_NODES": "2"}
+JOB = {"SLURM_JOB_ID": "7", "SLURMD_NODENAME": "n3", "SLURM_CPUS_ON_NODE": "8", "SLURM_JOB_NUM_NODES": "2",
+       "SLURM_JOB_NODELIST": "n[3-4]"}  # fmt: skip
 SHOWN = '#!/bin/sh\nfor word; do echo "$word"; done\n'
 RUN_HERE = '#!/bin/sh\nwhile [ "${1#--}" != "$1" ]; do shift; done\nexec "$@"\n'
 
@@ -94,3 +95,53 @@ def test_a_wheelhouse(tmp_path: Path) -> None:
     said = bash(tmp_path, "install", env.replace("/wheels", "/nothing"), RUN_HERE)
     assert said.returncode == 1
     assert f"{tmp_path}/nothing could not be installed on every node" in said.stderr
+
+
+SRUN = """#!/bin/sh
+case "$*" in
+  *fd_scale.cluster.job*) echo "$RUN"; echo 1234 ;;
+  *"fd_scale export"*) echo exports ;;
+  *) eval "$RANKS" ;;
+esac
+"""
+
+
+@pytest.mark.parametrize(
+    ("ranks", "state", "code", "facts"),
+    [
+        ("true", "RUNNING", 0, ["slurm: done"]),
+        ("echo slurm 7.0 >$RUN/preempt", "RUNNING", 99, ["preempted, saved: requeued", "scontrol requeue 7"]),
+        ("exit 75", "RUNNING", 99, ["preempted, saved: requeued"]),
+        ("touch $RUN/preempt", "RUNNING", 75, ["stopped by", "not requeued, the same command resumes"]),
+        ("echo wrong >$FD_ERROR_FILE; exit 1", "RUNNING", 2, ["not requeued, the same would happen again: wrong"]),
+        ("exit 1", "RUNNING", 99, ["failed with exit code 1, 1 of at most 3 times", "scontrol requeue 7"]),
+        ("exit 1", "COMPLETING", 1, ["SLURM is ending the job: not requeued"]),
+        ("exit 143", "", 1, ["SLURM is ending the job: not requeued"]),
+    ],
+)  # fmt: skip
+def test_what_is_requeued(tmp_path: Path, ranks: str, state: str, code: int, facts: list[str]) -> None:
+    """Stubs of srun, squeue and scontrol; SLURM's ending of the script is exit code 99 here."""
+    run = tmp_path / "run"
+    run.mkdir()
+    stubs = f"squeue() {{ echo {state}; }}; scontrol() {{ echo scontrol $* >&2; [ $1 = show ] || exit 99; }};"
+    said = bash(
+        tmp_path, f"{stubs} train_and_requeue distill x.yaml", "FD_RANKS_PER_NODE=1\nFD_EXPORT=e\n", SRUN,
+        RUN=str(run), RANKS=ranks,
+    )  # fmt: skip
+    assert said.returncode == code, said.stderr
+    assert all(fact in said.stderr for fact in facts), said.stderr
+    assert ("exports" in said.stdout) == (code == 0), "the weights of a run that is complete alone"
+
+
+def test_failures_count_as_long_as_there_is_no_new_checkpoint(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    (run / "checkpoints").mkdir(parents=True)
+    (run / "logs").mkdir()
+
+    def failed(job: str = "7") -> str:
+        code = f"run_dir={run}; count_failure; echo $failures"
+        return bash(tmp_path, code, "FD_RANKS_PER_NODE=1\n", SLURM_JOB_ID=job).stdout.strip()
+
+    assert [failed(), failed()] == ["1", "2"]
+    (run / "checkpoints" / "latest").write_text("step_00000002\n")
+    assert [failed(), failed(), failed("8"), failed("8")] == ["1", "2", "1", "2"]
