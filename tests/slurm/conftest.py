@@ -89,8 +89,14 @@ def limited(submit_job: Submit) -> Job:
 
 
 @pytest.fixture(scope="session")
-def undisturbed(cluster: Cluster, limited: Job, submit_job: Submit) -> Job:
-    """A job that nothing happened to; the cluster was checked before it."""
+def failing(submit_job: Submit) -> Job:
+    """A job whose ranks crash in every start; between them it waits for SLURM, beside the others."""
+    return submit_job("failing", "--nodes=1", "--nodelist=n2", FD_TEST_CRASH="1")
+
+
+@pytest.fixture(scope="session")
+def undisturbed(cluster: Cluster, limited: Job, failing: Job, submit_job: Submit) -> Job:
+    """A job that nothing happened to, beside another one on its nodes; it checked the cluster before it trained."""
     job = submit_job("undisturbed", "--nodelist=n0,n1", FD_CHECK="1")
     both = (limited.number, job.number)
     cluster.wait(

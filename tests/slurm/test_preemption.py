@@ -13,9 +13,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 MAX_FAILURES = 3
 
 
-def test_two_jobs_on_the_same_nodes(cluster: Cluster, limited: Job, undisturbed: Job) -> None:
+def test_two_jobs_on_the_same_nodes(limited: Job, undisturbed: Job) -> None:
     """They ran at the same time: with one port for all jobs, one of them would not have started."""
-    assert cluster.job(limited.number)["NodeList"] == cluster.job(undisturbed.number)["NodeList"] == "n[0-1]"
     assert not limited.failed_starts()
     said = undisturbed.said()
     assert "nothing found that would fail: 7 checks" in said, "of the cluster, before the training"
@@ -58,9 +57,8 @@ def test_requeued_killed_and_without_power(cluster: Cluster, submit_job: Submit,
     assert losses(job.run_dir) == losses(undisturbed.run_dir)
 
 
-def test_a_job_that_fails_at_once_stays_down_and_says_why(cluster: Cluster, submit_job: Submit) -> None:
-    job = submit_job("failing", "--nodes=1", FD_TEST_CRASH="1")
-    state = cluster.ended(job.number)
+def test_a_job_that_fails_at_once_stays_down_and_says_why(cluster: Cluster, failing: Job) -> None:
+    job, state = failing, cluster.ended(failing.number)
     assert (state["JobState"], state["Restarts"]) == ("FAILED", str(MAX_FAILURES - 1))
     assert (
         "failed 3 times in a row with no checkpoint newer than none: not requeued; exit code 1" in job.said()
