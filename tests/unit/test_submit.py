@@ -107,7 +107,7 @@ def test_an_array(show: Callable[..., str], tmp_path: Path) -> None:
         (["--nodes", "0"], ["--nodes: got 0"]),
         (["--nodes", "1", "--gpu", "h10"], ["--gpu: got h10", "nearest is h100"]),
         (["--nodes", "1", "train.global_bach=1"], ["Did you mean: 'global_batch'"]),
-        (["--nodes", "1", "--then", "digits/finetune", "model.namme=a"], ["Did you mean: 'name'"]),
+        (["--nodes", "1", "--then", "digits/finetune", "model.depth=1"], ["model", "depth"]),
         (["--nodes", "1", "--then", "digits/distill"], ["two jobs would work in", "run_dir=PATH"]),
         (["--nodes", "1", "--then", "evaluate"], ["no such verb", "data.evaluation"]),
         (["--nodes", "1", "run_dir=a b"], ["has a blank"]),
