@@ -63,7 +63,11 @@ def test_torchrun_on_two_hosts(
                 stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
             )
         )  # fmt: skip
-    said = [job.communicate(timeout=250)[0] for job in jobs]
+    try:
+        said = [job.communicate(timeout=250)[0] for job in jobs]
+    finally:
+        for job in jobs:
+            job.kill()
     assert [job.returncode for job in jobs] == [0, 0], said
     alone = [sys.executable, "-m", "fd_scale", "distill", str(recipe), f"run_dir={tmp_path}/one"]
     subprocess.run(alone, env=environment, check=True, capture_output=True, timeout=250)
