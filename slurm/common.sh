@@ -230,6 +230,7 @@ train_and_requeue() {
   [ -z "$signalled" ] || write_preempt
   if [ -n "${FD_CHECK:-}" ] && [ -z "${SLURM_RESTART_COUNT:-}" ]; then
     ranks check --cluster "${arguments[@]:1}" || stop 2 "the check of the cluster fails (above): not started, not requeued"
+    prepare "${arguments[@]}" # the port that was free then may be taken now
   fi
   ranks "${arguments[@]}" &
   wait_for $! || code=$?
