@@ -78,7 +78,7 @@ def values_in() -> Callable[..., dict[str, Any]]:
 @pytest.fixture
 def recipe_values(values_in: Callable[..., dict[str, Any]], tmp_path: Path) -> Callable[..., dict[str, Any]]:
     """As `values_in`, in a run folder of the test's own."""
-    return lambda *args, **changes: values_in(tmp_path / "run", *args, **changes)
+    return lambda *args, **changes: values_in(changes.pop("run_dir", tmp_path / "run"), *args, **changes)
 
 
 @pytest.fixture
