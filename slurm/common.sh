@@ -150,25 +150,35 @@ seconds_left() {
   esac
 }
 
+# insist COMMAND: tries again while it fails, for two minutes: slurmctld may be busy or just restarting.
+insist() {
+  local pause
+  for pause in 5 15 30 60 0; do
+    "$@" && return 0
+    [ "$pause" = 0 ] || sleep "$pause"
+  done
+  return 1
+}
+
 # requeue REASON
 requeue() {
+  local state
   # A job that is being cancelled ends its steps too, and is not to come back.
-  case $(squeue --noheader --jobs="$job" --format=%T 2>/dev/null) in
-    RUNNING) ;;
-    *) stop 1 "$1; SLURM is ending the job: not requeued" ;;
-  esac
+  state=$(insist squeue --noheader --jobs="$job" --format=%T) || state=unknown
+  [ "$state" = RUNNING ] || stop 1 "$1; SLURM is ending the job (its state: ${state:-none}): not requeued"
   say "$1: requeued"
-  scontrol requeue "$job" || stop 75 "SLURM does not requeue this job (above); the same sbatch command resumes"
+  insist scontrol requeue "$job" || stop 75 "SLURM does not requeue this job (above); the same sbatch command resumes"
   sleep 120 # SLURM ends this script
 }
 
 on_usr1() {
+  [ -z "$signalled" ] || return 0
   say "USR1: the ranks save after this step and the job is requeued"
   signalled=1
   write_preempt
   # Ranks that hang would be lost with the job at its time limit: it is requeued just before, from the last checkpoint.
   local left
-  left=$(seconds_left)
+  left=$(seconds_left) || left=
   if [ -n "$left" ] && [ "$left" -gt 0 ]; then
     (
       sleep $((left > 20 ? left - 10 : left / 2))

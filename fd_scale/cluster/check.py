@@ -78,7 +78,8 @@ def check_cluster(recipe: Recipe, arguments: list[str]) -> None:
     """
     if "WORLD_SIZE" not in os.environ and "SLURM_JOB_ID" in os.environ:
         script = str(pinned.scripts() / "check.sh")
-        raise SystemExit(subprocess.run(["bash", script, *arguments], check=False).returncode)
+        code = subprocess.run(["bash", script, *arguments], check=False).returncode
+        raise SystemExit(2 if code else 0)  # srun and torchrun make codes of their own
     recipe = resolved(recipe)
     log.set_up(int(os.environ.get("RANK", "0")))
     world = start("cpu", recipe.train.timeout_s)  # a rank without a GPU is to be found, not to stop the check

@@ -115,8 +115,8 @@ esac
         ("touch $RUN/preempt", "RUNNING", 75, ["stopped by", "not requeued, the same command resumes"]),
         ("echo wrong >$FD_ERROR_FILE; exit 1", "RUNNING", 2, ["not requeued, the same would happen again: wrong"]),
         ("exit 1", "RUNNING", 99, ["failed with exit code 1, 1 of at most 3 times", "scontrol requeue 7"]),
-        ("exit 1", "COMPLETING", 1, ["SLURM is ending the job: not requeued"]),
-        ("exit 143", "", 1, ["SLURM is ending the job: not requeued"]),
+        ("exit 1", "COMPLETING", 1, ["SLURM is ending the job (its state: ", "not requeued"]),
+        ("exit 143", "", 1, ["SLURM is ending the job (its state: ", "not requeued"]),
     ],
 )  # fmt: skip
 def test_what_is_requeued(tmp_path: Path, ranks: str, state: str, code: int, facts: list[str]) -> None:

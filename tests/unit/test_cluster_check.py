@@ -119,7 +119,7 @@ def test_inside_an_allocation_it_starts_its_ranks(make_recipe: Make, monkeypatch
     monkeypatch.delenv("WORLD_SIZE", raising=False)
 
     class Done:
-        returncode = 2
+        returncode = 137
 
     def run(command: list[str], check: bool) -> Done:
         ran.append(command)
