@@ -17,14 +17,14 @@ SCRIPTS = ROOT / "slurm"
 
 @pytest.fixture(scope="session")
 def cluster(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    """Three nodes on this machine."""
+    """Four nodes on this machine; the jobs of `limited` and `undisturbed` have n0 and n1."""
     if missing := missing_programs():
         problem = f"SLURM is not installed (no {', '.join(missing)}): {INSTALL}"
         if request.config.getoption("--require-slurm"):
             pytest.fail(problem)
         pytest.skip(problem)
     folder = tmp_path_factory.mktemp("slurm")
-    with running_cluster(folder, ["n0", "n1", "n2"]) as found:
+    with running_cluster(folder, ["n0", "n1", "n2", "n3"]) as found:
         yield found
 
 

@@ -27,10 +27,10 @@ def test_two_jobs_on_the_same_nodes(limited: Job, undisturbed: Job) -> None:
 
 def test_requeued_killed_and_without_power(cluster: Cluster, submit_job: Submit, undisturbed: Job) -> None:
     hold = [{"start": start, "step": step} for start, step in ((0, 3), (1, 3), (2, 5))]
-    job = submit_job("disturbed", "--exclude=n2", hold=hold)
+    job = submit_job("disturbed", "--exclude=n0,n1", hold=hold)
 
     job.wait_held(start=0)
-    second = submit_job("second", "--nodes=1", "--nodelist=n2", settings=(f"run_dir={job.run_dir}",))
+    second = submit_job("second", "--nodes=1", "--nodelist=n1", settings=(f"run_dir={job.run_dir}",))
     assert cluster.ended(second.number)["JobState"] == "FAILED"
     assert f"{job.run_dir}/lock: held by process" in second.said()
     assert f"of slurm {job.number}.0 on" in second.said()
@@ -42,18 +42,18 @@ def test_requeued_killed_and_without_power(cluster: Cluster, submit_job: Submit,
     assert "resumed" in job.said()
     assert f"of slurm {job.number}.0 on" in job.said(), "the same job takes its old lock over at once"
 
-    [rank] = job.rank_processes("n1")
+    [rank] = job.rank_processes("n3")
     os.kill(rank, signal.SIGKILL)
     job.wait_held(start=2)
     assert "failed with exit code" in job.said()
 
-    cluster.cut_power("n1")
+    cluster.cut_power("n3")
     try:
         job.wait_restart(3)
         cluster.run("scontrol", "update", f"jobid={job.number}", "excnodelist=")
         job.completed()
     finally:
-        cluster.start_node("n1")
+        cluster.start_node("n3")
     assert losses(job.run_dir) == losses(undisturbed.run_dir)
 
 
