@@ -45,6 +45,8 @@ class _Stage:
     recipe_file: str | None
     """What stands for RECIPE on the command line; none for the verbs of a run."""
     settings: tuple[str, ...] = ()
+    ds_config: Path | None = None
+    """A DeepSpeed JSON file of the user's own."""
     elements: tuple[tuple[str, ...], ...] = ()
     """Settings of each element of an array."""
     export: Path | None = None
@@ -120,7 +122,13 @@ def _chain(stages: list[list[str]]) -> list[_Stage]:
             raise UserError(
                 f"run_dir: {run_dir} has a blank, at which SLURM's record of a script ends; choose another"
             )
-        planned.append(_Stage(verb=verb, run_dir=run_dir, recipe_file=recipe_name, settings=tuple(settings)))
+        ds_config = Path(recipe.train.ds_config)
+        planned.append(
+            _Stage(
+                verb=verb, run_dir=run_dir, recipe_file=recipe_name, settings=tuple(settings),
+                ds_config=ds_config if ds_config.is_file() else None,
+            )
+        )  # fmt: skip
     return planned
 
 
@@ -217,7 +225,10 @@ def _command(
         subject = str(stage.run_dir)
     else:
         subject = str(copy / "recipe.yaml") if Path(stage.recipe_file).is_file() else stage.recipe_file
-    return ["sbatch", "--parsable", *options, *wanted.sbatch, str(script), subject, *stage.settings]
+    settings = [*stage.settings]
+    if stage.ds_config is not None:
+        settings.append(f"train.ds_config={copy / 'ds_config.json'}")
+    return ["sbatch", "--parsable", *options, *wanted.sbatch, str(script), subject, *settings]
 
 
 def _submitted_env(stage: _Stage, wanted: Wanted, copy: Path, cluster_env: Path | None) -> str:
@@ -244,6 +255,8 @@ def _prepare(stage: _Stage, copy: Path, environment: str, cluster_env: Path | No
             shutil.copy(cluster_env, copy / "fd_slurm" / "cluster.env")
         if stage.recipe_file is not None and Path(stage.recipe_file).is_file():
             shutil.copy(stage.recipe_file, copy / "recipe.yaml")
+        if stage.ds_config is not None:
+            shutil.copy(stage.ds_config, copy / "ds_config.json")
         if stage.elements:
             text = "".join("\t".join(settings) + "\n" for settings in stage.elements)
             (copy / "array").write_text(text, encoding="utf-8")

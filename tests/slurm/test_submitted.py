@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from slurm_jobs import Job, losses
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
+ROOT = Path(__file__).parents[2]
 TRAIN_HERE = """
 import json, sys
 from fd_scale import api
@@ -41,13 +43,16 @@ def test_chain_and_array(
     for name, task in tasks:
         files[name] = str(tmp_path / f"{name}.yaml")
         Path(files[name]).write_text(json.dumps(values_in(tmp_path / name, task, **quick)))
-    then = ("--sbatch=--hold", "--then", files["tuned"])
+    ds_config = tmp_path / "mine.json"
+    shutil.copy(ROOT / "ds_configs" / "zero0.json", ds_config)
+    then = (f"train.ds_config={ds_config}", "--sbatch=--hold", "--then", files["tuned"])
     chain, said = submitted(cluster, files["student"], "--nodes=1", *then, cwd=tmp_path)
     assert f"follow:  tail -F {tmp_path}/student/slurm-{chain[0]}.out" in said
-    # The job runs the copy: what is changed in it shows, and what becomes of the recipe does not.
+    # The job runs the copy: what is changed in it shows, and what becomes of recipe and JSON does not.
     [copy] = (tmp_path / "student" / "submitted").iterdir()
     (copy / "COMMIT").write_text("the copy\n")
     Path(files["student"]).write_text("nonsense")
+    ds_config.write_text("nonsense")
     cluster.run("scontrol", "release", *chain)
     held = tmp_path / "swept-seed-1"
     held.mkdir()
