@@ -41,7 +41,7 @@ export PYTHONSAFEPATH=1
 # A copy that `fd-scale submit` made: its code runs, whatever has become of the code that was submitted.
 if [ -e "$FD_CODE/COMMIT" ]; then
   export PYTHONPATH=$FD_CODE${PYTHONPATH:+:$PYTHONPATH}
-  say "code of commit $(cat "$FD_CODE/COMMIT"), from $FD_CODE"
+  say "code of $(cat "$FD_CODE/COMMIT"), from $FD_CODE"
 fi
 if [ -z "${FD_PYTHON:-}" ]; then
   FD_PYTHON=python3

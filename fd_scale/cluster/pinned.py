@@ -34,6 +34,11 @@ def commit() -> str | None:
     return head + ("+changes" if changed else "")
 
 
+def origin() -> str:
+    """Returns the commit of this code, or the release that was installed."""
+    return commit() or f"release {version('fd-scale')}"
+
+
 def place(run_dir: Path) -> Path:
     """Returns where the next copy goes: `RUN/submitted/TIME`, since an earlier job may still wait for its own."""
     name = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
@@ -47,8 +52,7 @@ def pin(target: Path) -> None:
     ignored = shutil.ignore_patterns("__pycache__", "cluster.env")
     for package in _PACKAGES:
         shutil.copytree(_folder(package), target / package, ignore=ignored)
-    release = f"release {version('fd-scale')}"
-    (target / "COMMIT").write_text(f"{commit() or release}\n", encoding="utf-8")
+    (target / "COMMIT").write_text(f"{origin()}\n", encoding="utf-8")
 
 
 def _folder(package: str) -> Path:

@@ -277,7 +277,7 @@ def _sbatch(command: list[str], copy: Path) -> str:
 
 
 def _shown(stage: _Stage, command: list[str], environment: str, copy: Path) -> Iterator[str]:
-    yield f"# {stage.verb} in {stage.run_dir}; code of commit {pinned.commit()} would be copied to {copy}"
+    yield f"# {stage.verb} in {stage.run_dir}; code of {pinned.origin()} would be copied to {copy}"
     yield shlex.join(command)
     for settings in stage.elements:
         yield f"#   element: {shlex.join(settings)}"
