@@ -92,8 +92,18 @@ class RunLock:
             os.link(own, self.file)
         except FileExistsError:
             return False
+        except OSError:  # a file system without hard links
+            return self._create_exclusively(own.read_text(encoding="utf-8"))
         finally:
             own.unlink()
+        return True
+
+    def _create_exclusively(self, text: str) -> bool:
+        try:
+            with self.file.open("x", encoding="utf-8") as file:
+                file.write(text)
+        except FileExistsError:
+            return False
         return True
 
     def _take_over(self) -> None:

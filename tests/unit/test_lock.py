@@ -66,6 +66,22 @@ def test_it_is_free_before_and_after(tmp_path: Path) -> None:
     lock._held[tmp_path / "run" / "lock"].release()
 
 
+def test_a_file_system_without_hard_links(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, holder: subprocess.Popen[str]
+) -> None:
+    def refuse(source: Path, target: Path) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", refuse)
+    with pytest.raises(UserError, match="and it lives"):
+        RunLock(tmp_path).acquire()
+    mine = RunLock(tmp_path / "other")
+    mine.acquire()
+    assert json.loads((tmp_path / "other" / "lock").read_text())["token"] == mine.token
+    mine.release()
+    assert list((tmp_path / "other").iterdir()) == []
+
+
 def test_a_living_holder_is_named(tmp_path: Path, holder: subprocess.Popen[str]) -> None:
     start = time.monotonic()
     with pytest.raises(
