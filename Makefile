@@ -25,15 +25,15 @@ $(STAMP): requirements.lock setup.py
 demo: setup  ## the whole story on embedded data, in minutes, on a CPU
 	$(BIN)/fd-scale demo
 
-test: setup  ## all tests; no GPU, no network
-	$(BIN)/python -m pytest
+test: setup  ## all tests; no GPU, no network; those of SLURM where it is installed
+	$(BIN)/python -m pytest $(PYTEST_OPTIONS)
 
 lint: setup  ## ruff, mypy, codespell, shellcheck
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/codespell
-	$(BIN)/shellcheck .ci/run
+	$(BIN)/shellcheck .ci/run slurm/*.sh slurm/*.sbatch slurm/cluster.env.example
 
 bench: setup  ## our step against a bare loop, and the loader
 	$(BIN)/fd-scale bench step

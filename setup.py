@@ -51,12 +51,13 @@ setup(
     python_requires=">=3.11",
     packages=find_packages(include=["fd_scale", "fd_scale.*"])
     + find_packages(where="kernels", include=["fd_kernels", "fd_kernels.*"])
-    + ["fd_ds_configs"],
-    package_dir={"fd_kernels": "kernels/fd_kernels", "fd_ds_configs": "ds_configs"},
+    + ["fd_ds_configs", "fd_slurm"],
+    package_dir={"fd_kernels": "kernels/fd_kernels", "fd_ds_configs": "ds_configs", "fd_slurm": "slurm"},
     package_data={
         "fd_scale": ["recipes/**/*.yaml", "py.typed"],
         "fd_kernels": ["py.typed"],
         "fd_ds_configs": ["*.json"],
+        "fd_slurm": ["*.sbatch", "*.sh", "*.example"],
     },
     install_requires=REQUIREMENTS,
     extras_require=EXTRAS,

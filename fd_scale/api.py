@@ -23,12 +23,10 @@ from fd_scale.config import Recipe, load_recipe
 from fd_scale.data import (
     Source,
     TrainLoader,
-    Transform,
-    contrastive_transform,
     evaluation_transform,
     open_source,
     spread,
-    training_view,
+    training_transform,
 )
 from fd_scale.distill import DistillationTask
 from fd_scale.distributed import Preemption, World
@@ -38,8 +36,9 @@ from fd_scale.evaluate import evaluate_task, find_checkpoint, recipe_of
 from fd_scale.evaluation import EvaluationSet
 from fd_scale.export import convert, export, interpolate
 from fd_scale.fetch import fetch
-from fd_scale.finetune import ClassificationTask, LinearProbeTask, cached_features
+from fd_scale.finetune import ClassificationTask, LinearProbeTask, features_of
 from fd_scale.hardware import find_gpu
+from fd_scale.lock import RunLock
 from fd_scale.log import console
 from fd_scale.metrics import Recorder
 from fd_scale.models import Backbone, choose_kernels, dtype_of, resolved
@@ -55,7 +54,7 @@ from fd_scale.trainer import Task, Trainer
 
 __all__ = [
     "build_task", "build_trainer", "convert", "evaluate", "export", "fetch", "interpolate", "load_recipe", "measure",
-    "plan", "train",
+    "plan", "start", "train",
 ]  # fmt: skip
 
 logger = logging.getLogger(__name__)
@@ -75,9 +74,18 @@ def train(recipe: Recipe) -> TrainState:
     Raises:
         UserError: the recipe, its data or its checkpoints do not allow it.
     """
+    return start(recipe).train()
+
+
+def start(recipe: Recipe) -> Trainer:
+    """Builds what runs a recipe on the ranks that a launcher started, or on this process alone.
+
+    Raises:
+        UserError: as `train`.
+    """
     world = distributed.start(recipe.train.device, recipe.train.timeout_s)
     log.set_up(world.rank)
-    return build_trainer(recipe, world).train()
+    return build_trainer(recipe, world)
 
 
 def evaluate(path: str | Path, overrides: Sequence[str] = (), real: str | None = None) -> dict[str, Any]:
@@ -142,7 +150,7 @@ def measure(recipe: Recipe) -> tuple[Choice, Measured]:
         gpu = present_gpu(world.device) if world.device.type == "cuda" else find_gpu("a100-40g")
         planned = world.on_main(lambda: plan_recipe(recipe.run_dir, bare, gpu, world.size, images=0))
         found = measure_trainer(trainer)
-        trainer.preemption.close()
+        trainer.close()
         world.barrier()
     return planned.own, found
 
@@ -174,29 +182,7 @@ def build_trainer(
         ds_config.read(recipe.train.ds_config), recipe, world.size, world.device.type
     )
     source = open_source(recipe.data.train) if source is None else source
-    transform, num_workers = training_transform(recipe), recipe.data.num_workers
-    if recipe.linear_probe is not None:
-        images = replace(_evaluation_set(recipe, recipe.data.train), source=source)
-        features = cached_features(recipe, images, Path(recipe.run_dir) / "features/train", world)
-        source, transform, num_workers = features.source, features.transform, features.num_workers
-    loader = TrainLoader(
-        source,
-        transform,
-        seed=recipe.seed,
-        global_batch=recipe.train.global_batch,
-        micro_batch=engine_config["train_micro_batch_size_per_gpu"],
-        rank=world.rank,
-        world_size=world.size,
-        num_workers=num_workers,
-        max_bad_fraction=recipe.data.max_bad_fraction,
-        pin_memory=world.device.type == "cuda",
-    )
-    section = recipe.classification
-    if section is not None and (section.mixup or section.cutmix) and loader.micro_batch % 2:
-        raise UserError(
-            f"train.micro_batch: classification.mixup and cutmix mix pairs, and a micro-batch on a rank is "
-            f"{loader.micro_batch}; expected an even one, take another train.micro_batch or number of ranks"
-        )
+    loader = _loader(recipe, source, engine_config["train_micro_batch_size_per_gpu"], world)
     num_steps = recipe.train.steps or round((recipe.train.epochs or 0) * loader.steps_per_epoch)
     if num_steps < 1:
         raise UserError(
@@ -208,7 +194,7 @@ def build_trainer(
     stage = ds_config.zero_stage(engine_config)
     parts = Partition(engine_config, world)
     with initialise_on or contextlib.nullcontext():
-        task = build_task(recipe, source, parts if stage == 3 else WHOLE, parts, world)
+        task = build_task(recipe, source, parts if stage == 3 else WHOLE, parts)
     if recipe.train.compile:
         _compile(task)
     if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in task.module.modules()):
@@ -217,6 +203,8 @@ def build_trainer(
     run_dir = Path(recipe.run_dir)
     identity = world.on_main(lambda: run_folder.identity(recipe, source.fingerprint, stage, world.size))
     refuse_other_identity(run_dir, identity)
+    lock = RunLock(run_dir)
+    world.on_main(lock.acquire)
     world.on_main(lambda: run_folder.create(recipe))
     log.set_up(world.rank, run_dir)
     task.prepare(world, loader)
@@ -237,7 +225,33 @@ def build_trainer(
         checkpoints=checkpoints,
         recorder=Recorder(run_dir, world, recipe.task, peak_images_per_s),
         preemption=Preemption(run_dir, world),
+        lock=lock,
         world=world,
+    )
+
+
+def _loader(recipe: Recipe, source: Source, micro_batch: int, world: World) -> TrainLoader:
+    transform, num_workers = training_transform(recipe), recipe.data.num_workers
+    if recipe.linear_probe is not None:
+        features = features_of(_evaluation_set(recipe, source), Path(recipe.run_dir) / "features/train")
+        source, transform, num_workers = features.source, features.transform, features.num_workers
+    section = recipe.classification
+    if section is not None and (section.mixup or section.cutmix) and micro_batch % 2:
+        raise UserError(
+            f"train.micro_batch: classification.mixup and cutmix mix pairs, and a micro-batch on a rank is "
+            f"{micro_batch}; expected an even one, take another train.micro_batch or number of ranks"
+        )
+    return TrainLoader(
+        source,
+        transform,
+        seed=recipe.seed,
+        global_batch=recipe.train.global_batch,
+        micro_batch=micro_batch,
+        rank=world.rank,
+        world_size=world.size,
+        num_workers=num_workers,
+        max_bad_fraction=recipe.data.max_bad_fraction,
+        pin_memory=world.device.type == "cuda",
     )
 
 
@@ -273,7 +287,6 @@ def build_task(
     source: Source | None,
     placement: Placement = WHOLE,
     in_parts: Placement = WHOLE,
-    world: World | None = None,
 ) -> Task:
     """Builds the recipe's task; its initial weights are a function of the recipe's seed.
 
@@ -282,20 +295,15 @@ def build_task(
         source: its training images; none: a classification says itself how many classes it has.
         placement: where the trained module's parameters are.
         in_parts: where those of teachers are that the recipe wants partitioned.
-        world: ranks, which compute features together where the recipe is a linear probe's.
     """
     recipe = resolved(recipe)
     torch.manual_seed(int(hash64(recipe.seed, "initialisation")) % 2**63)
     evaluation = None
     if recipe.data.evaluation is not None:
-        evaluation = _evaluation_set(recipe, recipe.data.evaluation)
+        evaluation = _evaluation_set(recipe, open_source(recipe.data.evaluation))
     if recipe.linear_probe is not None:
-        assert world is not None, "a trainer builds it"
         assert source is not None, "a trainer builds it"
-        if evaluation is not None:
-            folder = Path(recipe.run_dir) / "features/evaluation"
-            evaluation = cached_features(recipe, evaluation, folder, world)
-        return LinearProbeTask(recipe, source, evaluation, placement)
+        return LinearProbeTask(recipe, _evaluation_set(recipe, source), evaluation, placement)
     if recipe.distill is not None:
         for index, teacher in enumerate(recipe.distill.teachers):
             if teacher.model.weights is None:
@@ -318,37 +326,10 @@ def build_task(
         return ClassificationTask(recipe, evaluation, source)
 
 
-def _evaluation_set(recipe: Recipe, source: Any) -> EvaluationSet:
+def _evaluation_set(recipe: Recipe, source: Source) -> EvaluationSet:
     return EvaluationSet(
-        source=open_source(source),
+        source=source,
         transform=evaluation_transform(recipe.model.size),
         batch_size=recipe.train.micro_batch,
         num_workers=recipe.data.num_workers,
-    )
-
-
-def training_transform(recipe: Recipe) -> Transform:
-    """Returns how a training view is cut for the recipe's task."""
-    recipe = resolved(recipe)
-    data = recipe.data
-    if recipe.contrastive is not None:
-        return contrastive_transform(
-            recipe.model.size,
-            crop_scale=data.crop_scale,
-            crop_ratio=data.crop_ratio,
-            flip=data.flip,
-            colour_jitter=recipe.contrastive.jitter,
-        )
-    assert recipe.model.mean is not None, "the recipe is resolved"
-    assert recipe.model.std is not None, "the recipe is resolved"
-    return training_view(
-        recipe.model.size,
-        crop_scale=data.crop_scale,
-        crop_ratio=data.crop_ratio,
-        interpolation=data.interpolation,
-        flip=data.flip,
-        rand_augment=data.rand_augment,
-        erasing=data.erasing,
-        mean=recipe.model.mean,
-        std=recipe.model.std,
     )

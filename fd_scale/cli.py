@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import sys
 from collections.abc import Sequence
@@ -29,13 +30,17 @@ examples:
   fd-scale distill digits/distill train.steps=100            on one device
   torchrun --nproc-per-node 8 -m fd_scale distill my.yaml    on eight
   fd-scale evaluate runs/digits/finetune                     metrics of a checkpoint, by class too
+  fd-scale submit my.yaml --nodes 8 --gpu h100               as a SLURM job
   fd-scale export runs/digits/distill out                    weights as safetensors, with a model card
   fd-scale convert in.pth out --model swin_v2_base --format timm    from any layout of names to another
 """
 
+PREEMPTED = os.EX_TEMPFAIL
+"""Exit code 75 of a run that was preempted: the same command resumes it."""
+
 _LAYOUTS = ("ours", "timm", "hf", "official", "fd")
 
-_TRAINING_VERBS = {
+TRAINING_VERBS = {
     "distill": (("distill",), "feature distillation of a teacher into a student"),
     "pretrain": (("contrastive",), "contrastive pre-training of a teacher, without labels"),
     "finetune": (("classification", "linear_probe"), "fine-tuning on labels, or a linear probe"),
@@ -44,17 +49,25 @@ _TRAINING_VERBS = {
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs a verb; exits with 2 and one sentence where the user's input is wrong."""
-    options = _parsed(arguments)
+    options = parsed(arguments)
     try:
         options.run(options)
     except UserError as error:
         rank = os.environ.get("RANK", "0")
         print(f"fd-scale: {'' if rank == '0' else f'rank {rank}: '}{error}", file=sys.stderr)
+        _tell_batch_script(error)
         raise SystemExit(2) from None
 
 
-def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """Options of a verb; `key=value` may also stand behind them, where argparse no longer looks for it."""
+def _tell_batch_script(error: UserError) -> None:
+    """Writes the sentence where slurm/common.sh looks for it: torchrun makes 1 of the exit code 2."""
+    if "FD_ERROR_FILE" in os.environ:
+        with contextlib.suppress(OSError):
+            Path(os.environ["FD_ERROR_FILE"]).write_text(f"{error}\n", encoding="utf-8")
+
+
+def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Returns the options of a verb; `key=value` may also stand behind them, where argparse no longer looks for it."""
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
     if any(item.startswith("-") or "=" not in item or "overrides" not in options for item in rest):
@@ -62,6 +75,14 @@ def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     if rest:
         options.overrides = [*options.overrides, *rest]
     return options
+
+
+def verbs() -> set[str]:
+    """Returns the names of all verbs."""
+    found = (
+        action.choices for action in _parser()._actions if isinstance(action, argparse._SubParsersAction)
+    )
+    return set(next(found))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -74,7 +95,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"fd-scale {__version__}")
     verbs = parser.add_subparsers(metavar="VERB", required=True)
 
-    for verb, (tasks, summary) in _TRAINING_VERBS.items():
+    for verb, (tasks, summary) in TRAINING_VERBS.items():
         wanted = " or ".join(f"`{task}`" for task in tasks)
         training = _add_verb(
             verbs, verb, summary,
@@ -110,6 +131,7 @@ def _parser() -> argparse.ArgumentParser:
         verbs, "check", "what would fail, before a job is queued",
         "Checks recipe, DeepSpeed JSON, data, weights, run folder, devices and driver; a table and a verdict.",
         "  fd-scale check digits/distill --ranks 2\n"
+        "  salloc --nodes 2 fd-scale check my.yaml --cluster\n"
         "  fd-scale check imagenet/swin_v2_giant --gpus 64 --gpu h100",
     )  # fmt: skip
     _add_recipe(check)
@@ -124,8 +146,13 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument(
         "--gpu", metavar="NAME", help=f"GPU of each: {', '.join(GPUS)} (default: the one here, if any)"
     )
+    check.add_argument(
+        "--cluster", action="store_true",
+        help="look at the nodes of this job: GPUs, driver, network, data, run folder, versions, weights",
+    )  # fmt: skip
     check.set_defaults(run=_check)
     _add_plan(verbs)
+    _add_submit(verbs)
 
     fetch = _add_verb(
         verbs, "fetch", "data and weights of a recipe from the Hugging Face hub, ahead of the run",
@@ -178,6 +205,49 @@ def _add_plan(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
         help="write a PNG: memory of each stage and policy, or the curves of --scaling",
     )
     plan.set_defaults(run=_plan)
+
+
+def _add_submit(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    submit = _add_verb(
+        verbs, "submit", "a recipe as a SLURM job, or as a chain or an array of them",
+        "Copies code, recipe and slurm/cluster.env beside the run, so that a job in the queue stays as it is, shows\n"
+        "the sbatch command and runs it. The job saves before its time limit and is requeued until it is done.\n"
+        "In a chain, each run starts from the weights of the run before.",
+        "  fd-scale submit my.yaml --nodes 8 --gpu h100 --dry-run\n"
+        "  fd-scale submit digits/teacher --nodes 1 --then digits/distill --then digits/finetune optim.lr=1e-3\n"
+        "  fd-scale submit my.yaml --nodes 2 --array optim.lr=1e-3,5e-4,2e-4",
+    )  # fmt: skip
+    _add_recipe(submit)
+    submit.add_argument("--nodes", type=int, required=True, help="nodes of each job")
+    submit.add_argument(
+        "--gpu",
+        metavar="NAME",
+        help=f"cluster.env is asked for this kind: {', '.join(GPUS)} (default: its own)",
+    )
+    submit.add_argument(
+        "--time", metavar="LIMIT", help="time limit of each job, as of sbatch (default: cluster.env's)"
+    )
+    submit.add_argument(
+        "--then", metavar=("RECIPE", "key=value"), nargs="+", action="append", default=[],
+        help="a job that starts when the one before is done: a recipe, or `evaluate`, `diagnose` of that run",
+    )  # fmt: skip
+    submit.add_argument(
+        "--array", metavar="key=a,b,c", help="a job for each value, in a run folder of its own"
+    )
+    submit.add_argument(
+        "--check", action="store_true", help="check the cluster from inside the job before it trains"
+    )
+    submit.add_argument(
+        "--sbatch",
+        metavar="OPTION",
+        action="append",
+        default=[],
+        help="a further option of sbatch: --sbatch=--qos=high",
+    )
+    submit.add_argument(
+        "--dry-run", action="store_true", help="show commands and scripts; submit and write nothing"
+    )
+    submit.set_defaults(run=_submit)
 
 
 def _add_tools(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -392,11 +462,15 @@ def _add_recipe(parser: argparse.ArgumentParser) -> None:
 def _train(options: argparse.Namespace) -> None:
     recipe = load_recipe(options.recipe, [*options.overrides, *["log.profile=true"] * options.profile])
     if recipe.task not in options.tasks:
-        verb = next(verb for verb, (tasks, _) in _TRAINING_VERBS.items() if recipe.task in tasks)
+        verb = next(verb for verb, (tasks, _) in TRAINING_VERBS.items() if recipe.task in tasks)
         raise UserError(f"{options.recipe}: its task is {recipe.task}; run it with `fd-scale {verb}`")
     from fd_scale import api
 
-    api.train(recipe)
+    trainer = api.start(recipe)
+    trainer.train()
+    # torchrun makes 1 of any code, with a report of a failure: below it, RUN/preempt alone says why the run stopped.
+    if trainer.stopped_early and "TORCHELASTIC_RUN_ID" not in os.environ:
+        raise SystemExit(PREEMPTED)
 
 
 def _evaluate(options: argparse.Namespace) -> None:
@@ -406,9 +480,25 @@ def _evaluate(options: argparse.Namespace) -> None:
 
 
 def _check(options: argparse.Namespace) -> None:
+    if options.cluster:
+        from fd_scale.cluster.check import check_cluster
+
+        check_cluster(load_recipe(options.recipe, options.overrides), [options.recipe, *options.overrides])
+        return
     from fd_scale.check import check
 
     check(options.recipe, options.overrides, options.ranks, options.gpu)
+
+
+def _submit(options: argparse.Namespace) -> None:
+    from fd_scale.cluster.submit import Wanted, submit
+
+    wanted = Wanted(
+        nodes=options.nodes, gpu=options.gpu, time=options.time, check=options.check, sbatch=tuple(options.sbatch)
+    )  # fmt: skip
+    stages = [[options.recipe, *options.overrides], *options.then]
+    for line in submit(stages, wanted, options.array, dry_run=options.dry_run):
+        print(line, flush=True)
 
 
 def _plan(options: argparse.Namespace) -> None:

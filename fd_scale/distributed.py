@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 from fd_scale.errors import UserError
+from fd_scale.lock import slurm_start
 from fd_scale.watch import GRACE_S
 
 T = TypeVar("T")
@@ -133,6 +134,9 @@ class Preemption:
 
     It is raised by a file `preempt` in the run folder (what a batch script writes), or by SIGTERM
     or SIGUSR1 sent to a process that runs alone (under torchrun a signal would end the workers).
+
+    A batch script writes `slurm JOB.RESTARTS` into it, as `slurm_start` says: the file of this very start counts from
+    the first step on, even if it was written while libraries were still being imported; another job's does not.
     """
 
     def __init__(self, run_dir: Path, world: World) -> None:
@@ -140,14 +144,28 @@ class Preemption:
         self.world = world
         self.signalled = False
         self.previous: dict[int, Any] = {}
-        if world.is_main:
-            self.file.unlink(missing_ok=True)
+        self.start = slurm_start()
+        if world.is_main and (self.start is None or self._written_by() != self.start):
+            self.file.unlink(missing_ok=True)  # it stopped an earlier start
         if world.size == 1 and threading.current_thread() is threading.main_thread():  # Python's rule
             for number in (signal.SIGTERM, signal.SIGUSR1):
                 self.previous[number] = signal.signal(number, self._raise_flag)
 
     def _raise_flag(self, number: int, frame: FrameType | None) -> None:
         self.signalled = True
+
+    def _written_by(self) -> str | None:
+        """The start of a SLURM job whose batch script wrote the file; none where it was a person, or is not there."""
+        try:
+            words = self.file.read_text(encoding="utf-8").strip()
+        except (OSError, UnicodeDecodeError):
+            return None
+        return words if words.startswith("slurm ") else None
+
+    def done(self) -> None:
+        """Says that the run is complete: there is nothing left to stop, nor to requeue."""
+        if self.world.is_main:
+            self.file.unlink(missing_ok=True)
 
     def close(self) -> None:
         """Gives the signals back to whoever handled them before."""
@@ -157,7 +175,9 @@ class Preemption:
     @property
     def raised(self) -> bool:
         """Whether this rank knows that the run is to stop; ranks agree on it at the start of a step."""
-        return self.signalled or (self.world.is_main and self.file.exists())
+        if self.signalled or not self.world.is_main or not self.file.exists():
+            return self.signalled
+        return self._written_by() in (None, self.start)
 
 
 def micro_batch_of_a_rank(global_batch: int, largest_micro_batch: int, world_size: int) -> int:

@@ -6,7 +6,6 @@ import json
 import os
 import platform
 import shlex
-import subprocess
 import sys
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -16,6 +15,7 @@ from typing import Any
 import torch
 
 from fd_scale.checkpoint import write_atomically
+from fd_scale.cluster import pinned
 from fd_scale.config import Recipe, load_recipe, to_dict, to_yaml
 from fd_scale.errors import UserError
 from fd_scale.models import model_identity, weights_path, weights_sha256
@@ -76,7 +76,7 @@ def environment() -> dict[str, Any]:
     return {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": shlex.join(sys.argv),
-        "commit": _commit(),
+        "commit": pinned.commit(),
         "python": platform.python_version(),
         "host": platform.node(),
         "cpus": os.cpu_count(),
@@ -84,25 +84,6 @@ def environment() -> dict[str, Any]:
         "cuda": torch.version.cuda,
         "versions": {name: _version(name) for name in _PACKAGES},
     }
-
-
-def _commit() -> str | None:
-    """The commit of the source tree, with `+changes` where it has any; none outside a checkout."""
-    root = Path(__file__).parent
-    try:
-        head = subprocess.run(
-            ["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=True
-        )
-        status = subprocess.run(
-            ["git", "status", "--porcelain", "--untracked-files=no"],
-            cwd=root,
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return head.stdout.strip() + ("+changes" if status.stdout.strip() else "")
 
 
 def _version(package: str) -> str | None:

@@ -27,6 +27,7 @@ from fd_scale.distributed import Preemption, World
 from fd_scale.engine import Engine
 from fd_scale.errors import UserError
 from fd_scale.evaluation import Forward
+from fd_scale.lock import RunLock
 from fd_scale.metrics import HostCopy, Phases, Recorder, profiling
 from fd_scale.watch import LossWatch, Watchdog
 
@@ -76,6 +77,7 @@ class Trainer:
         checkpoints: Checkpoints,
         recorder: Recorder,
         preemption: Preemption,
+        lock: RunLock,
         world: World,
     ) -> None:
         self.recipe = recipe
@@ -86,6 +88,7 @@ class Trainer:
         self.checkpoints = checkpoints
         self.recorder = recorder
         self.preemption = preemption
+        self.lock = lock
         self.world = world
         self.num_steps = len(learning_rates)
         self.state = TrainState()
@@ -114,10 +117,23 @@ class Trainer:
             folder = Path(self.recipe.run_dir) / "profile" if self.recipe.log.profile else None
             with self.watchdog, profiling(folder, self.world) as self.end_profiled_step:
                 self._loop()
+            if self._last():
+                self.preemption.done()
         finally:
-            self.recorder.finish()
-            self.preemption.close()
+            self.close()
         return self.state
+
+    def close(self) -> None:
+        """Gives back records, signals and the run folder."""
+        self.recorder.finish()
+        self.preemption.close()
+        if self.world.is_main:
+            self.lock.release()
+
+    @property
+    def stopped_early(self) -> bool:
+        """Whether the run was preempted before its last step."""
+        return self.preempted and not self._last()
 
     def _loop(self) -> None:
         if self.state.step == self.num_steps:
@@ -148,7 +164,7 @@ class Trainer:
                 self.evaluate()
             self.watchdog.beat(f"step {self.state.step}")
             self.end_profiled_step()
-            if self.preempted and not self._last():
+            if self.stopped_early:
                 self.complete_checkpoint()
                 logger.warning(
                     "preempted after step %d of %d; the same command resumes", self.state.step, self.num_steps

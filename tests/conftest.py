@@ -37,6 +37,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--require-gpu", action="store_true", help="fail, not skip, tests marked gpu without a GPU"
     )
+    parser.addoption(
+        "--require-slurm",
+        action="store_true",
+        help="fail, not skip, the tests of SLURM where it is not installed",
+    )
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -47,19 +52,19 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device, and torch sees none"))
 
 
-@pytest.fixture
-def recipe_values(tmp_path: Path) -> Callable[..., dict[str, Any]]:
-    """Returns a function that makes a tiny recipe on digits, with `section.key=value` changes as keywords.
+@pytest.fixture(scope="session")
+def values_in() -> Callable[..., dict[str, Any]]:
+    """Returns a function that makes a tiny recipe on digits in a run folder, with `section.key=value` as keywords.
 
     Task "fine-tuning" is classification with all that the paper's fine-tuning has.
     """
 
-    def make(task: str = "distill", **changes: Any) -> dict[str, Any]:
+    def make(run_dir: Path, task: str = "distill", **changes: Any) -> dict[str, Any]:
         if task == "fine-tuning":
             task, changes = "classification", FINE_TUNING | changes
         values: dict[str, Any] = {
             "task": task,
-            "run_dir": str(tmp_path / "run"),
+            "run_dir": str(run_dir),
             "model": MODEL,
             "data": {"train": "digits:train", "num_workers": 0, "flip": 0.0},
             "optim": {"lr": 1e-3, "grad_clip": 0.28},
@@ -81,6 +86,12 @@ def recipe_values(tmp_path: Path) -> Callable[..., dict[str, Any]]:
         return values
 
     return make
+
+
+@pytest.fixture
+def recipe_values(values_in: Callable[..., dict[str, Any]], tmp_path: Path) -> Callable[..., dict[str, Any]]:
+    """As `values_in`, in a run folder of the test's own."""
+    return lambda *args, **changes: values_in(changes.pop("run_dir", tmp_path / "run"), *args, **changes)
 
 
 @pytest.fixture

@@ -27,7 +27,7 @@ from fd_scale.benchmarks.cells import FSDP2, PEERS, TIMM_COMPILED
 from fd_scale.benchmarks.peers import TimmPair, shard_and_compile
 from fd_scale.checkpoint import write_atomically
 from fd_scale.config import Recipe, load_recipe
-from fd_scale.data import Batch, TrainLoader
+from fd_scale.data import Batch, TrainLoader, training_transform
 from fd_scale.data.base import UNLABELLED
 from fd_scale.distill import DistillationTask
 from fd_scale.distributed import World
@@ -103,7 +103,7 @@ def _ours(recipe: Recipe, world: World) -> tuple[Step, Phases, Sent]:
     trainer = api.build_trainer(
         recipe, world, source=Noise(), must_fit=False, initialise_on=world.device
     )  # that the plan may be wrong is what is measured, and what the weights are does not matter
-    trainer.preemption.close()
+    trainer.close()
     trainer.engine.train()
 
     def step(micro_batches: list[Batch]) -> None:
@@ -133,7 +133,7 @@ def _peer(recipe: Recipe, way: str, world: World) -> tuple[Step, Phases, Sent]:
 def _batches(recipe: Recipe, world: World) -> list[list[Batch]]:
     loader = TrainLoader(
         Noise(),
-        api.training_transform(recipe),
+        training_transform(recipe),
         seed=recipe.seed,
         global_batch=recipe.train.global_batch,
         micro_batch=recipe.train.micro_batch,

@@ -8,6 +8,7 @@ from fd_scale.data.transforms import (
     Transform,
     contrastive_transform,
     evaluation_transform,
+    training_transform,
     training_view,
 )
 
@@ -22,5 +23,6 @@ __all__ = [
     "evaluation_transform",
     "open_source",
     "spread",
+    "training_transform",
     "training_view",
 ]

@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 from torchvision.transforms import InterpolationMode, v2
 
+from fd_scale.config import Recipe
 from fd_scale.errors import UserError
 
 Transform = Callable[[Image.Image], torch.Tensor]
@@ -194,3 +195,33 @@ class _TwoViews:
 
     def __call__(self, image: Image.Image) -> torch.Tensor:
         return torch.stack([self.view(image), self.view(image)])
+
+
+def training_transform(recipe: Recipe) -> Transform:
+    """Returns how a training view is cut for the task of a recipe whose model is resolved.
+
+    Raises:
+        UserError: an augmentation that is none.
+    """
+    data = recipe.data
+    if recipe.contrastive is not None:
+        return contrastive_transform(
+            recipe.model.size,
+            crop_scale=data.crop_scale,
+            crop_ratio=data.crop_ratio,
+            flip=data.flip,
+            colour_jitter=recipe.contrastive.jitter,
+        )
+    assert recipe.model.mean is not None, "the recipe is resolved"
+    assert recipe.model.std is not None, "the recipe is resolved"
+    return training_view(
+        recipe.model.size,
+        crop_scale=data.crop_scale,
+        crop_ratio=data.crop_ratio,
+        interpolation=data.interpolation,
+        flip=data.flip,
+        rand_augment=data.rand_augment,
+        erasing=data.erasing,
+        mean=recipe.model.mean,
+        std=recipe.model.std,
+    )

@@ -1,6 +1,6 @@
 """Fine-tuning on labels, of the whole model or of a linear classifier alone."""
 
 from fd_scale.finetune.classification import ClassificationTask
-from fd_scale.finetune.linear_probe import LinearProbeTask, cached_features
+from fd_scale.finetune.linear_probe import LinearProbeTask, features_of
 
-__all__ = ["ClassificationTask", "LinearProbeTask", "cached_features"]
+__all__ = ["ClassificationTask", "LinearProbeTask", "features_of"]

@@ -5,9 +5,10 @@ Shape legend: N = images of a source, B = images of a batch, D = channels, K = c
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -23,8 +24,17 @@ from fd_scale.data import UNLABELLED, Batch, Source, TrainLoader
 from fd_scale.distributed import World
 from fd_scale.errors import UserError
 from fd_scale.evaluation import AccuracyCounter, EvaluationSet, Forward, evaluated_batches
+from fd_scale.finetune.classification import require_same_classes
 from fd_scale.finetune.labels import doubts_of_labels
-from fd_scale.models import Backbone, build_model, dtype_of, normalize, weights_path, weights_sha256
+from fd_scale.models import (
+    Backbone,
+    build_model,
+    dtype_of,
+    model_identity,
+    normalize,
+    weights_path,
+    weights_sha256,
+)
 from fd_scale.placement import WHOLE, Placement
 from fd_scale.randomness import hash64
 
@@ -33,33 +43,25 @@ logger = logging.getLogger(__name__)
 _ROWS_AT_A_TIME = 4096
 
 
-@dataclass(frozen=True)
 class FeatureSource:
     """What stands in for a source of images in the loader: their features, in its order.
 
-    Attributes:
+    Args:
         images: the source.
-        features: fp32 (N, D), on disk.
-        labels: int64 (N,), -1 where an image has none.
+        folder: where `compute` puts the features; nothing is read from it before.
     """
 
-    images: Source
-    features: npt.NDArray[np.float32]
-    labels: npt.NDArray[np.int64]
+    def __init__(self, images: Source, folder: Path) -> None:
+        self.images = images
+        self.folder = folder
+        self.labels_N = images.all_labels()
+        self.class_names = images.class_names
+        self.num_classes = images.num_classes
 
-    @property
-    def class_names(self) -> list[str] | None:
-        """See `Source`."""
-        return self.images.class_names
-
-    @property
-    def num_classes(self) -> int:
-        """See `Source`."""
-        return self.images.num_classes
-
-    def all_labels(self) -> npt.NDArray[np.int64]:
-        """See `Source`."""
-        return self.labels
+    @functools.cached_property
+    def features(self) -> npt.NDArray[np.float32]:
+        """fp32 (N, D), on disk."""
+        return np.load(self.folder / "features.npy", mmap_mode="r")
 
     @property
     def fingerprint(self) -> str:
@@ -67,7 +69,11 @@ class FeatureSource:
         return self.images.fingerprint
 
     def __len__(self) -> int:
-        return len(self.labels)
+        return len(self.images)
+
+    def all_labels(self) -> npt.NDArray[np.int64]:
+        """See `Source`."""
+        return self.labels_N
 
     def name(self, sample_id: int) -> str:
         """See `Source`."""
@@ -79,7 +85,7 @@ class FeatureSource:
 
     def read(self, sample_id: int) -> tuple[Any, int]:
         """Returns the features, (D,), and the label."""
-        return self.features[sample_id], int(self.labels[sample_id])
+        return self.features[sample_id], int(self.labels_N[sample_id])
 
 
 def as_tensor(features_D: Any) -> Tensor:
@@ -87,41 +93,52 @@ def as_tensor(features_D: Any) -> Tensor:
     return torch.tensor(features_D)
 
 
-def cached_features(recipe: Recipe, images: EvaluationSet, folder: Path, world: World) -> EvaluationSet:
-    """Computes the mean of the patch tokens of every image once; all ranks call it and share the images.
-
-    Args:
-        recipe: names the backbone and its weights.
-        images: a source, and how its images are cut.
-        folder: where `features.npy` and `labels.npy` are written, or were by an earlier call for the same backbone and
-            images; every rank must see it.
-        world: ranks.
-
-    Returns:
-        A set whose source is a `FeatureSource`.
-    """
-    wanted = {"data": images.source.fingerprint, "precision": recipe.train.precision} | model_facts(recipe)
-    manifest = folder / "manifest.json"
-    found = manifest.is_file() and json.loads(manifest.read_text(encoding="utf-8")) == wanted
-    if not world.from_main(found):
-        _compute(recipe, images, folder, world)
-        world.on_main(lambda: write_atomically(manifest, json.dumps(wanted, indent=1)))
-    features_ND, labels_N = (
-        np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("features", "labels")
-    )
-    source = cast(Source, FeatureSource(images.source, features_ND, labels_N))
-    # Workers would each get a copy of all features.
+def features_of(images: EvaluationSet, folder: Path) -> EvaluationSet:
+    """Returns the set whose source is a `FeatureSource`; without loader workers, which would copy all features."""
+    source = cast(Source, FeatureSource(images.source, folder))
     return replace(images, source=source, transform=as_tensor, num_workers=0)
 
 
-def model_facts(recipe: Recipe) -> dict[str, Any]:
-    """What decides the features besides the images."""
-    path = weights_path(recipe.model)
-    model = recipe.model
-    return {
-        "weights": path and weights_sha256(path), "name": model.name, "img_size": model.size,
-        "mean": list(model.mean or ()), "std": list(model.std or ()), "overrides": model.overrides,
-    }  # fmt: skip
+def compute(recipe: Recipe, images: EvaluationSet, folder: Path, world: World) -> None:
+    """Computes the mean of the patch tokens of every image, where `folder` does not have it; all ranks call it.
+
+    Args:
+        recipe: names the backbone and its weights.
+        images: a source of images, and how they are cut.
+        folder: gets `features.npy` and then `manifest.json`; every rank must see it.
+        world: ranks, which share the images.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
+    manifest = folder / "manifest.json"
+    wanted = {"data": images.source.fingerprint, "precision": recipe.train.precision} | _model_facts(recipe)
+    text = json.dumps(wanted, indent=1)
+    if world.on_main(lambda: manifest.is_file() and manifest.read_text(encoding="utf-8") == text):
+        return
+    dtype = dtype_of(recipe.train.precision)
+    backbone = probed_backbone(recipe).to(world.device, dtype).eval()
+    file, shape = folder / "features.npy", (len(images.source), backbone.num_features)
+
+    def make() -> None:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            manifest.unlink(missing_ok=True)
+            np.lib.format.open_memmap(file, "w+", np.float32, shape).flush()
+        except OSError as error:
+            raise UserError(f"run_dir: {folder} cannot be written ({error.strerror})") from None
+
+    logger.info("computing the features of %d images once, into %s", len(images.source), folder)
+    world.on_main(make)
+    features_ND = np.lib.format.open_memmap(file, "r+")
+    with torch.no_grad():
+        for batch in evaluated_batches(images, world):
+            pixels_BCHW = normalize(batch.images, backbone.mean, backbone.std).to(dtype)
+            tokens_BLD = backbone(pixels_BCHW)[:, backbone.num_prefix_tokens :]
+            features_ND[batch.positions.numpy()] = tokens_BLD.mean(1).float().cpu().numpy()
+    features_ND.flush()
+    world.barrier()
+    world.on_main(lambda: write_atomically(manifest, text))
 
 
 def probed_backbone(recipe: Recipe) -> Backbone:
@@ -130,57 +147,36 @@ def probed_backbone(recipe: Recipe) -> Backbone:
     return build_model(recipe.model)
 
 
-def _compute(recipe: Recipe, images: EvaluationSet, folder: Path, world: World) -> None:
-    dtype = dtype_of(recipe.train.precision)
-    backbone = probed_backbone(recipe).to(world.device, dtype).eval()
-    num_images = len(images.source)
-    shapes = {
-        "features": ((num_images, backbone.num_features), np.float32),
-        "labels": ((num_images,), np.int64),
-    }
-
-    def make() -> None:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / "manifest.json").unlink(missing_ok=True)
-            for name, (shape, kind) in shapes.items():
-                np.lib.format.open_memmap(folder / f"{name}.npy", "w+", kind, shape).flush()
-        except OSError as error:
-            raise UserError(f"run_dir: {folder} cannot be written ({error.strerror})") from None
-
-    logger.info("computing the features of %d images once, into %s", num_images, folder)
-    world.on_main(make)
-    features_ND, labels_N = (np.lib.format.open_memmap(folder / f"{name}.npy", "r+") for name in shapes)
-    with torch.no_grad():
-        for batch in evaluated_batches(images, world):
-            pixels_BCHW = normalize(batch.images, backbone.mean, backbone.std).to(dtype)
-            tokens_BLD = backbone(pixels_BCHW)[:, backbone.num_prefix_tokens :]
-            rows = batch.positions.numpy()
-            features_ND[rows] = tokens_BLD.mean(1).float().cpu().numpy()
-            labels_N[rows] = batch.labels.cpu().numpy()
-    features_ND.flush()
-    labels_N.flush()
-    world.barrier()
+def _model_facts(recipe: Recipe) -> dict[str, Any]:
+    """What decides the features besides the images."""
+    path, model = weights_path(recipe.model), recipe.model
+    return {
+        "weights": path and weights_sha256(path), "name": model_identity(model), "img_size": model.size,
+        "mean": list(model.mean or ()), "std": list(model.std or ()), "overrides": model.overrides, "seed": recipe.seed,
+    }  # fmt: skip
 
 
 class LinearProbeModule(nn.Module):
     """A linear classifier for each learning rate, on standardised features.
 
     Args:
-        mean_D: of the training images' features.
-        std_D: of the training images' features.
+        num_features: D.
         num_classes: K.
         num_heads: R.
+
+    Attributes:
+        mean: of the training images' features, (D,).
+        std: of the training images' features, (D,).
     """
 
     mean: Tensor
     std: Tensor
 
-    def __init__(self, mean_D: Tensor, std_D: Tensor, num_classes: int, num_heads: int) -> None:
+    def __init__(self, num_features: int, num_classes: int, num_heads: int) -> None:
         super().__init__()
-        self.register_buffer("mean", mean_D)
-        self.register_buffer("std", std_D)
-        self.heads = nn.ModuleList(nn.Linear(len(mean_D), num_classes) for _ in range(num_heads))
+        self.register_buffer("mean", torch.zeros(num_features))
+        self.register_buffer("std", torch.ones(num_features))
+        self.heads = nn.ModuleList(nn.Linear(num_features, num_classes) for _ in range(num_heads))
         for head in self.heads:
             assert isinstance(head, nn.Linear)
             nn.init.normal_(head.weight, std=0.01)
@@ -213,38 +209,58 @@ class LinearProbeTask:
 
     Args:
         recipe: with its section `linear_probe`.
-        train: features of the training images.
-        evaluation: features of the images on which accuracy is measured.
+        train: images to train on.
+        evaluation: images on which accuracy is measured.
         placement: where the classifiers' parameters are.
     """
 
     best_metric = ("top1", +1)
 
     def __init__(
-        self, recipe: Recipe, train: Source, evaluation: EvaluationSet | None, placement: Placement = WHOLE
+        self,
+        recipe: Recipe,
+        train: EvaluationSet,
+        evaluation: EvaluationSet | None,
+        placement: Placement = WHOLE,
     ) -> None:
         assert recipe.linear_probe is not None, "a recipe of task linear_probe has its section"
-        assert isinstance(train, FeatureSource), "cached_features made it"
-        if train.num_classes < 2:
+        self.num_classes = train.source.num_classes
+        if self.num_classes < 2:
             raise UserError(f"data.train: {recipe.data.train} has no classes; a linear probe needs labels")
-        for doubt in doubts_of_labels("data.train", train):
-            logger.warning("%s", doubt)
-        self.evaluation = evaluation
-        self.factors = tuple(recipe.linear_probe.lr_factors)
-        self.learning_rates = [factor * recipe.optim.lr for factor in self.factors]
-        self.num_classes = train.num_classes
-        mean_D, std_D = _moments(train.features)
+        self.recipe = recipe
+        self.sets = {"train": train} | ({} if evaluation is None else {"evaluation": evaluation})
+        for part, images in self.sets.items():
+            for doubt in doubts_of_labels(f"data.{part}", images.source):
+                logger.warning("%s", doubt)
+        if evaluation is not None:
+            require_same_classes(recipe, train.source, evaluation.source)
+        with torch.device("meta"):
+            num_features = build_model(replace(recipe.model, weights=None)).num_features
+        factors = recipe.linear_probe.lr_factors
+        self.learning_rates = [factor * recipe.optim.lr for factor in factors]
         with placement.building(dtype_of(recipe.train.precision)):
-            self.module = LinearProbeModule(mean_D, std_D, self.num_classes, len(self.factors))
+            self.module = LinearProbeModule(num_features, self.num_classes, len(factors))
         self.undecayed: set[str] = set()
         self.lr_scales = {
             f"heads.{index}.{name}": factor
-            for index, factor in enumerate(self.factors)
+            for index, factor in enumerate(factors)
             for name in ("weight", "bias")
         }
 
+    def features(self, part: str) -> EvaluationSet:
+        """Returns the features of `train` or `evaluation`, which are there after `prepare`."""
+        return features_of(self.sets[part], self._folder(part))
+
+    def _folder(self, part: str) -> Path:
+        return Path(self.recipe.run_dir) / "features" / part
+
     def prepare(self, world: World, loader: TrainLoader) -> None:
-        """There is nothing beside the module."""
+        """Computes what features are not there yet, and how they are distributed."""
+        for part, images in self.sets.items():
+            compute(self.recipe, images, self._folder(part), world)
+        train = self.features("train").source
+        assert isinstance(train, FeatureSource), "features_of makes it"
+        self.module.mean, self.module.std = _moments(train.features)
 
     def counts(self, batch: Batch) -> dict[str, float]:
         """The loss goes over labelled images."""
@@ -256,10 +272,10 @@ class LinearProbeTask:
 
     def evaluate(self, forward: Forward, world: World) -> dict[str, float]:
         """Measures every classifier; the metrics are those of the one with the best top-1, `learning_rate` is its."""
-        if self.evaluation is None:
+        if "evaluation" not in self.sets:
             return {}
-        counters = [AccuracyCounter(self.num_classes) for _ in self.factors]
-        for batch in evaluated_batches(self.evaluation, world):
+        counters = [AccuracyCounter(self.num_classes) for _ in self.learning_rates]
+        for batch in evaluated_batches(self.features("evaluation"), world):
             logits_RBK = forward(features_BD=batch.images, labels_B=batch.labels)["logits"]
             for counter, logits_BK in zip(counters, logits_RBK, strict=True):
                 counter.add(logits_BK, batch.labels, batch.positions.tolist())

@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 
 from fd_scale import cli
 from fd_scale.models import create_model
+from fd_scale.trainer import Trainer
 
 Values = Callable[..., dict[str, Any]]
 Write = Callable[[dict[str, Any]], str]
@@ -374,3 +375,43 @@ def test_evaluation_of_what_cannot_be(
     torn = shutil.copytree(checkpoint, tmp_path / "run/checkpoints/step_00000009")
     next(torn.glob("*.pt")).write_bytes(b"")
     assert "this checkpoint is not whole" in refused("evaluate", str(torn))
+
+
+def test_a_batch_script_learns_the_sentence(
+    recipe_values: Values, write: Write, refused: Refused, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FD_ERROR_FILE", str(tmp_path / "error"))
+    sentence = refused("distill", write(recipe_values()), "train.global_bach=1")
+    assert (tmp_path / "error").read_text() == sentence.removeprefix("fd-scale: ") + "\n"
+
+
+@pytest.mark.parametrize("torchrun", [False, True])
+def test_a_preempted_run_says_so_by_its_exit_code(
+    recipe_values: Values, write: Write, monkeypatch: pytest.MonkeyPatch, torchrun: bool
+) -> None:
+    values = recipe_values()
+    if torchrun:
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", "7")
+    original = Trainer.agree
+
+    def agree(self: Trainer, micro_batches: Any) -> Any:
+        if self.state.step == 2:
+            (Path(values["run_dir"]) / "preempt").touch()
+        return original(self, micro_batches)
+
+    monkeypatch.setattr(Trainer, "agree", agree)
+    if torchrun:
+        cli.main(["distill", write(values)])
+    else:
+        with pytest.raises(SystemExit) as ended:
+            cli.main(["distill", write(values)])
+        assert ended.value.code == 75
+    assert (Path(values["run_dir"]) / "preempt").exists(), "why it ended"
+    assert not (Path(values["run_dir"]) / "lock").exists()
+    monkeypatch.setattr(Trainer, "agree", original)
+    cli.main(["distill", write(values)])
+    assert not (Path(values["run_dir"]) / "preempt").exists()
+    steps = [
+        json.loads(line) for line in (Path(values["run_dir"]) / "metrics.jsonl").read_text().splitlines()
+    ]
+    assert [line["step"] for line in steps if line["kind"] == "train"] == [1, 2, 3, 4, 5, 6]

@@ -37,6 +37,31 @@ def test_the_file_of_an_earlier_preemption_does_not_stop_the_next_run(tmp_path: 
         preemption.close()
 
 
+def test_the_file_that_a_batch_script_writes_is_of_one_start_of_its_job(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "12")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    file = tmp_path / "preempt"
+    file.write_text("slurm 12.1\n")  # while libraries were being imported
+    preemption = Preemption(tmp_path, ALONE)
+    try:
+        assert preemption.raised
+        file.write_text("slurm 12.0\n")
+        assert not preemption.raised, "the last start's"
+        file.write_text("slurm 13.1\n")
+        assert not preemption.raised, "another job's, which was refused"
+        file.write_text("please\n")
+        assert preemption.raised, "a person's"
+        preemption.done()
+        assert not file.exists()
+    finally:
+        preemption.close()
+    file.write_text("slurm 12.0\n")
+    Preemption(tmp_path, ALONE).close()
+    assert not file.exists()
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this host has a GPU: asking for one is no error")
 def test_a_gpu_that_is_not_there() -> None:
     with pytest.raises(UserError, match=r"train\.device: got cuda, but torch sees no GPU here"):

@@ -14,6 +14,11 @@ LIGHT = {
     "fd_scale.errors",
     "fd_scale.config",
     "fd_scale.hardware",
+    "fd_scale.lock",
+    "fd_scale.cluster",
+    "fd_scale.cluster.job",
+    "fd_scale.cluster.pinned",
+    "fd_scale.cluster.submit",
     "fd_scale",
 }  # read on a login node, in milliseconds
 
@@ -53,6 +58,7 @@ FORBIDDEN = {
     "evaluation": {"finetune", "distill", "teachers", "pretrain", "trainer", "engine", "api", "models"},
     "trainer": {"finetune", "distill", "teachers", "pretrain", "models", "api"},
     "plan": {"engine", "api"},
+    "cluster": {"finetune", "distill", "pretrain", "teachers", "trainer", "engine", "api"},
 }
 
 
@@ -70,7 +76,7 @@ def test_import_arrows(path: Path) -> None:
     if "fd_kernels" in packages and not module.startswith("fd_kernels"):
         assert room(module) in {"models", "distill", "plan"} or module == "fd_scale.cli"  # `bench kernels`
     if any(room(name) == "plan" for name in found):
-        assert room(module) in {"plan", "api", "cli", "check", "benchmarks"}
+        assert room(module) in {"plan", "api", "cli", "check", "benchmarks", "cluster"}
     wrong = {
         name
         for name in found
