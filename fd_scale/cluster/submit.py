@@ -134,10 +134,7 @@ def _chain(stages: list[list[str]]) -> list[_Stage]:
 
 def _of_run(verb: str, settings: list[str], before: _Stage | None) -> _Stage:
     if verb not in verbs():
-        raise UserError(
-            f"--then {verb}: this version has no such verb; a fine-tuning run measures its metrics at its last step "
-            "(data.evaluation)"
-        )
+        raise UserError(f"--then {verb}: this version has no such verb; leave it out")
     if before is None:
         raise UserError(f"submit {verb}: it looks at a run, so it follows one: submit RECIPE --then {verb}")
     return _Stage(verb=verb, run_dir=before.run_dir, recipe_file=None, settings=tuple(settings))

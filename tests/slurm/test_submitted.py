@@ -42,10 +42,11 @@ def test_chain_and_array(
     tasks = (("student", "distill"), ("tuned", "classification"), ("swept", "distill"), ("here", "distill"))
     for name, task in tasks:
         files[name] = str(tmp_path / f"{name}.yaml")
-        Path(files[name]).write_text(json.dumps(values_in(tmp_path / name, task, **quick)))
+        measured = {"data__evaluation": "digits:test"} if task == "classification" else {}
+        Path(files[name]).write_text(json.dumps(values_in(tmp_path / name, task, **quick, **measured)))
     ds_config = tmp_path / "mine.json"
     shutil.copy(ROOT / "ds_configs" / "zero0.json", ds_config)
-    then = (f"train.ds_config={ds_config}", "--sbatch=--hold", "--then", files["tuned"])
+    then = (f"train.ds_config={ds_config}", "--sbatch=--hold", "--then", files["tuned"], "--then", "evaluate")
     chain, said = submitted(cluster, files["student"], "--nodes=1", *then, cwd=tmp_path)
     assert f"follow:  tail -F {tmp_path}/student/slurm-{chain[0]}.out" in said
     # The job runs the copy: what is changed in it shows, and what becomes of recipe and JSON does not.
@@ -77,6 +78,7 @@ def test_chain_and_array(
     for number, name in (
         (chain[0], "student"),
         (chain[1], "tuned"),
+        (chain[2], "tuned"),
         (f"{array}_0", "swept"),
         (f"{array}_1", "swept"),
     ):
@@ -87,6 +89,9 @@ def test_chain_and_array(
     assert [start["commit"] for start in starts] == ["the copy"]
     assert losses(tmp_path / "student") == losses(tmp_path / "here")
     assert losses(tmp_path / "tuned") == losses(tmp_path / "tuned-here")
+    evaluation = json.loads((tmp_path / "tuned/evaluations/step_00000004.json").read_text())
+    lines = map(json.loads, (tmp_path / "tuned/metrics.jsonl").read_text().splitlines())
+    assert [line["top1"] for line in lines if line["kind"] == "evaluation"] == [evaluation["top1"]]
     assert losses(tmp_path / "swept-seed-0") == losses(tmp_path / "here")
     assert losses(tmp_path / "swept-seed-1") == losses(tmp_path / "seed-1-here")
     assert losses(tmp_path / "seed-1-here") != losses(tmp_path / "here")
