@@ -261,6 +261,8 @@ def _task(subject: _Subject) -> str | _Warning:
 
 def _memory(subject: _Subject) -> str | _Warning:
     recipe = subject.recipe
+    if recipe.linear_probe is not None:
+        return "not planned: a few classifiers, and a model that is run once"
     if subject.gpu is not None:
         gpu = find_gpu(subject.gpu)
     elif recipe.train.device != "cpu" and torch.cuda.is_available():

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from fd_scale.config import default_settings
 from fd_scale.distributed import World
 from fd_scale.errors import UserError
 
@@ -339,6 +340,9 @@ def refuse_other_identity(run_dir: Path, identity: dict[str, Any]) -> None:
     if theirs is None:
         return
     ours = json.loads(json.dumps(identity))  # as a manifest gives it back: no tuples
+    # A setting that there was not yet when it was written had the effect of its default.
+    new = {key: value for key, value in default_settings().items() if key in ours.keys() - theirs.keys()}
+    theirs |= json.loads(json.dumps(new, default=lambda _: None))
     # Version 0.1.0 wrote world_size into every checkpoint.
     for key in sorted(ours.keys() | (theirs.keys() - {"world_size"})):
         if ours.get(key) != theirs.get(key):

@@ -101,6 +101,9 @@ def compare(
     """
     if num_seeds < 1:
         raise UserError(f"--seeds: got {num_seeds}, expected at least 1")
+    for option, value in (("--ranks", num_ranks), ("--side-by-side", side_by_side)):
+        if value < 1:
+            raise UserError(f"{option}: got {value}, expected at least 1")
     if len(starts) < 2:
         raise UserError(f"--start: got {len(starts)}, expected two starting points or more to compare")
     root = Path(run_dir)
@@ -173,7 +176,10 @@ def _folder(root: Path, name: str, seed: int) -> Path:
 
 
 def _top1(folder: Path) -> float:
-    return float(read_metrics(folder, "evaluation")[-1][METRIC])
+    lines = read_metrics(folder, "evaluation")
+    if not lines or (folder / "preempt").exists():  # a run that is complete removes it
+        raise UserError(f"{folder}: the run was stopped before its last step; the same command goes on")
+    return float(lines[-1][METRIC])
 
 
 def _plot(path: Path, root: Path, result: Comparison) -> None:

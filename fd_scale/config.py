@@ -460,10 +460,10 @@ class Recipe:
                 "source; remove data.evaluation"
             )
         plain = self.data.interpolation == "bilinear" and not (self.data.rand_augment or self.data.erasing)
-        if self.contrastive is not None and not plain:
+        if (self.contrastive is not None or self.linear_probe is not None) and not plain:
             raise UserError(
-                "data.interpolation, data.rand_augment, data.erasing: contrastive views have an augmentation of their "
-                "own; remove them"
+                f"data.interpolation, data.rand_augment, data.erasing: task {self.task} cuts its views otherwise; "
+                "remove them"
             )
         if self.linear_probe is not None and (self.optim.grad_clip or self.optim.layer_decay != 1):
             raise UserError(
@@ -615,6 +615,18 @@ def describe_keys() -> list[tuple[str, str, str]]:
         for section, cls in _SECTIONS.items()
         for name, default, meaning in describe_fields(cls)
     ]
+
+
+def default_settings() -> dict[str, Any]:
+    """Returns key -> default of every setting that has one."""
+    return {
+        f"{section}.{item.name}".lstrip("."): item.default
+        if item.default is not MISSING
+        else item.default_factory()
+        for section, cls in _SECTIONS.items()
+        for item in fields(cls)
+        if item.default is not MISSING or item.default_factory is not MISSING
+    }
 
 
 def describe_fields(cls: type) -> list[tuple[str, str, str]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ def find_checkpoint(path: Path, world: World) -> tuple[Path, Path]:
     Raises:
         UserError: there is none.
     """
+    path = path.resolve()
     if not (path / "manifest.json").is_file():
         return path, newest_checkpoint(path)
     if problems := verify(path, world):
@@ -49,6 +51,8 @@ def recipe_of(run: Path, checkpoint: Path, overrides: list[str]) -> Recipe:
     Raises:
         UserError: as `run_folder.read_recipe`, or there is nothing to evaluate on.
     """
+    if any(setting.startswith(("model.", "distill.teachers", "task=")) for setting in overrides):
+        raise UserError(f"{run}: its model is what it was trained as; leave out {' '.join(overrides)}")
     recipe = run_folder.read_recipe(run, overrides)
     if recipe.contrastive is not None:
         raise UserError(
@@ -75,7 +79,7 @@ def recipe_of(run: Path, checkpoint: Path, overrides: list[str]) -> Recipe:
 def evaluate_task(
     task: Task, recipe: Recipe, run: Path, checkpoint: Path, world: World, real: str | None
 ) -> dict[str, Any]:
-    """Reads a checkpoint's weights into a task, measures it, prints a table and writes RUN/evaluations/STEP.json.
+    """Reads a checkpoint's weights into a task, measures it, prints a table and writes a file in RUN/evaluations.
 
     Args:
         task: built without weights, on the host.
@@ -114,15 +118,23 @@ def evaluate_task(
             for name, value in metrics.items():
                 table.add_row(name, f"{value:.5g}")
     if world.is_main:
-        folder = run / "evaluations"
+        folder, name = run / "evaluations", _file_name(checkpoint, recipe, run)
         try:
             folder.mkdir(exist_ok=True)
-            write_atomically(folder / f"{checkpoint.name}.json", json.dumps(found, indent=1))
+            write_atomically(folder / name, json.dumps(found, indent=1))
         except OSError as error:
             raise run_folder.not_writable(folder, error) from None
         console.print(table)
-        console.print(f"written to {folder / checkpoint.name}.json")
+        console.print(f"written to {folder / name}", soft_wrap=True)
     return found
+
+
+def _file_name(checkpoint: Path, recipe: Recipe, run: Path) -> str:
+    """A file for each checkpoint, and for other images than the run's own one of theirs."""
+    source = str(recipe.data.evaluation)
+    if source == str(run_folder.read_recipe(run).data.evaluation):
+        return f"{checkpoint.name}.json"
+    return f"{checkpoint.name}-{re.sub(r'[^A-Za-z0-9]+', '_', source)[-80:].strip('_')}.json"
 
 
 def accuracy_table(accuracy: Accuracy, class_names: list[str] | None) -> Table:

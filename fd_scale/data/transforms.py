@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torchvision.transforms import InterpolationMode, v2
 
 from fd_scale.config import Recipe
@@ -21,7 +21,7 @@ from fd_scale.errors import UserError
 Transform = Callable[[Image.Image], torch.Tensor]
 
 # timm passes over sections that it does not know.
-_RAND_AUGMENT = re.compile(r"((^|-)(m|mstd|mmax|inc|n|p)\d+(\.\d+)?)+")
+_RAND_AUGMENT = re.compile(r"((^|-)((m|mmax|inc|n)\d+|(mstd|p)\d+(\.\d+)?))+")
 _INTERPOLATIONS = {mode.value: mode for mode in InterpolationMode}
 
 
@@ -84,7 +84,18 @@ def _seeded_rand_augment(description: str, img_size: int, mean: Sequence[float])
             f"data.rand_augment: got {description!r}, expected sections in timm's words, m9-mstd0.5-inc1: magnitude, "
             "its standard deviation, whether all get stronger with it; n2, operations an image; p0.5, probability"
         )
-    return _Seeded(rand_augment_transform(f"rand-{description}", settings))
+    augment = rand_augment_transform(f"rand-{description}", settings)
+    for operation in augment.ops:
+        if operation.name.startswith("Posterize"):
+            operation.aug_fn = _posterize
+    return _Seeded(augment)
+
+
+def _posterize(image: Image.Image, bits: int, **_: Any) -> Image.Image:
+    """timm's, whose strongest level keeps 0 bits: black, as older Pillows made it; newer ones refuse."""
+    if bits >= 8:
+        return image
+    return ImageOps.posterize(image, bits) if bits > 0 else Image.new(image.mode, image.size)
 
 
 class _Seeded:

@@ -58,12 +58,24 @@ def nearest_neighbours(
     similarity_Qm, places_Qm = torch.cat(all_similarities, dim=1).sort(dim=1, descending=True, stable=True)
     neighbour_Qm = torch.cat(all_neighbours, dim=1).gather(1, places_Qm)
     num_classes = max(queries.source.num_classes, bank.source.num_classes)
-    votes_QK = torch.zeros(len(labels_Q), num_classes, dtype=torch.float64)
-    weights_Qn = (similarity_Qm[:, :NUM_NEIGHBOURS].double() / TEMPERATURE).exp()
-    votes_QK.scatter_add_(1, neighbour_Qm[:, :NUM_NEIGHBOURS], weights_Qn)
-    ranked_QK = votes_QK.argsort(dim=1, descending=True, stable=True)
-    hits_QK = ranked_QK == labels_Q[:, None]
-    return {"knn_top1": _share(hits_QK[:, :1]), "knn_top5": _share(hits_QK[:, :5])}
+    hits_Qr = torch.cat(
+        [
+            _ranked(similarities, neighbours, num_classes) == labels[:, None]
+            for similarities, neighbours, labels in zip(
+                *(x_Q.split(_QUERIES_AT_A_TIME) for x_Q in (similarity_Qm, neighbour_Qm, labels_Q)),
+                strict=True,
+            )
+        ]
+    )
+    return {"knn_top1": _share(hits_Qr[:, :1]), "knn_top5": _share(hits_Qr)}
+
+
+def _ranked(similarity_Qn: Tensor, neighbour_Qn: Tensor, num_classes: int) -> Tensor:
+    """The five classes with most votes, (Q, 5), of neighbours that are sorted."""
+    votes_QK = torch.zeros(len(similarity_Qn), num_classes, dtype=torch.float64)
+    weights_Qn = (similarity_Qn[:, :NUM_NEIGHBOURS].double() / TEMPERATURE).exp()
+    votes_QK.scatter_add_(1, neighbour_Qn[:, :NUM_NEIGHBOURS], weights_Qn)
+    return votes_QK.topk(min(5, num_classes), dim=1).indices
 
 
 def _features(

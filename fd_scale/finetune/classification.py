@@ -200,5 +200,5 @@ class ClassificationTask:
         return counter.result(world)
 
     def pictures(self, batch: Batch, outputs: dict[str, Tensor]) -> dict[str, np.ndarray]:
-        """The images as the model gets them."""
+        """The images as they were cut, before any are mixed."""
         return {"images": batch.images[:8].permute(0, 2, 3, 1).cpu().numpy()}

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import json
 import logging
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -114,29 +115,37 @@ def compute(recipe: Recipe, images: EvaluationSet, folder: Path, world: World) -
     manifest = folder / "manifest.json"
     wanted = {"data": images.source.fingerprint, "precision": recipe.train.precision} | _model_facts(recipe)
     text = json.dumps(wanted, indent=1)
-    if world.on_main(lambda: manifest.is_file() and manifest.read_text(encoding="utf-8") == text):
+    file = folder / "features.npy"
+    if world.on_main(
+        lambda: file.is_file() and manifest.is_file() and manifest.read_text(encoding="utf-8") == text
+    ):
         return
     dtype = dtype_of(recipe.train.precision)
     backbone = probed_backbone(recipe).to(world.device, dtype).eval()
-    file, shape = folder / "features.npy", (len(images.source), backbone.num_features)
+    shape = (len(images.source), backbone.num_features)
 
     def make() -> None:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             manifest.unlink(missing_ok=True)
             np.lib.format.open_memmap(file, "w+", np.float32, shape).flush()
+            with file.open("r+b") as whole:
+                os.posix_fallocate(whole.fileno(), 0, file.stat().st_size)  # a full disk is told now
         except OSError as error:
             raise UserError(f"run_dir: {folder} cannot be written ({error.strerror})") from None
 
     logger.info("computing the features of %d images once, into %s", len(images.source), folder)
     world.on_main(make)
-    features_ND = np.lib.format.open_memmap(file, "r+")
-    with torch.no_grad():
+    start, row_bytes = np.load(file, mmap_mode="r").offset, 4 * shape[1]
+    # Written and not mapped: ranks share pages of the file, which a network file system would write back whole.
+    with torch.no_grad(), file.open("r+b") as rows:
         for batch in evaluated_batches(images, world):
             pixels_BCHW = normalize(batch.images, backbone.mean, backbone.std).to(dtype)
             tokens_BLD = backbone(pixels_BCHW)[:, backbone.num_prefix_tokens :]
-            features_ND[batch.positions.numpy()] = tokens_BLD.mean(1).float().cpu().numpy()
-    features_ND.flush()
+            rows.seek(start + int(batch.positions[0]) * row_bytes)  # a batch is a range of the source
+            rows.write(tokens_BLD.mean(1).float().cpu().numpy().tobytes())
+        rows.flush()
+        os.fsync(rows.fileno())
     world.barrier()
     world.on_main(lambda: write_atomically(manifest, text))
 

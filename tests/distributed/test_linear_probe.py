@@ -1,5 +1,6 @@
 """A linear probe: features once, classifiers that do not touch each other, the same on any number of ranks."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ import cases
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from ranks import run_ranks
 from sklearn.linear_model import LogisticRegression
 
@@ -66,6 +68,10 @@ def test_features_are_the_backbones_and_computed_once(values: dict[str, Any]) ->
     run_ranks(cases.train, 2, values)
     assert {file: file.stat().st_mtime_ns for file in folder.rglob("*.npy")} == stamps
     assert len(stamps) == 2
+    # Without a file, or for another model, they are computed again.
+    (folder / "train/features.npy").unlink()
+    run_ranks(cases.train, 2, values)
+    assert (folder / "train/features.npy").stat().st_mtime_ns > stamps[folder / "train/features.npy"]
     # Another way to the same features: whole batches, one process.
     backbone = run_ranks(cases.initial_backbone, 1, values)[0]
     model = build_model(recipe.model)
@@ -98,3 +104,26 @@ def test_comes_near_logistic_regression(values: dict[str, Any]) -> None:
     assert found["learning_rate"] > 1e-4
     with pytest.raises(UserError, match="hold no backbone"):
         export(values["run_dir"], folder.parent / "export")
+
+
+def test_features_of_other_weights_are_not_taken(values: dict[str, Any]) -> None:
+    """Without given weights the seed decides them. There is no checkpoint yet that would refuse another seed."""
+    values["checkpoint"]["save_every_steps"] = 1000
+    values["train"]["steps"] = 2
+    run_ranks(cases.train, 1, values)
+    folder = Path(values["run_dir"])
+    features = np.load(folder / "features/train/features.npy")
+    shutil.rmtree(folder / "checkpoints")
+    (folder / "metrics.jsonl").unlink()
+    run_ranks(cases.train, 1, values | {"seed": 5})
+    assert np.abs(np.load(folder / "features/train/features.npy") - features).max() > 0.1
+
+
+def test_other_classes_are_refused(values: dict[str, Any], tmp_path: Path) -> None:
+    for label in range(4):
+        (tmp_path / f"data/class{label}").mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / f"data/class{label}/x.png")
+    values["data"]["evaluation"] = f"imagefolder:{tmp_path / 'data'}"
+    [error] = run_ranks(cases.train_or_error, 1, values)
+    assert "4 classes" in error
+    assert not (Path(values["run_dir"]) / "features").exists()

@@ -114,8 +114,10 @@ def write(tmp_path: Path) -> Write:
     ]
     + [
         pytest.param("contrastive", ["data.erasing=0.5", "train.micro_batch=16"],
-                     ["data.erasing", "of their own", "remove them"], id="augmentation of another task"),
+                     ["data.erasing", "cuts its views otherwise", "remove them"], id="augmentation of another task"),
         pytest.param("linear_probe", [], ["optim.grad_clip", "set grad_clip to 0"], id="clipping of a probe"),
+        pytest.param("linear_probe", ["optim.grad_clip=0", "data.erasing=0.1"],
+                     ["data.erasing", "task linear_probe cuts"], id="augmented probe"),
         pytest.param("linear_probe", ["optim.grad_clip=0", "train.compile=true"],
                      ["train.compile", "runs its model once"], id="compiled probe"),
         pytest.param("classification", ["classification.num_classes=1000"],
@@ -371,6 +373,8 @@ def test_evaluation_of_what_cannot_be(
     assert "names no images to evaluate on" in refused("evaluate", folder)
     sentence = refused("evaluate", folder, "data.evaluation=digits:test", "--real", "real.json")
     assert "--real: labels are for a classifier" in sentence
+    sentence = refused("evaluate", folder, "data.evaluation=digits:test", "model.overrides.embed_dim=16")
+    assert "its model is what it was trained as" in sentence
     checkpoint = next((Path(folder) / "checkpoints").glob("step_*"))
     torn = shutil.copytree(checkpoint, tmp_path / "run/checkpoints/step_00000009")
     next(torn.glob("*.pt")).write_bytes(b"")

@@ -10,6 +10,7 @@ import pytest
 from fd_scale import cli, compare
 from fd_scale.compare import Comparison
 from fd_scale.config import build_recipe, to_yaml
+from fd_scale.errors import UserError
 
 Values = Callable[..., dict[str, Any]]
 
@@ -70,6 +71,8 @@ def test_differences_are_paired() -> None:
         (["--start", "a b", "--start", "a-b"], "do not make different folders"),
         (["--start", "a/b", "--start", "c"], "becomes part of a folder"),
         (["--start", "a", "--start", "b", "--seeds", "0"], "--seeds: got 0"),
+        (["--start", "a", "--start", "b", "--side-by-side", "0"], "--side-by-side: got 0"),
+        (["--start", "a", "--start", "b", "--ranks", "0"], "--ranks: got 0"),
         (["--start", "a", "--start", "b", "optim.lrr=1"], "optim.lrr"),
         (["data.evaluation=null", "--start", "a", "--start", "b"], "with data.evaluation"),
     ],
@@ -95,3 +98,14 @@ def test_a_run_that_fails_says_why(recipe: str, tmp_path: Path, capsys: pytest.C
     assert "ended with code 2" in error
     assert "/no.safetensors does not exist" in error
     assert compare.METRIC == "top1"
+
+
+def test_a_run_that_was_stopped_does_not_count(tmp_path: Path) -> None:
+    """A preempted run ends well below torchrun, with evaluations of earlier steps."""
+    with pytest.raises(UserError, match="stopped before its last step; the same command goes on"):
+        compare._top1(tmp_path)
+    (tmp_path / "metrics.jsonl").write_text('{"kind": "evaluation", "step": 2, "top1": 0.25}\n')
+    assert compare._top1(tmp_path) == 0.25
+    (tmp_path / "preempt").touch()
+    with pytest.raises(UserError, match="stopped before its last step"):
+        compare._top1(tmp_path)

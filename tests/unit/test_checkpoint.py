@@ -138,6 +138,10 @@ def test_another_identity_is_named(tmp_path: Path) -> None:
         refuse_other_identity(tmp_path, {"seed": 1})
     with pytest.raises(UserError, match=re.escape("written with ranks=null, this run has 2")):
         refuse_other_identity(tmp_path, {"seed": 0, "ranks": 2})
+    # A setting of a later version is what it was without it: its default.
+    refuse_other_identity(tmp_path, {"seed": 0, "optim.layer_decay": 1.0, "optim.betas": (0.9, 0.999)})
+    with pytest.raises(UserError, match=r"written with optim\.layer_decay=1\.0, this run has 0\.5"):
+        refuse_other_identity(tmp_path, {"seed": 0, "optim.layer_decay": 0.5})
 
 
 def test_a_manifest_is_readable_by_people(tmp_path: Path) -> None:

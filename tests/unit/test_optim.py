@@ -35,7 +35,7 @@ def test_a_run_shorter_than_its_warm_up() -> None:
 
 
 def test_layer_decay_scales_the_peak_alone() -> None:
-    """CLIP-B's fine-tuning (arXiv 2205.14141): 5e-3, 100 epochs, 20 of warm-up; as timm's schedule has it."""
+    """CLIP-B's fine-tuning (arXiv 2205.14141): as timm's schedule has it for groups with peaks of their own."""
     config = OptimConfig(lr=5e-3, warmup_lr=2.5e-7, min_lr=2.5e-7, warmup_epochs=20)
     scales = [1.0, 0.6, 0.6**13]
     rates = learning_rates(config, 100 * 5, 5, scales)
