@@ -619,14 +619,15 @@ def describe_keys() -> list[tuple[str, str, str]]:
 
 def default_settings() -> dict[str, Any]:
     """Returns key -> default of every setting that has one."""
-    return {
-        f"{section}.{item.name}".lstrip("."): item.default
-        if item.default is not MISSING
-        else item.default_factory()
-        for section, cls in _SECTIONS.items()
-        for item in fields(cls)
-        if item.default is not MISSING or item.default_factory is not MISSING
-    }
+    found = {}
+    for section, cls in _SECTIONS.items():
+        for item in fields(cls):
+            key = f"{section}.{item.name}".lstrip(".")
+            if item.default is not MISSING:
+                found[key] = item.default
+            elif item.default_factory is not MISSING:
+                found[key] = item.default_factory()
+    return found
 
 
 def describe_fields(cls: type) -> list[tuple[str, str, str]]:
