@@ -31,7 +31,7 @@ from fd_scale.data import Batch, TrainLoader, training_transform
 from fd_scale.data.base import UNLABELLED
 from fd_scale.distill import DistillationTask
 from fd_scale.distributed import World
-from fd_scale.models import choose_kernels, dtype_of
+from fd_scale.models import choose_kernels, dtype_of, resolved
 from fd_scale.randomness import hash64
 
 WARM_UP_STEPS = 3
@@ -133,7 +133,7 @@ def _peer(recipe: Recipe, way: str, world: World) -> tuple[Step, Phases, Sent]:
 def _batches(recipe: Recipe, world: World) -> list[list[Batch]]:
     loader = TrainLoader(
         Noise(),
-        training_transform(recipe),
+        training_transform(resolved(recipe)),
         seed=recipe.seed,
         global_batch=recipe.train.global_batch,
         micro_batch=recipe.train.micro_batch,
