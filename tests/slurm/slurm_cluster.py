@@ -18,6 +18,9 @@ from pathlib import Path
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue")
 INSTALL = "apt-get install slurmctld slurmd slurm-client munge"
 
+# What a test before has made of this process: a job must not take itself for a rank.
+OF_A_RANK = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
 # A requeued job waits as long as a credential lives (5 s is the least), a node is down after SlurmdTimeout: both are
 # minutes by default.
 CONFIGURATION = """
@@ -192,7 +195,8 @@ def running_cluster(folder: Path, names: list[str], cpus: int = 4) -> Iterator[C
     """Starts a cluster and stops what it started, and what its jobs left."""
     _configure(folder, names, cpus)
     munge = folder / "munge"
-    environment = os.environ | {"SLURM_CONF": str(folder / "slurm.conf")}
+    environment = {key: value for key, value in os.environ.items() if key not in OF_A_RANK}
+    environment["SLURM_CONF"] = str(folder / "slurm.conf")
     cluster = Cluster(folder, environment)
     started = [
         _start(
