@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 from ranks import run_ranks
 
+pytestmark = pytest.mark.slow
+
 Values = Callable[..., dict[str, Any]]
 
 # What a user's JSON may change about where DeepSpeed keeps a parameter.

@@ -16,6 +16,8 @@ from transformers import Swinv2Model
 from fd_scale.api import export
 from fd_scale.models import build_model, create_model, load_weights
 
+pytestmark = pytest.mark.slow
+
 Values = Callable[..., dict[str, Any]]
 
 

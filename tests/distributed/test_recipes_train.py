@@ -4,9 +4,12 @@ import math
 from pathlib import Path
 
 import cases
+import pytest
 from ranks import run_ranks
 
 from fd_scale.config import packaged_recipes
+
+pytestmark = pytest.mark.slow
 
 
 def test_every_recipe_takes_steps(tmp_path: Path) -> None:

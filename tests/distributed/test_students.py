@@ -10,6 +10,8 @@ from test_equality import assert_same
 
 from fd_scale.config import build_recipe
 
+pytestmark = pytest.mark.slow
+
 VIT = {
     "name": "fd_vit_tiny_patch16",
     "img_size": 24,
