@@ -110,6 +110,25 @@ def _parser() -> argparse.ArgumentParser:
         )
         training.set_defaults(run=_train, tasks=tasks)
 
+    _add_evaluate(verbs)
+    _add_check(verbs)
+    _add_plan(verbs)
+    _add_submit(verbs)
+
+    fetch = _add_verb(
+        verbs, "fetch", "data and weights of a recipe from the Hugging Face hub, ahead of the run",
+        "Downloads what the recipe names on the hub into the cache (HF_HOME). No other verb uses the network.",
+        "  fd-scale fetch my.yaml\n"
+        "  fd-scale fetch my.yaml 'data.train=tar:hf://datasets/timm/imagenet-1k-wds/imagenet1k-train-*.tar'",
+    )  # fmt: skip
+    _add_recipe(fetch)
+    fetch.set_defaults(run=_fetch)
+
+    _add_tools(verbs)
+    return parser
+
+
+def _add_evaluate(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     evaluate = _add_verb(
         verbs, "evaluate", "metrics of a run's checkpoint, as a table and as JSON",
         "Measures the newest checkpoint of a run, or the one named, on data.evaluation: accuracy, by class too, and\n"
@@ -127,6 +146,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     evaluate.set_defaults(run=_evaluate)
 
+
+def _add_check(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     check = _add_verb(
         verbs, "check", "what would fail, before a job is queued",
         "Checks recipe, DeepSpeed JSON, data, weights, run folder, devices and driver; a table and a verdict.",
@@ -151,20 +172,6 @@ def _parser() -> argparse.ArgumentParser:
         help="look at the nodes of this job: GPUs, driver, network, data, run folder, versions, weights",
     )  # fmt: skip
     check.set_defaults(run=_check)
-    _add_plan(verbs)
-    _add_submit(verbs)
-
-    fetch = _add_verb(
-        verbs, "fetch", "data and weights of a recipe from the Hugging Face hub, ahead of the run",
-        "Downloads what the recipe names on the hub into the cache (HF_HOME). No other verb uses the network.",
-        "  fd-scale fetch my.yaml\n"
-        "  fd-scale fetch my.yaml 'data.train=tar:hf://datasets/timm/imagenet-1k-wds/imagenet1k-train-*.tar'",
-    )  # fmt: skip
-    _add_recipe(fetch)
-    fetch.set_defaults(run=_fetch)
-
-    _add_tools(verbs)
-    return parser
 
 
 def _add_plan(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
