@@ -107,20 +107,7 @@ def compare(
     if len(starts) < 2:
         raise UserError(f"--start: got {len(starts)}, expected two starting points or more to compare")
     root = Path(run_dir)
-    jobs: dict[Path, list[str]] = {}
-    for name, settings in starts.items():
-        if not re.fullmatch(r"[\w.+ ,-]+", name):
-            raise UserError(
-                f"--start {name}: a name becomes part of a folder's; expected letters, digits, - and _"
-            )
-        for seed in range(num_seeds):
-            jobs[_folder(root, name, seed)] = [*overrides, *settings, f"seed={seed}"]
-    if len(jobs) < len(starts) * num_seeds:
-        raise UserError(f"--start: {', '.join(starts)} do not make different folders; choose other names")
-    for settings in jobs.values():
-        found = load_recipe(recipe, settings)
-        if found.task not in ("classification", "linear_probe") or found.data.evaluation is None:
-            raise UserError(f"{recipe}: expected task classification or linear_probe, with data.evaluation")
+    jobs = _jobs(recipe, starts, root, num_seeds, overrides)
     with ThreadPoolExecutor(side_by_side) as pool:
         started = [
             pool.submit(launch, "finetune", recipe, folder, num_ranks, settings, show=False)
@@ -142,6 +129,27 @@ def compare(
     except OSError as error:
         raise not_writable(root, error) from None
     return result
+
+
+def _jobs(
+    recipe: str, starts: Mapping[str, Sequence[str]], root: Path, num_seeds: int, overrides: Sequence[str]
+) -> dict[Path, list[str]]:
+    """Returns run folder -> settings of every run, all of them checked before the first begins."""
+    jobs: dict[Path, list[str]] = {}
+    for name, settings in starts.items():
+        if not re.fullmatch(r"[\w.+ ,-]+", name):
+            raise UserError(
+                f"--start {name}: a name becomes part of a folder's; expected letters, digits, - and _"
+            )
+        for seed in range(num_seeds):
+            jobs[_folder(root, name, seed)] = [*overrides, *settings, f"seed={seed}"]
+    if len(jobs) < len(starts) * num_seeds:
+        raise UserError(f"--start: {', '.join(starts)} do not make different folders; choose other names")
+    for settings in jobs.values():
+        found = load_recipe(recipe, settings)
+        if found.task not in ("classification", "linear_probe") or found.data.evaluation is None:
+            raise UserError(f"{recipe}: expected task classification or linear_probe, with data.evaluation")
+    return jobs
 
 
 def launch(
