@@ -14,6 +14,8 @@ from fd_scale.benchmarks.records import Records
 from fd_scale.config import ModelConfig
 from fd_scale.models import build_model
 
+pytestmark = pytest.mark.slow
+
 SHAPE = {"patch_size": 4, "embed_dim": 16, "depths": [1, 2], "num_heads": [1, 2], "window_size": 4}
 TOY = tuple(
     f"{place}.{setting}"
@@ -54,7 +56,6 @@ def test_timm_twin_has_as_many_parameters() -> None:
     assert counts[0] == counts[1]
 
 
-@pytest.mark.slow
 def test_a_process_for_a_cell(tmp_path: Path) -> None:
     bench_giant(tmp_path, device="cpu", cells=[toy("zero3")])
     records = Records.newest(tmp_path)

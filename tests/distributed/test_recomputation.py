@@ -13,6 +13,8 @@ from test_students import VIT
 
 from fd_scale import ds_config
 
+pytestmark = pytest.mark.slow
+
 POLICIES = [("none", 1), ("block", 1), ("block", 2), ("selective", 1)]
 
 
@@ -46,7 +48,6 @@ def test_every_policy_trains_alike(
         assert_same(other, plain)
 
 
-@pytest.mark.slow
 def test_compiled_blocks_train_alike(
     recipe_values: Callable[..., dict[str, Any]], tmp_path: Path, zero3: str
 ) -> None:
