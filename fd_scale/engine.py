@@ -259,6 +259,8 @@ class Engine:
         except (ValidationError, ZeRORuntimeException) as error:
             raise _refused(error) from None
 
+        if isinstance(self.optimizer, DeepSpeedZeroOptimizer):
+            _look_at_gradients_together(self.optimizer)
         if stage == 0 and not precise:
             # DeepSpeed has stepped it once on zero gradients, which leaves AdamW's bias correction a step ahead.
             self.deepspeed.basic_optimizer.state.clear()
@@ -423,6 +425,35 @@ class Engine:
 def _choose_accelerator(world: World) -> None:
     # DeepSpeed would take a GPU wherever there is one; the recipe's device decides.
     set_accelerator(CPU_Accelerator() if world.device.type == "cpu" else CUDA_Accelerator())
+
+
+def _look_at_gradients_together(optimizer: DeepSpeedZeroOptimizer) -> None:
+    """Takes the norms of all gradients at once, and from them whether one is not finite.
+
+    DeepSpeed takes ten launches for each gradient, while the device waits for them: SwinV2-B has 365 gradients.
+    """
+
+    def norms(gradients: Iterable[Tensor | None]) -> list[Tensor]:
+        present = [
+            each for each in gradients if each is not None and not getattr(each, "_zero_padding", False)
+        ]
+        if not present:
+            return [torch.zeros((), device=optimizer.device)]
+        return list(torch._foreach_norm(present, 2, dtype=torch.float32))
+
+    def has_overflow() -> Tensor:
+        groups = range(len(optimizer.bit16_groups))
+        of_all = [norm for group in groups for norm in norms(optimizer.averaged_gradients[group])]
+        return torch.stack(of_all).isfinite().all().logical_not()[None]
+
+    def norm_of_group(gradients: list[Tensor], parameters: list[Tensor], norm_type: int = 2) -> Tensor:
+        total = torch.stack(norms(gradients)).double().square().sum().float()
+        deepspeed.comm.all_reduce(total, group=optimizer.dp_process_group)
+        norm = total.sqrt()
+        return torch.where(norm.isfinite(), norm, -1.0)  # as DeepSpeed says it
+
+    optimizer.has_overflow_partitioned_grads_serial = has_overflow
+    optimizer.get_grad_norm_direct = norm_of_group
 
 
 def _in_parts(value: Any) -> bool:

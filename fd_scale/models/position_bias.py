@@ -55,6 +55,9 @@ class ContinuousPositionBias(nn.Module):
         window_size: rows and columns of the window.
         pretrained_window_size: side of the window in pre-training; 0 means this window.
 
+    Attributes:
+        constant: whether the weights will not change: the first forward's result is kept.
+
     Source: Liu et al. 2022 (arXiv:2111.09883), equations 3 and 4; 16 * sigmoid as in the released code.
     """
 
@@ -62,6 +65,8 @@ class ContinuousPositionBias(nn.Module):
         super().__init__()
         self.window_size = window_size
         self.pretrained_window_size = pretrained_window_size
+        self.constant = False
+        self.kept: Tensor | None = None
         self.cpb_mlp = nn.Sequential(
             Linear(2, HIDDEN_DIM), nn.ReLU(), Linear(HIDDEN_DIM, num_heads, bias=False)
         )
@@ -73,6 +78,14 @@ class ContinuousPositionBias(nn.Module):
             bias_hNN, (heads, N, N), or, for windows above `LARGEST_DENSE_WINDOW`, bias_hT, (heads, T): values in
             (0, 16), fp32 (fp64 where the weights are fp64).
         """
+        if self.kept is not None:
+            return self.kept
+        bias = self._computed()
+        if self.constant:
+            self.kept = bias
+        return bias
+
+    def _computed(self) -> Tensor:
         weight = next(self.parameters())
         coordinates_T2 = log_spaced_coordinates(self.window_size, self.pretrained_window_size, weight.device)
         table_Th = self.cpb_mlp(coordinates_T2.to(weight.dtype))

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from fd_scale.config import TeacherConfig
 from fd_scale.models import Backbone, build_model, cls_and_patches, normalize, resolved_model
+from fd_scale.models.position_bias import ContinuousPositionBias
 from fd_scale.placement import WHOLE, Placement
 
 
@@ -58,7 +59,11 @@ class Teacher:
         self.run: Callable[[Tensor], list[Tensor]] = _Targets(self.model, config)
 
     def to(self, device: torch.device) -> None:
-        """Moves the teacher to a device; all ranks call it."""
+        """Moves the teacher to a device, for good; all ranks call it."""
+        for module in self.model.modules():
+            # ZeRO-3 wants each forward to gather what the one before did.
+            if isinstance(module, ContinuousPositionBias) and self.placement is WHOLE:
+                module.constant = True
         self.run = self.placement.frozen(_Targets(self.model, self.config), device, self.dtype)
 
     @torch.no_grad()

@@ -19,12 +19,13 @@ from fd_scale.distill.phi_s import PhiS, hadamard
 from fd_scale.distill.task import to_grid
 from fd_scale.errors import UserError
 from fd_scale.models import create_model, normalize
+from fd_scale.models.position_bias import ContinuousPositionBias
 from fd_scale.teachers import Target, Teacher
 
 VIT = {"embed_dim": 32, "depth": 2, "num_heads": 2}
 TEACHER = {"name": "vit_base_patch14_reg4_dinov2.lvd142m", "img_size": 28, "overrides": VIT}
 STUDENT = {"name": "fd_vit_tiny_patch16", "img_size": 32, "overrides": VIT | {"drop_path_rate": 0.2}}
-SWIN = {
+SWIN: dict[str, Any] = {
     "name": "swin_v2_tiny",
     "img_size": 24,
     "overrides": {"patch_size": 4, "embed_dim": 16, "depths": [1, 1], "num_heads": [1, 2], "window_size": 4},
@@ -69,6 +70,18 @@ def test_a_teacher_sees_its_own_input_and_drops_its_registers() -> None:
     torch.testing.assert_close(found, torch.cat([expected[:, :1], expected[:, 5:]], 1))
     assert not found.requires_grad
     assert not taught.model.training
+
+
+def test_a_whole_teacher_computes_its_position_biases_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    own_biases = SWIN | {"overrides": SWIN["overrides"] | {"shared_bias": False}}
+    taught = Teacher(TeacherConfig(model=ModelConfig(**own_biases)), torch.float32)
+    [before] = taught.features(views(size=24))
+    taught.to(torch.device("cpu"))
+    [first] = taught.features(views(size=24))
+    monkeypatch.setattr(ContinuousPositionBias, "_computed", None)  # a call would be an error
+    [second] = taught.features(views(size=24))
+    assert torch.equal(before, first)
+    assert torch.equal(first, second)
 
 
 def test_other_targets() -> None:
