@@ -293,6 +293,21 @@ def _add_tools(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
     compare.add_argument("--side-by-side", type=int, default=1, help="runs at a time (default: 1)")
     compare.set_defaults(run=_compare)
 
+    miniature = _add_verb(
+        verbs, "miniature", "the paper's experiment on CIFAR-10, within an hour on two cores",
+        "Trains a contrastive and a supervised teacher, distils each with and without whitening, probes and\n"
+        "fine-tunes before and after (recipes miniature/...). What is complete is not repeated.",
+        "  fd-scale miniature --data data/cifar10 --run-dir runs/miniature",
+    )  # fmt: skip
+    miniature.add_argument(
+        "--data", required=True, help="folder of the hub's parquet files of uoft-cs/cifar10"
+    )
+    miniature.add_argument(
+        "--run-dir", default="runs/miniature", help="folder of the runs (default: runs/miniature)"
+    )
+    miniature.add_argument("overrides", nargs="*", metavar="key=value", help="settings of all runs")
+    miniature.set_defaults(run=_miniature)
+
     demo = _add_verb(
         verbs, "demo", "the whole story on embedded data, in minutes, on a CPU",
         "Pre-trains a teacher on scikit-learn's digits, distils it with ZeRO-3 on two processes, fine-tunes\n"
@@ -651,6 +666,12 @@ def _compare(options: argparse.Namespace) -> None:
         num_ranks=options.ranks, side_by_side=options.side_by_side,
     )  # fmt: skip
     Console().print(found.table())
+
+
+def _miniature(options: argparse.Namespace) -> None:
+    from fd_scale.miniature import miniature
+
+    miniature(options.data, options.run_dir, options.overrides)
 
 
 def _demo(options: argparse.Namespace) -> None:

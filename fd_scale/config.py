@@ -324,11 +324,11 @@ class DistillConfig:
 
     teachers: list[TeacherConfig]
     """The teachers; one is the usual case."""
-    loss: Literal["whitened_smooth_l1", "cosine", "mse", "phi_s"] = "whitened_smooth_l1"
-    """Distance: smooth L1 to the whitened target, 1 - cosine similarity, squared error, or squared error to the
-    PHI-S standardised target (arXiv 2410.01680)."""
+    loss: Literal["whitened_smooth_l1", "smooth_l1", "cosine", "mse", "phi_s"] = "whitened_smooth_l1"
+    """Distance: smooth L1 to the whitened target or to the target as it is, 1 - cosine similarity, squared error, or
+    squared error to the PHI-S standardised target (arXiv 2410.01680)."""
     beta: float = 2.0
-    """Where smooth L1 turns from squared to absolute error, in standard deviations of the target."""
+    """Where smooth L1 turns from squared to absolute error; of a whitened target, in its standard deviations."""
     knn_images: int = 0
     """Training images, evenly spread, among which each evaluation looks for its images' 20 nearest neighbours, to judge
     the student's features by labels; 0: no such metric."""

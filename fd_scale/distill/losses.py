@@ -30,6 +30,14 @@ def squared_error(pred_BLD: Tensor, target_BLD: Tensor, token_weight_BL: Tensor 
     return _weighted_sum(loss_BL, token_weight_BL)
 
 
+def smooth_l1(
+    pred_BLD: Tensor, target_BLD: Tensor, token_weight_BL: Tensor | None = None, *, beta: float
+) -> Tensor:
+    """Smooth L1 to the target as it is, without whitening: mean over channels, summed."""
+    loss_BLD = F.smooth_l1_loss(pred_BLD.float(), target_BLD.detach().float(), beta=beta, reduction="none")
+    return _weighted_sum(loss_BLD.mean(-1), token_weight_BL)
+
+
 def _weighted_sum(loss_BL: Tensor, token_weight_BL: Tensor | None) -> Tensor:
     return (loss_BL if token_weight_BL is None else loss_BL * token_weight_BL).sum()
 
@@ -38,6 +46,7 @@ def choose_loss(config: DistillConfig) -> Loss:
     """Returns the recipe's loss; PHI-S is the squared error, to targets that the task has standardised."""
     losses: dict[str, Loss] = {
         "whitened_smooth_l1": partial(whitened_smooth_l1, beta=config.beta),
+        "smooth_l1": partial(smooth_l1, beta=config.beta),
         "cosine": cosine,
         "mse": squared_error,
         "phi_s": squared_error,
