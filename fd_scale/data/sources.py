@@ -3,12 +3,10 @@
 import bisect
 import collections
 import difflib
-import functools
 import json
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -18,8 +16,9 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from fd_scale.config import SourceConfig, as_list
-from fd_scale.data.base import IMAGE_SUFFIXES, UNLABELLED, Source, content_hash, data_files
+from fd_scale.data.base import UNLABELLED, Source, content_hash, data_files
 from fd_scale.data.decode import DecodeError, decode
+from fd_scale.data.folders import ImageFolderSource, ImageNetValidation
 from fd_scale.data.mixture import Mixture, filtered
 from fd_scale.data.shards import TarSource
 from fd_scale.errors import UserError
@@ -38,6 +37,7 @@ def open_source(sources: str | list[SourceConfig]) -> Source:
         sources: "KIND:REST", or a list of such with weights and filters:
             "digits:train" or "digits:test", the 8 x 8 digits that come with scikit-learn;
             "imagefolder:PATH", a folder for each class, or a flat folder without labels;
+            "imagenet_val:PATH", ImageNet-1K's validation images as they are distributed, with the development kit;
             "parquet:PATH", files in the layout of the Hugging Face hub;
             "tar:PATH", shards in the layout of webdataset.
             The last two take a file, a folder, a glob, a range in braces or hf://datasets/...
@@ -110,73 +110,6 @@ class DigitsSource:
 
     def read(self, sample_id: int) -> tuple[Image.Image, int]:
         return Image.fromarray(self.images_NHW[sample_id]).convert("RGB"), int(self.labels_N[sample_id])
-
-
-class ImageFolderSource:
-    """A folder with a sub-folder for each class (sorted by name), or a flat folder of unlabelled images."""
-
-    def __init__(self, path: str) -> None:
-        self.root = Path(path)
-        if not self.root.is_dir():
-            raise UserError(
-                f"imagefolder:{path} is not a folder; give the folder that holds the class folders"
-            )
-        classes = _sorted_classes(
-            e.name for e in os.scandir(self.root) if e.is_dir() and not e.name.startswith(".")
-        )
-        names, labels = [], []
-        for label, class_name in enumerate(classes):
-            found = sorted(_walk_images(self.root / class_name))
-            if not found:
-                logger.warning("class folder %s holds no images", self.root / class_name)
-            names += [f"{class_name}/{name}" for name in found]
-            labels += [label] * len(found)
-        if not classes:
-            names = sorted(_walk_images(self.root))
-            labels = [UNLABELLED] * len(names)
-        if not names:
-            raise UserError(
-                f"imagefolder:{path} holds no images ({' '.join(sorted(IMAGE_SUFFIXES))}); check the path"
-            )
-        # Arrays of bytes: a million file names as str would cost 100 MB in every worker.
-        self.names_N = np.array([os.fsencode(name) for name in names])
-        self.labels_N = np.array(labels, dtype=np.int64)
-        self.class_names = classes or None
-        self.num_classes = len(classes)
-
-    @functools.cached_property
-    def fingerprint(self) -> str:
-        """See `Source`. Asks the file system for the size of every file, so it is computed when asked for."""
-        return content_hash(
-            f"{os.fsdecode(name)} {_size(self.root / os.fsdecode(name))}" for name in self.names_N
-        )
-
-    def __len__(self) -> int:
-        return len(self.names_N)
-
-    def all_labels(self) -> npt.NDArray[np.int64]:
-        """See `Source`."""
-        return self.labels_N
-
-    def name(self, sample_id: int) -> str:
-        return str(self.root / self.key(sample_id))
-
-    def key(self, sample_id: int) -> str:
-        return os.fsdecode(self.names_N[sample_id])
-
-    def read(self, sample_id: int) -> tuple[Image.Image, int]:
-        try:
-            data = Path(self.name(sample_id)).read_bytes()
-        except OSError as error:
-            raise DecodeError(f"cannot be read: {error.strerror}") from error
-        return decode(data), int(self.labels_N[sample_id])
-
-
-def _sorted_classes(names: Iterable[str]) -> list[str]:
-    """By name; numbers, as ImageNet-V2 has them, by value."""
-    classes = list(names)
-    numbers = all(name.isdecimal() for name in classes)
-    return sorted(classes, key=lambda name: (int(name) if numbers else 0, name))
 
 
 class ParquetSource:
@@ -287,22 +220,6 @@ class ParquetSource:
         return self._cache[group]
 
 
-def _size(path: Path) -> int:
-    """Bytes of a file; -1 where it is not there: a link to nothing is a bad sample, no end of the run."""
-    try:
-        return path.stat().st_size
-    except OSError:
-        return -1
-
-
-def _walk_images(folder: Path) -> Iterator[str]:
-    """Paths of the images below a folder, relative to it, unsorted."""
-    for parent, _, names in os.walk(folder, followlinks=True):
-        for name in names:
-            if os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES and not name.startswith("."):
-                yield os.path.relpath(os.path.join(parent, name), folder)
-
-
 def _image_column(schema: pa.Schema, path: str) -> str:
     structs: list[str] = [
         field.name
@@ -333,6 +250,7 @@ def _hub_class_names(schema: pa.Schema, label_column: str | None) -> list[str] |
 _KINDS: dict[str, Callable[[str], Source]] = {
     "digits": DigitsSource,
     "imagefolder": ImageFolderSource,
+    "imagenet_val": ImageNetValidation,
     "parquet": ParquetSource,
     "tar": TarSource,
 }
