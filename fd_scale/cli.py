@@ -327,9 +327,10 @@ def _add_tools(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
 
 def _add_bench(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     bench = _add_verb(
-        verbs, "bench", "measurements: step, kernels, giant, scale",
+        verbs, "bench", "measurements: step, finetune, kernels, giant, scale",
         "Measures the training step, the kernels, whole steps of SwinV2-G on a GPU, or a recipe's on many.",
         "  fd-scale bench step --json step.json\n"
+        "  fd-scale bench finetune miniature/finetune model.weights=null\n"
         "  fd-scale bench kernels --match swin_g_w12\n"
         "  fd-scale bench giant --match '^G'\n"
         "  torchrun --nproc-per-node 8 -m fd_scale bench scale imagenet/swin_v2_giant",
@@ -348,6 +349,16 @@ def _add_bench(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
     step.add_argument("--steps", type=int, default=30, help="measured steps of each loop (default: 30)")
     step.add_argument("--json", metavar="FILE", help="write the measurements there too")
     step.set_defaults(run=_bench)
+
+    finetune = _add_verb(
+        subjects, "finetune", "one fine-tuning step, images and all, beside timm's loader, Mixup and optimizer",
+        "Measures in turns whole steps of a classification: images decoded, augmented, mixed, trained on.",
+        "  fd-scale bench finetune digits/finetune model.weights=null",
+    )  # fmt: skip
+    _add_recipe(finetune)
+    finetune.add_argument("--steps", type=int, default=30, help="measured steps of each loop (default: 30)")
+    finetune.add_argument("--json", metavar="FILE", help="write the measurements there too")
+    finetune.set_defaults(run=_bench_finetune)
 
     kernels = _add_verb(
         subjects, "kernels", "the Triton kernels beside their peers, on a GPU",
@@ -627,6 +638,12 @@ def _bench(options: argparse.Namespace) -> None:
     from fd_scale.bench import bench_step
 
     bench_step(options.recipe, options.overrides, options.steps, options.json)
+
+
+def _bench_finetune(options: argparse.Namespace) -> None:
+    from fd_scale.benchmarks.finetune import bench_finetune
+
+    bench_finetune(options.recipe, options.overrides, options.steps, options.json)
 
 
 def _bench_kernels(options: argparse.Namespace) -> None:

@@ -1,0 +1,198 @@
+"""`fd-scale bench finetune`: our fine-tuning step, images and all, beside a bare loop of timm's parts.
+
+Shape legend: B = images, R = residual branches, K = classes.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Generator, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.table import Table
+from timm.data import Mixup, create_loader
+from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
+from timm.optim import create_optimizer_v2
+from timm.utils import dispatch_clip_grad
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from fd_scale import api, distributed, log
+from fd_scale.checkpoint import write_atomically
+from fd_scale.config import Recipe, load_recipe
+from fd_scale.data import Batch, Source, TrainLoader, open_source
+from fd_scale.errors import UserError
+from fd_scale.finetune import ClassificationTask
+from fd_scale.log import console
+from fd_scale.models import dtype_of, resolved_model
+from fd_scale.optim import parameter_groups
+from fd_scale.run_folder import environment
+
+WARM_UP_STEPS = 3
+
+
+class _Images(Dataset[tuple[Any, int]]):
+    """A source as timm's loader takes it."""
+
+    def __init__(self, source: Source) -> None:
+        self.source = source
+        self.transform: Any = None
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, sample_id: int) -> tuple[Any, int]:
+        image, label = self.source.read(sample_id)
+        return self.transform(image), label
+
+
+class TimmLoop:
+    """timm's loader, Mixup, loss, clipping and optimizer around the module of a classification.
+
+    Args:
+        recipe: what is trained and how.
+        device: where.
+    """
+
+    def __init__(self, recipe: Recipe, device: torch.device) -> None:
+        config, data = recipe.classification, recipe.data
+        assert config is not None, "checked before"
+        source = open_source(data.train)
+        task = api.build_task(recipe, source)
+        assert isinstance(task, ClassificationTask), "the recipe's task"
+        self.task, self.recipe, self.device = task, recipe, device
+        self.module = task.module.to(device)
+        model = resolved_model(recipe.model)
+        self.loader = create_loader(
+            _Images(source), (3, model.size, model.size), recipe.train.micro_batch, is_training=True,
+            re_prob=data.erasing, re_mode="pixel", scale=data.crop_scale, ratio=data.crop_ratio, hflip=data.flip,
+            auto_augment=data.rand_augment, interpolation=data.interpolation, mean=model.mean, std=model.std,
+            num_workers=data.num_workers, persistent_workers=data.num_workers > 0, device=device,
+        )  # fmt: skip
+        self.mixup, self.loss = None, LabelSmoothingCrossEntropy(config.label_smoothing)
+        if config.mixup or config.cutmix:
+            self.mixup = Mixup(
+                config.mixup, config.cutmix, switch_prob=config.cutmix_share, label_smoothing=config.label_smoothing,
+                num_classes=source.num_classes,
+            )  # fmt: skip
+            self.loss = SoftTargetCrossEntropy()
+        groups = parameter_groups(
+            task.module, recipe.optim.weight_decay, task.undecayed, lr_scales=task.lr_scales
+        )
+        self.optimizer = create_optimizer_v2(groups, opt="adamw", lr=recipe.optim.lr)
+        self.keep_R1 = 1 - torch.tensor(task.rates, device=device)[:, None]
+        self.batches = self._forever()
+
+    def _forever(self) -> Iterator[tuple[Tensor, Tensor]]:
+        while True:
+            yield from self.loader
+
+    def take_step(self) -> None:
+        """Loads, mixes and trains on one global batch."""
+        train, module = self.recipe.train, self.module
+        dtype, accumulated = dtype_of(train.precision), train.global_batch // train.micro_batch
+        for _ in range(accumulated):
+            images_BCHW, labels = next(self.batches)
+            if self.mixup is not None:
+                images_BCHW, labels = self.mixup(images_BCHW, labels)
+            scale_RB = torch.bernoulli(self.keep_R1.expand(-1, len(images_BCHW))) / self.keep_R1
+            with torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32):
+                tokens_BLD = module.backbone(images_BCHW, scale_RB)
+                pooled_BD = tokens_BLD[:, module.backbone.num_prefix_tokens :].mean(1)
+                logits_BK = module.head(module.norm(pooled_BD))
+            (self.loss(logits_BK.float(), labels) / accumulated).backward()
+        dispatch_clip_grad(module.parameters(), self.recipe.optim.grad_clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+
+class _TakingTurns:
+    """Stands in for the loader: what it hands out is the loader's own, and after each of our steps timm's takes one."""
+
+    def __init__(self, loader: TrainLoader, peer: TimmLoop) -> None:
+        self.steps_per_epoch = loader.steps_per_epoch
+        self.loader, self.peer = loader, peer
+        self.ours_ms: list[float] = []
+        self.timm_ms: list[float] = []
+
+    def iterate(self, start_step: int, reordered: int = 0) -> Generator[list[Batch], None, None]:
+        batches = self.loader.iterate(start_step, reordered)
+        try:
+            while True:
+                began = self._now()
+                yield next(batches)
+                self.ours_ms.append(1e3 * (self._now() - began))
+                began = self._now()
+                self.peer.take_step()
+                self.timm_ms.append(1e3 * (self._now() - began))
+        finally:
+            batches.close()
+
+    def _now(self) -> float:
+        if self.peer.device.type == "cuda":
+            torch.cuda.synchronize(self.peer.device)
+        return time.perf_counter()
+
+
+def bench_finetune(
+    recipe_name: str, overrides: Sequence[str], num_steps: int, json_file: str | None
+) -> dict[str, Any]:
+    """Measures whole fine-tuning steps in this process, the two loops in turns, and prints a table.
+
+    Args:
+        recipe_name: recipe of task classification; nothing is evaluated.
+        overrides: settings that replace the recipe's.
+        num_steps: measured steps of each loop, after a warm-up.
+        json_file: where the measurements go too.
+
+    Returns:
+        The measurements: times in ms.
+
+    Raises:
+        UserError: the recipe is of another task.
+    """
+    if num_steps < 2:
+        raise UserError(f"--steps: got {num_steps}, expected at least 2")
+    total = num_steps + WARM_UP_STEPS + 1  # the last step ends in a checkpoint and is not measured
+    with tempfile.TemporaryDirectory() as folder:
+        alone = [
+            f"run_dir={folder}/run", "data.evaluation=null", "train.epochs=null", f"train.steps={total}",
+            "optim.warmup_epochs=0", "optim.warmup_steps=0", "checkpoint.save_every_steps=1000000",
+            "log.images_every_steps=0", "log.every_steps=10",
+        ]  # fmt: skip
+        recipe = load_recipe(recipe_name, [*overrides, *alone])
+        if recipe.task != "classification":
+            raise UserError(
+                f"{recipe_name}: its task is {recipe.task}; bench finetune expects classification"
+            )
+        world = distributed.start(recipe.train.device, recipe.train.timeout_s)
+        log.set_up(world.rank)
+        trainer = api.build_trainer(recipe, world)
+        turns = _TakingTurns(trainer.loader, TimmLoop(recipe, world.device))
+        trainer.loader = turns  # type: ignore[assignment]
+        trainer.train()
+    result = {
+        "environment": environment(), "recipe": recipe_name, "overrides": list(overrides),
+        "ours_ms": turns.ours_ms[WARM_UP_STEPS:], "timm_ms": turns.timm_ms[WARM_UP_STEPS:],
+    }  # fmt: skip
+    _show(result, recipe.train.global_batch)
+    if json_file is not None:
+        write_atomically(Path(json_file), json.dumps(result, indent=1))
+    return result
+
+
+def _show(result: dict[str, Any], images: int) -> None:
+    table = Table("loop", "ms a step, median (deciles)", "images/s", "over timm's")
+    medians = {name: statistics.median(result[f"{name}_ms"]) for name in ("ours", "timm")}
+    for name, median in medians.items():
+        p10, *_, p90 = statistics.quantiles(result[f"{name}_ms"], n=10, method="inclusive")
+        table.add_row(
+            name, f"{median:.1f} ({p10:.1f} to {p90:.1f})", f"{1e3 * images / median:.0f}",
+            f"{median / medians['timm']:.3f}" if name == "ours" else "",
+        )  # fmt: skip
+    console.print(table)
