@@ -68,10 +68,11 @@ class TimmLoop:
         self.task, self.recipe, self.device = task, recipe, device
         self.module = task.module.to(device)
         model = resolved_model(recipe.model)
+        augment = f"rand-{data.rand_augment}" if data.rand_augment else None
         self.loader = create_loader(
             _Images(source), (3, model.size, model.size), recipe.train.micro_batch, is_training=True,
             re_prob=data.erasing, re_mode="pixel", scale=data.crop_scale, ratio=data.crop_ratio, hflip=data.flip,
-            auto_augment=data.rand_augment and f"rand-{data.rand_augment}", interpolation=data.interpolation, mean=model.mean, std=model.std,
+            auto_augment=augment, interpolation=data.interpolation, mean=model.mean, std=model.std,
             num_workers=data.num_workers, persistent_workers=data.num_workers > 0, device=device,
         )  # fmt: skip
         self.mixup, self.loss = None, LabelSmoothingCrossEntropy(config.label_smoothing)
