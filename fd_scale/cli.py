@@ -293,6 +293,8 @@ def _add_tools(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
     compare.add_argument("--side-by-side", type=int, default=1, help="runs at a time (default: 1)")
     compare.set_defaults(run=_compare)
 
+    _add_diagnose(verbs)
+
     miniature = _add_verb(
         verbs, "miniature", "the paper's experiment on CIFAR-10, within an hour on two cores",
         "Trains a contrastive and a supervised teacher, distils each with and without whitening, probes and\n"
@@ -323,6 +325,30 @@ def _add_tools(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
         "Lists the packaged recipes and every setting of a recipe.", "  fd-scale recipes",
     )  # fmt: skip
     recipes.set_defaults(run=_recipes)
+
+
+def _add_diagnose(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    diagnose = _add_verb(
+        verbs, "diagnose", "attention and features of models, side by side: numbers and plots",
+        "Attention distance, diversity of heads, average maps, share of the position bias, spectrum and CKA, over the\n"
+        "first images of a source. MODEL is a run's folder, an exported one, teacher:RUN, or NAME@pretrained (@PATH,\n"
+        "@none) of any ViT or Swin. Writes diagnosis.json, PNG and SVG.",
+        "  fd-scale diagnose teacher:runs/digits/distill runs/digits/distill --images digits:test --out diagnosis\n"
+        "  fd-scale diagnose vit_base_patch16_clip_224.openai@pretrained --images imagefolder:photos --out diagnosis",
+    )  # fmt: skip
+    diagnose.add_argument(
+        "models", metavar="MODEL", nargs="+", help="what to look at; CKA is with the first one"
+    )
+    diagnose.add_argument(
+        "--images", required=True, metavar="SOURCE", help="imagefolder:PATH, tar:PATH, digits:test, ..."
+    )
+    diagnose.add_argument("--out", required=True, metavar="DIR", help="folder of the results")
+    diagnose.add_argument("--num-images", type=int, default=64, help="the source's first ones (default: 64)")
+    diagnose.add_argument("--batch-size", type=int, default=16, help="images at a time (default: 16)")
+    diagnose.add_argument("--img-size", type=int, help="side in pixels (default: each model's own)")
+    diagnose.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="default: fp32")
+    diagnose.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: cpu")
+    diagnose.set_defaults(run=_diagnose)
 
 
 def _add_bench(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -689,6 +715,15 @@ def _miniature(options: argparse.Namespace) -> None:
     from fd_scale.miniature import miniature
 
     miniature(options.data, options.run_dir, options.overrides)
+
+
+def _diagnose(options: argparse.Namespace) -> None:
+    from fd_scale import log
+    from fd_scale.diagnose.run import Options, diagnose, show
+
+    names = ("images", "num_images", "batch_size", "device", "precision", "img_size")
+    log.set_up()
+    show(diagnose(options.models, options.out, Options(**{name: getattr(options, name) for name in names})))
 
 
 def _demo(options: argparse.Namespace) -> None:
