@@ -77,14 +77,6 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
-def verbs() -> set[str]:
-    """Returns the names of all verbs."""
-    found = (
-        action.choices for action in _parser()._actions if isinstance(action, argparse._SubParsersAction)
-    )
-    return set(next(found))
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="fd-scale",
@@ -333,21 +325,23 @@ def _add_diagnose(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "Attention distance, diversity of heads, average maps, share of the position bias, spectrum and CKA, over the\n"
         "first images of a source. MODEL is a run's folder, an exported one, teacher:RUN, or NAME@pretrained (@PATH,\n"
         "@none) of any ViT or Swin. Writes diagnosis.json, PNG and SVG.",
-        "  fd-scale diagnose teacher:runs/digits/distill runs/digits/distill --images digits:test --out diagnosis\n"
+        "  fd-scale diagnose runs/digits/distill teacher:runs/digits/distill\n"
         "  fd-scale diagnose vit_base_patch16_clip_224.openai@pretrained --images imagefolder:photos --out diagnosis",
     )  # fmt: skip
     diagnose.add_argument(
         "models", metavar="MODEL", nargs="+", help="what to look at; CKA is with the first one"
     )
     diagnose.add_argument(
-        "--images", required=True, metavar="SOURCE", help="imagefolder:PATH, tar:PATH, digits:test, ..."
+        "--images", metavar="SOURCE", help="imagefolder:PATH, tar:PATH, ... (default: those of the first run)"
     )
-    diagnose.add_argument("--out", required=True, metavar="DIR", help="folder of the results")
+    diagnose.add_argument("--out", metavar="DIR", help="folder of the results (default: RUN/diagnosis)")
     diagnose.add_argument("--num-images", type=int, default=64, help="the source's first ones (default: 64)")
     diagnose.add_argument("--batch-size", type=int, default=16, help="images at a time (default: 16)")
     diagnose.add_argument("--img-size", type=int, help="side in pixels (default: each model's own)")
     diagnose.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="default: fp32")
-    diagnose.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: cpu")
+    diagnose.add_argument(
+        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: a GPU if there is one"
+    )
     diagnose.set_defaults(run=_diagnose)
 
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from fd_scale.cli import TRAINING_VERBS, verbs
+from fd_scale.cli import TRAINING_VERBS
 from fd_scale.cluster import pinned
 from fd_scale.cluster.job import lead_s
 from fd_scale.config import Recipe, load_recipe
@@ -133,8 +133,6 @@ def _chain(stages: list[list[str]]) -> list[_Stage]:
 
 
 def _of_run(verb: str, settings: list[str], before: _Stage | None) -> _Stage:
-    if verb not in verbs():
-        raise UserError(f"--then {verb}: this version has no such verb; leave it out")
     if before is None:
         raise UserError(f"submit {verb}: it looks at a run, so it follows one: submit RECIPE --then {verb}")
     return _Stage(verb=verb, run_dir=before.run_dir, recipe_file=None, settings=tuple(settings))

@@ -44,11 +44,12 @@ LARGEST_MAP = 24 * 24
 class Options:
     """How models are looked at."""
 
-    images: str
-    """Source, as `data.train` takes it."""
+    images: Any = None
+    """Source, as `data.train` takes it; none: what the first model's run is evaluated on, or trained."""
     num_images: int = 64
     batch_size: int = 16
-    device: str = "cpu"
+    device: str = "auto"
+    """cpu, cuda, or auto: a GPU if there is one."""
     precision: str = "fp32"
     img_size: int | None = None
     """None: each model's own."""
@@ -69,13 +70,13 @@ class _Found:
     """Of the first image: where its middle patch looks, by layer, where all patches see each other."""
 
 
-def diagnose(names: Sequence[str], out: str | Path, options: Options) -> dict[str, Any]:
+def diagnose(names: Sequence[str], out: str | Path | None, options: Options) -> dict[str, Any]:
     """Writes diagnosis.json and plots, and returns what the file holds.
 
     Args:
         names: each a run's folder, a folder that `export` wrote, `teacher:RUN` for the teacher of a distillation, or
             the name of a model with `@` and its weights (`@pretrained`, `@PATH`, `@none` for random ones).
-        out: folder of the results.
+        out: folder of the results; none: `diagnosis` in the first model's run.
         options: images, precision, device.
 
     Raises:
@@ -85,7 +86,8 @@ def diagnose(names: Sequence[str], out: str | Path, options: Options) -> dict[st
         raise UserError(
             f"--num-images {options.num_images}, --batch-size {options.batch_size}: expected at least 2 and 1"
         )
-    source = _First(open_source(options.images), options.num_images)
+    images, folder = _places(names[0], options.images, out)
+    source = _First(open_source(images), options.num_images)
     found, pictures = [], []
     for name in names:
         model = load_backbone(name, options.img_size)
@@ -94,9 +96,8 @@ def diagnose(names: Sequence[str], out: str | Path, options: Options) -> dict[st
         one, images_BHWC = _look(name, model, source, size, options)
         found.append(one)
         pictures.append(images_BHWC)
-    folder = Path(out)
     result = {
-        "schema": SCHEMA, "images": options.images, "num_images": len(source), "precision": options.precision,
+        "schema": SCHEMA, "images": str(images), "num_images": len(source), "precision": options.precision,
         "environment": run_folder.environment(), "models": [_numbers(one) for one in found],
         "cka": [_cka(found[0], other) for other in found[1:]],
     }  # fmt: skip
@@ -130,6 +131,17 @@ def show(result: dict[str, Any]) -> None:
         keys = ("distance_px", "head_similarity", "effective_rank", "within_one_patch", "bias_share")
         table.add_row(model["name"], *map(mean, keys), f"{model['features']['raw']['effective_rank']:.3g}")
     console.print(table)
+
+
+def _places(first: str, images: Any, out: str | Path | None) -> tuple[Any, Path]:
+    """Returns the source and the folder of the results, from the first model's run where they are not given."""
+    run = Path(first.removeprefix("teacher:"))
+    if (images is None or out is None) and not (run / "recipe.yaml").is_file():
+        raise UserError(f"{first} is no run, so there is no default: give --images SOURCE and --out DIR")
+    if images is None:
+        data = run_folder.read_recipe(run).data
+        images = data.evaluation or data.train
+    return images, run / "diagnosis" if out is None else Path(out)
 
 
 class _First:
@@ -198,7 +210,7 @@ def load_backbone(name: str, img_size: int | None) -> Backbone:
 
 
 def _look(name: str, model: Backbone, source: Any, size: int, options: Options) -> tuple[_Found, np.ndarray]:
-    device, dtype = torch.device(options.device), dtype_of(options.precision)
+    device, dtype = _device(options.device), dtype_of(options.precision)
     model.to(device, dtype)
     one = _Found(Path(name).name if Path(name).exists() else name)
     pictures: list[Tensor] = []
@@ -230,6 +242,13 @@ def _look(name: str, model: Backbone, source: Any, size: int, options: Options) 
         handle.remove()
     images = torch.cat(pictures)[:NUM_PICTURES].permute(0, 2, 3, 1).numpy()
     return one, images
+
+
+def _device(name: str) -> torch.device:
+    available = torch.cuda.is_available()
+    if name == "cuda" and not available:
+        raise UserError("--device cuda: torch sees no CUDA device; take cpu or auto")
+    return torch.device("cuda" if available and name != "cpu" else "cpu")
 
 
 def _keeper(one: _Found, index: int, model: Backbone) -> Any:

@@ -109,7 +109,6 @@ def test_an_array(show: Callable[..., str], tmp_path: Path) -> None:
         (["--nodes", "1", "train.global_bach=1"], ["Did you mean: 'global_batch'"]),
         (["--nodes", "1", "--then", "digits/finetune", "model.depth=1"], ["model", "depth"]),
         (["--nodes", "1", "--then", "digits/distill"], ["two jobs would work in", "run_dir=PATH"]),
-        (["--nodes", "1", "--then", "diagnose"], ["no such verb", "leave it out"]),
         (["--nodes", "1", "run_dir=a b"], ["has a blank"]),
         (["--nodes", "1", "--array", "optim.lr"], ["key=a,b,c"]),
         (["--nodes", "1", "--array", "optim.lr=1,1"], ["same run folder"]),
