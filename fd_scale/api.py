@@ -28,11 +28,12 @@ from fd_scale.data import (
     spread,
     training_transform,
 )
+from fd_scale.diagnose.landscape import Plane, landscape_of
 from fd_scale.distill import DistillationTask
 from fd_scale.distributed import Preemption, World
 from fd_scale.engine import Engine, Partition
 from fd_scale.errors import UserError
-from fd_scale.evaluate import evaluate_task, find_checkpoint, recipe_of
+from fd_scale.evaluate import evaluate_task, find_checkpoint, recipe_of, restore
 from fd_scale.evaluation import EvaluationSet
 from fd_scale.export import convert, export, interpolate
 from fd_scale.fetch import fetch
@@ -107,6 +108,39 @@ def evaluate(path: str | Path, overrides: Sequence[str] = (), real: str | None =
     recipe = recipe_of(run, checkpoint, list(overrides))
     if real is not None and recipe.classification is None:
         raise UserError(f"--real: labels are for a classifier, {run} is of task {recipe.task}; leave it out")
+    task, recipe, world = _to_evaluate(recipe)
+    return evaluate_task(task, recipe, run, checkpoint, world, real)
+
+
+def landscape(
+    path: str | Path, plane: Plane, overrides: Sequence[str] = (), num_images: int = 256
+) -> dict[str, Any]:
+    """Measures the loss on a plane around a checkpoint's weights; all ranks call it and share the images.
+
+    A second call for the same plane of the same weights goes on where the first one stopped.
+
+    Args:
+        path: folder of a run of distillation or classification, or one of its checkpoints.
+        plane: the points.
+        overrides: `key=value` settings that replace the recipe's, e.g. `data.evaluation=imagefolder:PATH`.
+        num_images: evenly spread ones of `data.evaluation`.
+
+    Returns:
+        What is in RUN/diagnosis/landscape.json too: `rows` of the metrics, `top_eigenvalue`.
+
+    Raises:
+        UserError: there is no whole checkpoint, or the images do not fit it.
+    """
+    alone = World(rank=0, local_rank=0, size=1, device=torch.device("cpu"))
+    run, checkpoint = find_checkpoint(Path(path), alone)
+    task, recipe, world = _to_evaluate(recipe_of(run, checkpoint, list(overrides)))
+    assert isinstance(task, DistillationTask | ClassificationTask), "recipe_of refuses the others"
+    restore(task, recipe, checkpoint, world)
+    return landscape_of(task, recipe, checkpoint, plane, num_images, world)
+
+
+def _to_evaluate(recipe: Recipe) -> tuple[Task, Recipe, World]:
+    """Joins the ranks and builds a task without weights, its teachers where they run."""
     world = distributed.start(recipe.train.device, recipe.train.timeout_s)
     log.set_up(world.rank)
     recipe = resolved(recipe)
@@ -114,7 +148,7 @@ def evaluate(path: str | Path, overrides: Sequence[str] = (), real: str | None =
     task = build_task(recipe, None)
     for teacher in task.teachers if isinstance(task, DistillationTask) else []:
         teacher.to(world.device)
-    return evaluate_task(task, recipe, run, checkpoint, world, real)
+    return task, recipe, world
 
 
 def plan(recipe: Recipe, gpu: str, num_gpus: int, images: int | None = None) -> Plan:

@@ -76,6 +76,15 @@ def recipe_of(run: Path, checkpoint: Path, overrides: list[str]) -> Recipe:
     return recipe
 
 
+def restore(task: Task, recipe: Recipe, checkpoint: Path, world: World) -> None:
+    """Gives a task's module a checkpoint's weights, whole on each rank, in eval mode."""
+    shards = saved_weights(checkpoint)
+    with torch.no_grad():
+        for name, tensor in task.module.state_dict(keep_vars=True).items():
+            tensor.copy_(shards.read(name))
+    task.module.to(world.device, dtype_of(recipe.train.precision)).eval()
+
+
 def evaluate_task(
     task: Task, recipe: Recipe, run: Path, checkpoint: Path, world: World, real: str | None
 ) -> dict[str, Any]:
@@ -95,11 +104,7 @@ def evaluate_task(
     Raises:
         UserError: the images do not fit the task.
     """
-    shards = saved_weights(checkpoint)
-    with torch.no_grad():
-        for name, tensor in task.module.state_dict(keep_vars=True).items():
-            tensor.copy_(shards.read(name))
-    task.module.to(world.device, dtype_of(recipe.train.precision)).eval()
+    restore(task, recipe, checkpoint, world)
     step = read_manifest(checkpoint)["state"]["step"]
     logger.info("%s: step %d on %s", checkpoint, step, recipe.data.evaluation)
     found: dict[str, Any] = {"step": step, "source": str(recipe.data.evaluation)}

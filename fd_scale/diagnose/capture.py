@@ -32,7 +32,8 @@ class AttentionMap:
     """The attention of one layer over a batch."""
 
     probs: Tensor
-    """(B, M, h, N, N), of a query (rows) to its keys, fp32; M = 1 where an image is one window."""
+    """(B, M, h, N, N), of a query (rows) to its keys, fp32; M = 1 where an image is one window. Windows that reach over
+    the grid are left out."""
     logits: Tensor
     """Before the softmax, masks among them; fp32, in the shape of `probs`."""
     bias: Tensor | None
@@ -147,8 +148,7 @@ def _map_of(
     batch: int,
     image_px: tuple[int, int],
 ) -> AttentionMap:
-    num_tokens, prefix = probs.shape[-1], model.num_prefix_tokens
-    heads = probs.shape[-3]
+    num_tokens, prefix, heads = probs.shape[-1], model.num_prefix_tokens, probs.shape[-3]
     shaped = [x.detach().float().reshape(batch, -1, heads, num_tokens, num_tokens) for x in (probs, logits)]
     windows = shaped[0].shape[1]
     if windows == 1 and num_tokens == prefix + grid[0] * grid[1]:
@@ -157,11 +157,15 @@ def _map_of(
         prefix = 0
         side = state.grid or (math.isqrt(windows * num_tokens),) * 2
         shape = state.window or (math.isqrt(num_tokens),) * 2
-        if side[0] * side[1] != windows * num_tokens or shape[0] * shape[1] != num_tokens:
+        rows, columns = (-(-length // window) for length, window in zip(side, shape, strict=True))
+        whole = (side[0] // shape[0], side[1] // shape[1])
+        if rows * columns != windows or shape[0] * shape[1] != num_tokens or 0 in whole:
             raise UserError(
-                f"diagnose: {windows} windows of {num_tokens} tokens do not tile a grid of {side[0]} x {side[1]}; "
+                f"diagnose: {windows} windows of {num_tokens} tokens do not lie on a grid of {side[0]} x {side[1]}; "
                 "choose an --img-size whose token grids are multiples of the window"
             )
+        # Windows that reach over the grid hold padding.
+        shaped = [x.unflatten(1, (rows, columns))[:, : whole[0], : whole[1]].flatten(1, 2) for x in shaped]
     stride = (image_px[0] / side[0], image_px[1] / side[1])
     return AttentionMap(shaped[0], shaped[1], state.bias, prefix, shape, stride)
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from fd_scale import run_folder
 from fd_scale.checkpoint import newest_checkpoint, write_atomically
 from fd_scale.config import ModelConfig
-from fd_scale.data import Source, evaluation_batches, evaluation_transform, open_source
+from fd_scale.data import Source, evaluation_batches, evaluation_transform, open_source, spread
 from fd_scale.diagnose import plots
 from fd_scale.diagnose.capture import AttentionMap, look_at_attention
 from fd_scale.diagnose.measures import LayerStatistics, feature_statistics, linear_cka, patches_only
@@ -87,7 +87,7 @@ def diagnose(names: Sequence[str], out: str | Path | None, options: Options) -> 
             f"--num-images {options.num_images}, --batch-size {options.batch_size}: expected at least 2 and 1"
         )
     images, folder = _places(names[0], options.images, out)
-    source = _First(open_source(images), options.num_images)
+    source = spread(open_source(images), options.num_images)
     found, pictures = [], []
     for name in names:
         model = load_backbone(name, options.img_size)
@@ -144,23 +144,6 @@ def _places(first: str, images: Any, out: str | Path | None) -> tuple[Any, Path]
     return images, run / "diagnosis" if out is None else Path(out)
 
 
-class _First:
-    """The first images of a source."""
-
-    def __init__(self, source: Source, count: int) -> None:
-        self.source = source
-        self.count = min(count, len(source))
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.source, name)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _First, (self.source, self.count)
-
-    def __len__(self) -> int:
-        return self.count
-
-
 def _config_of(name: str) -> ModelConfig:
     kind, _, rest = name.partition(":")
     if kind == "teacher" and rest:
@@ -209,7 +192,9 @@ def load_backbone(name: str, img_size: int | None) -> Backbone:
     return model.eval().requires_grad_(False)
 
 
-def _look(name: str, model: Backbone, source: Any, size: int, options: Options) -> tuple[_Found, np.ndarray]:
+def _look(
+    name: str, model: Backbone, source: Source, size: int, options: Options
+) -> tuple[_Found, np.ndarray]:
     device, dtype = _device(options.device), dtype_of(options.precision)
     model.to(device, dtype)
     one = _Found(Path(name).name if Path(name).exists() else name)

@@ -167,6 +167,11 @@ class DistillationTask:
             "drop_path_scale_RB": drop_path_scale(self.rates, self.seed, batch.positions, device),
         }
 
+    def evaluation_inputs(self, batch: Batch) -> dict[str, Any]:
+        """As `inputs`, with nothing drawn: no drop path, and every teacher sees every image."""
+        targets = self._standardised(self._targets(batch.images, [None] * len(self.teachers)))
+        return {"images_BCHW": batch.images, "targets": targets, "rows": [None] * len(self.places)}
+
     def evaluate(self, forward: Forward, world: World) -> dict[str, float]:
         """Measures the loss over the evaluation source, without drop path; every teacher sees every image.
 
@@ -174,11 +179,9 @@ class DistillationTask:
         """
         if self.evaluation is None:
             return {}
-        all_rows = [None] * len(self.places)
 
         def sums(batch: Batch) -> tuple[dict[str, float], int]:
-            targets = self._standardised(self._targets(batch.images, [None] * len(self.teachers)))
-            outputs = forward(images_BCHW=batch.images, targets=targets, rows=all_rows)
+            outputs = forward(**self.evaluation_inputs(batch))
             losses = {name: float(outputs[name]) / items for name, items in self.items_per_image.items()}
             return {"loss": sum(losses.values())} | losses, len(batch.labels)
 

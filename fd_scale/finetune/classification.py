@@ -174,6 +174,10 @@ class ClassificationTask:
             }  # fmt: skip
         return inputs
 
+    def evaluation_inputs(self, batch: Batch) -> dict[str, Any]:
+        """As `inputs`, with nothing drawn: no mixing, no drop path."""
+        return {"images_BCHW": batch.images, "labels_B": batch.labels}
+
     def evaluate(self, forward: Forward, world: World) -> dict[str, float]:
         """Measures accuracy and cross entropy (nats) over the evaluation source."""
         return {} if self.evaluation is None else self.accuracy(self.evaluation, forward, world).metrics
@@ -195,7 +199,7 @@ class ClassificationTask:
         """
         counter = AccuracyCounter(self.module.head.out_features, reassessed)
         for batch in evaluated_batches(evaluation, world):
-            outputs = forward(images_BCHW=batch.images, labels_B=batch.labels)
+            outputs = forward(**self.evaluation_inputs(batch))
             counter.add(outputs["logits"], batch.labels, batch.positions.tolist())
         return counter.result(world)
 

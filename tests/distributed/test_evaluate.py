@@ -10,6 +10,9 @@ import numpy as np
 import pytest
 from ranks import run_ranks
 
+from fd_scale.diagnose import diagnose
+from fd_scale.diagnose.run import Options
+
 Values = Callable[..., dict[str, Any]]
 pytestmark = pytest.mark.slow
 
@@ -70,3 +73,26 @@ def test_neighbours_are_found_wherever_they_are(recipe_values: Values, tmp_path:
     found += [metrics["knn_top1"] for metrics in run_ranks(cases.evaluate, 3, values["run_dir"], [])]
     assert 0.15 < found[0] < 1, "better than chance"
     np.testing.assert_allclose(found, found[0], atol=1 / 300)
+
+
+@pytest.mark.parametrize("task", ["fine-tuning", "distill"])
+def test_a_run_is_looked_into(recipe_values: Values, task: str) -> None:
+    """The middle of its landscape is the loss that it logged, on any number of ranks; its attention is seen."""
+    values = recipe_values(task, data__evaluation="digits:test", train__steps=2)
+    run_ranks(cases.train, 1, values)
+    run_dir = Path(values["run_dir"])
+    [logged] = cases.read_metrics(run_dir, "evaluation")
+    found = run_ranks(cases.landscape, 2, values["run_dir"], 3)
+    assert found[0] == found[1]
+    assert json.loads((run_dir / "diagnosis/landscape.json").read_text()) == found[0]
+    rows = found[0]["rows"]
+    assert rows[1][1]["loss"] == pytest.approx(logged["loss"], rel=1e-5)
+    assert len({point["loss"] for row in rows for point in row}) == 9
+    assert found[0]["top_eigenvalue"] != 0
+    assert run_ranks(cases.landscape, 1, values["run_dir"], 3)[0]["rows"] == rows, (
+        "they are not measured again"
+    )
+    names = [values["run_dir"], *([f"teacher:{run_dir}"] if task == "distill" else [])]
+    result = diagnose(names, None, Options(num_images=4, batch_size=4))
+    assert [len(model["layers"]) for model in result["models"]] == [3] * len(names)
+    assert (run_dir / "diagnosis/diagnosis.json").is_file()
