@@ -363,6 +363,19 @@ def _add_diagnose(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     landscape.add_argument("--num-images", type=int, default=256, help="evenly spread ones (default: 256)")
     landscape.set_defaults(run=_landscape)
 
+    report = _add_verb(
+        verbs, "report", "one page of a run, or of several side by side: curves, pictures, settings",
+        "Writes a self-contained HTML page and its numbers as JSON; several runs share their curves, and the table of\n"
+        "settings shows where they differ.",
+        "  fd-scale report runs/digits/distill\n"
+        "  fd-scale report runs/a runs/b --out compared.html",
+    )  # fmt: skip
+    report.add_argument("run_dirs", metavar="RUN", nargs="+", help="folder of a run")
+    report.add_argument(
+        "--out", metavar="FILE", help="the page (default: report.html in the first run's folder)"
+    )
+    report.set_defaults(run=_report)
+
 
 def _add_bench(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     bench = _add_verb(
@@ -747,6 +760,12 @@ def _landscape(options: argparse.Namespace) -> None:
     found = api.landscape(options.run_dir, plane, options.overrides, options.num_images)
     middle = found["rows"][plane.points // 2][plane.points // 2]
     print(f"loss {middle['loss']:.5g}; largest eigenvalue of the Hessian {found['top_eigenvalue']:.5g}")
+
+
+def _report(options: argparse.Namespace) -> None:
+    from fd_scale.report import report
+
+    print(report(options.run_dirs, options.out))
 
 
 def _demo(options: argparse.Namespace) -> None:

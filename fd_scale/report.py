@@ -1,0 +1,256 @@
+"""`fd-scale report`: one page of one run, or of several side by side; it needs no network and no script."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import json
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from fd_scale import run_folder
+from fd_scale.checkpoint import write_atomically
+from fd_scale.config import to_dict
+from fd_scale.errors import UserError
+from fd_scale.metrics import read_metrics
+
+SMOOTHED_LINES = 10
+"""Lines of metrics, at most, over which a training curve's mean goes: a tenth of all."""
+_TRAINING = {
+    "loss": "training loss", "grad_norm": "norm of the gradient", "learning_rate": "learning rate",
+    "images_per_s": "images/s", "memory_peak_gib": "peak of memory, GiB",
+}  # fmt: skip
+_STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; margin: 0 auto; max-width: 75rem; padding: 1rem; color: #222; }
+h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; border-bottom: 1px solid #ccc; margin-top: 2rem; }
+.curves { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(24rem, 100%), 1fr)); gap: 1rem; }
+figure { margin: 0; } figcaption { font-size: .85rem; color: #555; } img { max-width: 100%; height: auto; }
+.wide { overflow-x: auto; } table { border-collapse: collapse; font-size: .85rem; }
+td, th { border: 1px solid #ddd; padding: .15rem .5rem; text-align: left; overflow-wrap: anywhere; }
+td:first-child { white-space: nowrap; }
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """What a run's folder says of it."""
+
+    name: str
+    folder: Path
+    recipe: dict[str, str]
+    """Setting -> value."""
+    environment: dict[str, str]
+    """Of its last start."""
+    train: list[dict[str, Any]]
+    evaluation: list[dict[str, Any]]
+    checkpoints: list[dict[str, Any]]
+    """Lines of metrics.jsonl, by kind."""
+    kernels: list[str]
+    """Which path each op took, as the log says it."""
+
+    @property
+    def final(self) -> dict[str, float]:
+        """The last evaluation's metrics."""
+        last = self.evaluation[-1] if self.evaluation else {}
+        return {name: value for name, value in last.items() if name != "kind"}
+
+
+def report(run_dirs: Sequence[str], out: str | Path | None) -> Path:
+    """Writes a page and, beside it, its numbers as JSON.
+
+    Args:
+        run_dirs: folders of runs.
+        out: the page, a name that ends in .html; none: report.html in the first run's folder.
+
+    Returns:
+        The page.
+
+    Raises:
+        UserError: a folder is no run, or nothing can be written.
+    """
+    page = Path(run_dirs[0]) / "report.html" if out is None else Path(out)
+    if page.suffix != ".html":
+        raise UserError(f"--out {out}: expected a name that ends in .html")
+    runs = [_read(Path(folder), run_dirs) for folder in run_dirs]
+    body = [
+        f"<h1>{html.escape(', '.join(run.name for run in runs))}</h1>",
+        "<h2>Results</h2>", _table(_results(runs)),
+        "<h2>Curves</h2>", _grid(_curves(runs)),
+        *_pictures(runs),
+        "<h2>Settings</h2>" + (_note(runs)), _table(_settings(runs)),
+        "<h2>Where it ran</h2>", _table(_side_by_side(runs, [run.environment for run in runs])),
+        "<h2>Kernels</h2>", _table([["run", "path"], *([run.name, line] for run in runs for line in run.kernels)]),
+        "<h2>Checkpoints</h2>", _table(_checkpoints(runs)),
+    ]  # fmt: skip
+    head = (
+        f"<meta charset='utf-8'><meta name='viewport' content='width=device-width, initial-scale=1'>"
+        f"<title>{html.escape(runs[0].name)}</title><style>{_STYLE}</style>"
+    )
+    try:
+        page.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(
+            page, f"<!doctype html><html lang='en'><head>{head}</head><body>{''.join(body)}</body></html>\n"
+        )
+        numbers = [
+            {"run": str(run.folder), "final": run.final, "recipe": run.recipe, "environment": run.environment}
+            for run in runs
+        ]
+        write_atomically(page.with_suffix(".json"), json.dumps(numbers, indent=1))
+    except OSError as error:
+        raise run_folder.not_writable(page.parent, error) from None
+    return page
+
+
+def _read(folder: Path, all_folders: Sequence[str]) -> Run:
+    recipe = run_folder.read_recipe(folder)
+    same = [other for other in all_folders if Path(other).name == folder.name]
+    file = folder / "environment.json"
+    starts = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else [{}]
+    logs = [path.read_text(encoding="utf-8", errors="replace") for path in folder.glob("logs/rank_0.log")]
+    return Run(
+        name=folder.name if len(same) == 1 else str(folder),
+        folder=folder,
+        recipe=dict(_flat(to_dict(recipe))),
+        environment=dict(_flat(starts[-1])),
+        train=read_metrics(folder, "train"),
+        evaluation=read_metrics(folder, "evaluation"),
+        checkpoints=read_metrics(folder, "checkpoint"),
+        kernels=sorted({found for text in logs for found in re.findall(r"dispatch: (.* runs the .*)", text)}),
+    )
+
+
+def _flat(values: Any, prefix: str = "") -> Iterable[tuple[str, str]]:
+    if isinstance(values, dict) and values:
+        for name, value in values.items():
+            yield from _flat(value, f"{prefix}.{name}" if prefix else str(name))
+    else:
+        yield prefix, str(values)
+
+
+def _results(runs: Sequence[Run]) -> list[list[str]]:
+    names = list(dict.fromkeys(name for run in runs for name in run.final))
+    speeds = [
+        f"{np.median([line['images_per_s'] for line in run.train]):.4g}" if run.train else "" for run in runs
+    ]
+    rows = [["", *(run.name for run in runs)], ["task", *(run.recipe["task"] for run in runs)]]
+    for name in names:
+        values = [run.final.get(name) for run in runs]
+        rows.append([name, *("" if value is None else f"{value:.5g}" for value in values)])
+    return [*rows, ["images/s, median", *speeds]]
+
+
+def _curves(runs: Sequence[Run]) -> list[tuple[str, str]]:
+    found = []
+    for name, title in _TRAINING.items():
+        series = [(run.name, run.train, name) for run in runs if any(name in line for line in run.train)]
+        if series:
+            found.append((title, _curve(series, smooth=name == "loss")))
+    measured = dict.fromkeys(
+        name for run in runs for line in run.evaluation for name in line if name not in ("step", "kind")
+    )
+    for name in measured:
+        series = [(run.name, run.evaluation, name) for run in runs]
+        found.append((f"evaluation: {name}", _curve(series, smooth=False)))
+    return found
+
+
+def _curve(series: Sequence[tuple[str, list[dict[str, Any]], str]], smooth: bool) -> str:
+    figure, axis = plt.subplots(figsize=(5, 3), constrained_layout=True)
+    for index, (label, lines, name) in enumerate(series):
+        points = [(line["step"], line[name]) for line in lines if name in line]
+        if not points:
+            continue
+        steps, values = (np.array(part, dtype=float) for part in zip(*points, strict=True))
+        colour = f"C{index}"
+        axis.plot(steps, values, color=colour, alpha=0.3 if smooth else 1.0, label=None if smooth else label,
+                  marker="o" if len(steps) < 3 else None)  # fmt: skip
+        if smooth:
+            width = max(1, min(SMOOTHED_LINES, len(values) // 10))
+            means = np.convolve(values, np.full(width, 1 / width), mode="valid")
+            axis.plot(steps[width - 1 :], means, color=colour, label=label)
+    axis.set_xlabel("optimizer step")
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=7)
+    text = io.StringIO()
+    figure.savefig(text, format="svg")
+    plt.close(figure)
+    svg = text.getvalue()
+    # As a picture of its own: the names inside one SVG would clash with those of the next.
+    return f"data:image/svg+xml;base64,{base64.b64encode(svg.encode()).decode()}"
+
+
+def _pictures(runs: Sequence[Run]) -> list[str]:
+    """The last pictures of each run, and those of its diagnosis."""
+    found = []
+    for run in runs:
+        shown = []
+        events = EventAccumulator(str(run.folder / "tensorboard"), size_guidance={"images": 1})
+        events.Reload()
+        for tag in events.Tags()["images"]:
+            event = events.Images(tag)[-1]
+            shown.append((f"{tag}, step {event.step}", _png(event.encoded_image_string)))
+        for path in sorted((run.folder / "diagnosis").glob("*.png")):
+            shown.append((f"diagnosis: {path.stem}", _png(path.read_bytes())))
+        if shown:
+            found += [f"<h2>Pictures of {html.escape(run.name)}</h2>", _grid(shown)]
+    return found
+
+
+def _png(data: bytes) -> str:
+    return f"data:image/png;base64,{base64.b64encode(data).decode()}"
+
+
+def _note(runs: Sequence[Run]) -> str:
+    return "" if len(runs) == 1 else "<p>Those in which the runs differ.</p>"
+
+
+def _settings(runs: Sequence[Run]) -> list[list[str]]:
+    rows = _side_by_side(runs, [run.recipe for run in runs])
+    return rows if len(runs) == 1 else [rows[0], *(row for row in rows[1:] if len(set(row[1:])) > 1)]
+
+
+def _side_by_side(runs: Sequence[Run], values: Sequence[dict[str, str]]) -> list[list[str]]:
+    names = dict.fromkeys(name for each in values for name in each)
+    return [
+        ["", *(run.name for run in runs)],
+        *([name, *(each.get(name, "") for each in values)] for name in names),
+    ]
+
+
+def _checkpoints(runs: Sequence[Run]) -> list[list[str]]:
+    rows = [["run", "step", "MB", "training waited, s", "written in, s"]]
+    for run in runs:
+        for line in run.checkpoints:
+            sizes = (f"{line['bytes'] / 1e6:.1f}", f"{line['stall_s']:.2f}", f"{line['write_s']:.2f}")
+            rows.append([run.name, str(line["step"]), *sizes])
+    return rows
+
+
+def _table(rows: Sequence[Sequence[str]]) -> str:
+    if len(rows) < 2:
+        return "<p>Nothing is on record.</p>"
+    lines = []
+    for index, row in enumerate(rows):
+        tag = "th" if index == 0 else "td"
+        lines.append("<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in row) + "</tr>")
+    return f"<div class='wide'><table>{''.join(lines)}</table></div>"
+
+
+def _grid(pictures: Sequence[tuple[str, str]]) -> str:
+    figures = [
+        f"<figure><img src='{source}' alt='{html.escape(title, quote=True)}'><figcaption>{html.escape(title)}"
+        "</figcaption></figure>"
+        for title, source in pictures
+    ]
+    return f"<div class='curves'>{''.join(figures)}</div>"

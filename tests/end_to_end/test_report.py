@@ -1,0 +1,105 @@
+"""`fd-scale report`: the page stands alone, its pictures are pictures, and runs are compared."""
+
+import base64
+import io
+import json
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+from PIL import Image
+
+from fd_scale.config import build_recipe, to_yaml
+from fd_scale.errors import UserError
+from fd_scale.report import report
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory, values_in: Callable[..., dict[str, Any]]) -> list[Path]:
+    """Two runs that differ in their learning rate."""
+    folders = []
+    for name, rate in (("slow", 1e-4), ("fast", 1e-3)):
+        root = tmp_path_factory.mktemp(name)
+        values = values_in(
+            root / name,
+            data__evaluation="digits:test",
+            optim__lr=rate,
+            log__images_every_steps=2,
+            train__steps=4,
+        )
+        (root / "recipe.yaml").write_text(to_yaml(build_recipe(values)))
+        subprocess.run(
+            [sys.executable, "-m", "fd_scale", "distill", str(root / "recipe.yaml")], check=True, timeout=120
+        )
+        folders.append(root / name)
+    return folders
+
+
+@pytest.fixture(scope="module")
+def page(runs: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return report([str(run) for run in runs], tmp_path_factory.mktemp("page") / "compared.html")
+
+
+def test_the_page_stands_alone_and_its_pictures_can_be_read(page: Path) -> None:
+    text = page.read_text()
+    sources = re.findall(r"(?:src|href)='([^']*)'", text)
+    assert len(sources) >= 8
+    for source in sources:
+        kind, data = source.removeprefix("data:image/").split(";base64,")
+        decoded = base64.b64decode(data)
+        if kind == "png":
+            Image.open(io.BytesIO(decoded)).verify()
+        else:
+            assert ElementTree.fromstring(decoded).tag.endswith("svg")
+    assert "<script" not in text
+    for words in (
+        "Pictures of slow",
+        "Pictures of fast",
+        "training loss",
+        "evaluation: loss",
+        "runs the PyTorch",
+    ):
+        assert words in text
+
+
+def test_only_settings_that_differ_are_listed(page: Path) -> None:
+    settings = page.read_text().split("<h2>Settings</h2>")[1].split("<h2>")[0]
+    assert set(re.findall(r"<tr><td>([^<]*)</td>", settings)) == {"run_dir", "optim.lr"}
+    numbers = json.loads(page.with_suffix(".json").read_text())
+    assert [run["recipe"]["optim.lr"] for run in numbers] == ["0.0001", "0.001"]
+    assert all(run["final"]["step"] == 4 and run["final"]["loss"] > 0 for run in numbers)
+
+
+def test_a_browser_has_nothing_to_complain_about(page: Path, tmp_path: Path) -> None:
+    browser = shutil.which("chromium")
+    if browser is None:
+        pytest.skip("needs Debian's chromium, and there is none")
+    shot = tmp_path / "shot.png"
+    options = [
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--enable-logging=stderr",
+        "--window-size=420,2000",
+    ]
+    done = subprocess.run(
+        [browser, *options, f"--screenshot={shot}", page.as_uri()],
+        capture_output=True, text=True, timeout=120, check=True,
+    )  # fmt: skip
+    assert "CONSOLE" not in done.stderr
+    assert len(Image.open(shot).convert("L").getcolors(256) or []) > 50, "an empty page has few"
+
+
+def test_bad_input(runs: list[Path], tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"no recipe\.yaml there"):
+        report([str(tmp_path)], None)
+    with pytest.raises(UserError, match=r"ends in \.html"):
+        report([str(runs[0])], tmp_path / "page.pdf")
