@@ -14,7 +14,7 @@ from timm.models.swin_transformer_v2 import SwinTransformerV2 as TimmSwinTransfo
 from torch import Tensor, nn
 from transformers import Swinv2Config, Swinv2ForImageClassification, Swinv2Model
 
-from fd_scale import cli
+from fd_scale.cli import parts
 from fd_scale.config import ModelConfig
 from fd_scale.errors import UserError
 from fd_scale.export import convert
@@ -325,4 +325,4 @@ def test_windows_that_transformers_has_not(shape: dict[str, Any]) -> None:
 
 def test_the_command_line_offers_every_layout() -> None:
     """It names them itself, so that `--help` need not import torch."""
-    assert set(cli._LAYOUTS) == set(LAYOUTS)
+    assert set(parts.LAYOUTS) == set(LAYOUTS)

@@ -1,0 +1,154 @@
+"""Verbs that measure."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from fd_scale.cli.parts import Verbs, add_recipe, add_verb
+
+
+def add_bench(verbs: Verbs) -> None:
+    """Adds `bench` and what it measures."""
+    bench = add_verb(
+        verbs, "bench", "measurements: step, finetune, kernels, giant, scale",
+        "Measures the training step, the kernels, whole steps of SwinV2-G on a GPU, or a recipe's on many.",
+        "  fd-scale bench step --json step.json\n"
+        "  fd-scale bench finetune miniature/finetune model.weights=null\n"
+        "  fd-scale bench kernels --match swin_g_w12\n"
+        "  fd-scale bench giant --match '^G'\n"
+        "  torchrun --nproc-per-node 8 -m fd_scale bench scale imagenet/swin_v2_giant",
+    )  # fmt: skip
+    subjects = bench.add_subparsers(metavar="WHAT", required=True)
+
+    step = add_verb(
+        subjects, "step", "one optimizer step, ZeRO 0 on one process, ZeRO 3 on two",
+        "Measures, in one run, our training step against a bare PyTorch loop of the same models, and the loader.",
+        "  fd-scale bench step --json step.json",
+    )  # fmt: skip
+    step.add_argument(
+        "recipe", metavar="RECIPE", nargs="?", default="digits/distill", help="default: digits/distill"
+    )
+    step.add_argument("overrides", metavar="key=value", nargs="*", help="settings that replace the recipe's")
+    step.add_argument("--steps", type=int, default=30, help="measured steps of each loop (default: 30)")
+    step.add_argument("--json", metavar="FILE", help="write the measurements there too")
+    step.set_defaults(run=_bench)
+
+    finetune = add_verb(
+        subjects, "finetune", "one fine-tuning step, images and all, beside timm's loader, Mixup and optimizer",
+        "Measures in turns whole steps of a classification: images decoded, augmented, mixed, trained on.",
+        "  fd-scale bench finetune digits/finetune model.weights=null",
+    )  # fmt: skip
+    add_recipe(finetune)
+    finetune.add_argument("--steps", type=int, default=30, help="measured steps of each loop (default: 30)")
+    finetune.add_argument("--json", metavar="FILE", help="write the measurements there too")
+    finetune.set_defaults(run=_bench_finetune)
+
+    kernels = add_verb(
+        subjects, "kernels", "the Triton kernels beside their peers, on a GPU",
+        "Measures the kernels beside eager, compiled, SDPA and FlexAttention; goes on where the last call stopped.\n"
+        "As `python -m fd_kernels.benchmarks`, whose --help lists the options.",
+        "  fd-scale bench kernels --match swin_g_w12\n"
+        "  fd-scale bench kernels --report",
+    )  # fmt: skip
+    kernels.add_argument("--match", metavar="REGEX", help='on "shape pass variant"')
+    kernels.add_argument("--out", metavar="DIR", help="folder of the JSON files")
+    kernels.add_argument("--minutes", help="start nothing new after them")
+    kernels.add_argument("--report", metavar="FILE", nargs="?", const="-", help="measure nothing; the table")
+    kernels.add_argument("--plot", metavar="FILE", help="draw what was measured")
+    kernels.set_defaults(run=_bench_kernels)
+
+    giant = add_verb(
+        subjects, "giant", "whole steps of SwinV2-G and -B on one GPU, beside timm and FSDP2",
+        "Measures whole distillation steps on one GPU: time, MFU, memory beside the plan's; random weights, no data.\n"
+        "Each cell (model, checkpointing, micro-batch, way) runs in a process of its own and is recorded at once; a\n"
+        "second call goes on where the first one stopped.",
+        "  fd-scale bench giant --match '^G block'\n"
+        "  fd-scale bench giant --report",
+    )  # fmt: skip
+    giant.add_argument(
+        "--match", metavar="REGEX", default="", help='on "model policy micro-batch way", as "G none 64 zero3"'
+    )
+    giant.add_argument(
+        "--out", metavar="DIR", default="docs/measurements", help="JSON files (default: docs/measurements)"
+    )
+    giant.add_argument(
+        "--minutes", type=float, default=8.5, help="start nothing new after them (default: 8.5)"
+    )
+    giant.add_argument("--report", action="store_true", help="measure nothing; print the newest file's table")
+    giant.set_defaults(run=_bench_giant)
+    _add_bench_scale(subjects)
+
+
+def _add_bench_scale(subjects: Verbs) -> None:
+    scale = add_verb(
+        subjects, "scale", "a recipe's step on more and more of the ranks of one job, beside `plan --scaling`",
+        "Run under torchrun on all nodes of a job: measures whole steps on the first rank or node, on twice as many,\n"
+        "and so on, each in processes of its own while the other ranks wait; images are noise, weights random. Each\n"
+        "size is recorded at once; a second call goes on where the first one stopped. Predictions stand beside them.",
+        "  srun torchrun --nnodes 8 --nproc-per-node 8 ... -m fd_scale bench scale imagenet/swin_v2_giant\n"
+        "  torchrun --nproc-per-node 2 -m fd_scale bench scale digits/distill\n"
+        "  fd-scale bench scale digits/distill --report",
+    )  # fmt: skip
+    add_recipe(scale)
+    scale.add_argument(
+        "--sizes",
+        metavar="N,N,...",
+        help="numbers of ranks (default: a rank or a node, twice as many, up to all)",
+    )
+    scale.add_argument(
+        "--weak",
+        action="store_true",
+        help="the recipe's micro-batch on each rank, not its global batch on all",
+    )
+    scale.add_argument("--steps", type=int, default=10, help="measured steps of each size (default: 10)")
+    scale.add_argument(
+        "--out", metavar="DIR", default="runs/bench_scale", help="JSON files (default: runs/bench_scale)"
+    )
+    scale.add_argument(
+        "--assume",
+        metavar="NAME=VALUE",
+        action="append",
+        default=[],
+        help="as of `plan --scaling`; may be repeated",
+    )
+    scale.add_argument("--report", action="store_true", help="measure nothing; print the newest file's table")
+    scale.set_defaults(run=_bench_scale)
+
+
+def _bench(options: argparse.Namespace) -> None:
+    from fd_scale.bench import bench_step
+
+    bench_step(options.recipe, options.overrides, options.steps, options.json)
+
+
+def _bench_finetune(options: argparse.Namespace) -> None:
+    from fd_scale.benchmarks.finetune import bench_finetune
+
+    bench_finetune(options.recipe, options.overrides, options.steps, options.json)
+
+
+def _bench_kernels(options: argparse.Namespace) -> None:
+    from fd_kernels.benchmarks.__main__ import main as bench_kernels
+
+    given = {name: getattr(options, name) for name in ("match", "out", "minutes", "report", "plot")}
+    raise SystemExit(
+        bench_kernels([f"--{name}={value}" for name, value in given.items() if value is not None])
+    )
+
+
+def _bench_giant(options: argparse.Namespace) -> None:
+    from fd_scale.benchmarks import bench_giant
+
+    bench_giant(Path(options.out), options.match, options.minutes, report=options.report)
+
+
+def _bench_scale(options: argparse.Namespace) -> None:
+    from fd_scale.benchmarks.scale import Job, bench_scale
+    from fd_scale.plan.scaling import Assumptions
+
+    job = Job(
+        recipe=options.recipe, overrides=tuple(options.overrides), weak=options.weak, num_steps=options.steps
+    )
+    assumed = Assumptions.given(options.assume)
+    bench_scale(job, Path(options.out), options.sizes, assumed, report=options.report)

@@ -1,0 +1,51 @@
+"""What the parsers of several verbs share."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import TypeAlias
+
+from rich.console import Console
+
+Verbs: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
+"""What verbs are added to."""
+
+LAYOUTS = ("ours", "timm", "hf", "official", "fd")
+
+
+def add_verb(
+    verbs: Verbs,
+    name: str,
+    summary: str,
+    text: str,
+    examples: str,
+) -> argparse.ArgumentParser:
+    """Adds a verb with its summary, text and examples."""
+    return verbs.add_parser(
+        name,
+        help=summary,
+        description=text,
+        epilog=f"examples:\n{examples}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+
+def add_recipe(parser: argparse.ArgumentParser) -> None:
+    """Adds a recipe and its overrides."""
+    parser.add_argument("recipe", metavar="RECIPE", help="YAML file, or name of a packaged recipe")
+    parser.add_argument(
+        "overrides", metavar="key=value", nargs="*", help="settings that replace the recipe's"
+    )
+
+
+def add_format(parser: argparse.ArgumentParser) -> None:
+    """Adds the choice of a layout."""
+    parser.add_argument(
+        "--format", choices=LAYOUTS, default="ours", help="whose names the tensors get (default: ours)"
+    )
+
+
+def wide_console() -> Console:
+    """A console for tables; a log file has no width of its own."""
+    return Console(width=None if sys.stdout.isatty() else 150)

@@ -1,0 +1,135 @@
+"""Verbs that train, evaluate, and say beforehand what would fail."""
+
+from __future__ import annotations
+
+import argparse
+import os
+
+from fd_scale.cli.parts import Verbs, add_recipe, add_verb
+from fd_scale.config import load_recipe
+from fd_scale.errors import UserError
+from fd_scale.hardware import GPUS
+
+PREEMPTED = os.EX_TEMPFAIL
+"""Exit code 75 of a run that was preempted: the same command resumes it."""
+
+TRAINING_VERBS = {
+    "distill": (("distill",), "feature distillation of a teacher into a student"),
+    "pretrain": (("contrastive",), "contrastive pre-training of a teacher, without labels"),
+    "finetune": (("classification", "linear_probe"), "fine-tuning on labels, or a linear probe"),
+}
+
+
+def add_training(verbs: Verbs) -> None:
+    """Adds `distill`, `pretrain`, `finetune`, `evaluate`, `check` and `fetch`."""
+    for verb, (tasks, summary) in TRAINING_VERBS.items():
+        wanted = " or ".join(f"`{task}`" for task in tasks)
+        training = add_verb(
+            verbs, verb, summary,
+            f"{summary[0].upper()}{summary[1:]}. A run folder that holds a checkpoint is resumed.\n"
+            f"The recipe's task must be {wanted}; `fd-scale recipes` lists every setting.",
+            f"  fd-scale {verb} RECIPE optim.lr=1e-3 run_dir=runs/mine\n"
+            f"  torchrun --nproc-per-node 8 -m fd_scale {verb} RECIPE",
+        )  # fmt: skip
+        add_recipe(training)
+        training.add_argument(
+            "--profile", action="store_true", help="trace three steps into RUN/profile (log.profile=true)"
+        )
+        training.set_defaults(run=_train, tasks=tasks)
+
+    _add_evaluate(verbs)
+    _add_check(verbs)
+
+    fetch = add_verb(
+        verbs, "fetch", "data and weights of a recipe from the Hugging Face hub, ahead of the run",
+        "Downloads what the recipe names on the hub into the cache (HF_HOME). No other verb uses the network.",
+        "  fd-scale fetch my.yaml\n"
+        "  fd-scale fetch my.yaml 'data.train=tar:hf://datasets/timm/imagenet-1k-wds/imagenet1k-train-*.tar'",
+    )  # fmt: skip
+    add_recipe(fetch)
+    fetch.set_defaults(run=_fetch)
+
+
+def _add_evaluate(verbs: Verbs) -> None:
+    evaluate = add_verb(
+        verbs, "evaluate", "metrics of a run's checkpoint, as a table and as JSON",
+        "Measures the newest checkpoint of a run, or the one named, on data.evaluation: accuracy, by class too, and\n"
+        "calibration of a classifier; the loss of a distillation. Writes RUN/evaluations/CHECKPOINT.json.",
+        "  fd-scale evaluate runs/digits/finetune\n"
+        "  fd-scale evaluate runs/mine/checkpoints/step_00005000 data.evaluation=imagefolder:imagenet-v2\n"
+        "  torchrun --nproc-per-node 8 -m fd_scale evaluate runs/mine --real real.json",
+    )  # fmt: skip
+    evaluate.add_argument("run_dir", metavar="RUN", help="folder of a run, or one of its checkpoints")
+    evaluate.add_argument(
+        "overrides", metavar="key=value", nargs="*", help="settings that replace the recipe's"
+    )
+    evaluate.add_argument(
+        "--real", metavar="FILE", help="reassessed labels of ImageNet's validation images (real.json)"
+    )
+    evaluate.set_defaults(run=_evaluate)
+
+
+def _add_check(verbs: Verbs) -> None:
+    check = add_verb(
+        verbs, "check", "what would fail, before a job is queued",
+        "Checks recipe, DeepSpeed JSON, data, weights, run folder, devices and driver; a table and a verdict.",
+        "  fd-scale check digits/distill --ranks 2\n"
+        "  salloc --nodes 2 fd-scale check my.yaml --cluster\n"
+        "  fd-scale check imagenet/swin_v2_giant --gpus 64 --gpu h100",
+    )  # fmt: skip
+    add_recipe(check)
+    check.add_argument(
+        "--ranks",
+        "--gpus",
+        dest="ranks",
+        type=int,
+        default=1,
+        help="ranks that the job will have (default: 1)",
+    )
+    check.add_argument(
+        "--gpu", metavar="NAME", help=f"GPU of each: {', '.join(GPUS)} (default: the one here, if any)"
+    )
+    check.add_argument(
+        "--cluster", action="store_true",
+        help="look at the nodes of this job: GPUs, driver, network, data, run folder, versions, weights",
+    )  # fmt: skip
+    check.set_defaults(run=_check)
+
+
+def _train(options: argparse.Namespace) -> None:
+    recipe = load_recipe(options.recipe, [*options.overrides, *["log.profile=true"] * options.profile])
+    if recipe.task not in options.tasks:
+        verb = next(verb for verb, (tasks, _) in TRAINING_VERBS.items() if recipe.task in tasks)
+        raise UserError(f"{options.recipe}: its task is {recipe.task}; run it with `fd-scale {verb}`")
+    from fd_scale import api
+
+    trainer = api.start(recipe)
+    trainer.train()
+    # torchrun makes 1 of any code, with a report of a failure: below it, RUN/preempt alone says why the run stopped.
+    if trainer.stopped_early and "TORCHELASTIC_RUN_ID" not in os.environ:
+        raise SystemExit(PREEMPTED)
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    from fd_scale import api
+
+    api.evaluate(options.run_dir, options.overrides, options.real)
+
+
+def _check(options: argparse.Namespace) -> None:
+    if options.cluster:
+        from fd_scale.cluster.check import check_cluster
+
+        check_cluster(load_recipe(options.recipe, options.overrides), [options.recipe, *options.overrides])
+        return
+    from fd_scale.check import check
+
+    check(options.recipe, options.overrides, options.ranks, options.gpu)
+
+
+def _fetch(options: argparse.Namespace) -> None:
+    recipe = load_recipe(options.recipe, options.overrides)
+    from fd_scale.fetch import fetch
+
+    for line in fetch(recipe):
+        print(line)
