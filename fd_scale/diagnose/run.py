@@ -99,7 +99,7 @@ def diagnose(names: Sequence[str], out: str | Path | None, options: Options) -> 
     result = {
         "schema": SCHEMA, "images": str(images), "num_images": len(source), "precision": options.precision,
         "environment": run_folder.environment(), "models": [_numbers(one) for one in found],
-        "cka": [_cka(found[0], other) for other in found[1:]],
+        "cka": [_cka(found[0], other) for other in found[1:] if found[0].rows and other.rows],
     }  # fmt: skip
     try:
         folder.mkdir(parents=True, exist_ok=True)
