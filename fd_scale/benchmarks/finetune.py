@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from rich.table import Table
 from timm.data import Mixup, create_loader
+from timm.data.auto_augment import RandAugment
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.optim import create_optimizer_v2
 from timm.utils import dispatch_clip_grad
@@ -26,6 +27,7 @@ from fd_scale import api, distributed, log
 from fd_scale.checkpoint import write_atomically
 from fd_scale.config import Recipe, load_recipe
 from fd_scale.data import Batch, Source, TrainLoader, open_source
+from fd_scale.data.transforms import mend_posterize
 from fd_scale.errors import UserError
 from fd_scale.finetune import ClassificationTask
 from fd_scale.log import console
@@ -75,6 +77,9 @@ class TimmLoop:
             auto_augment=augment, interpolation=data.interpolation, mean=model.mean, std=model.std,
             num_workers=data.num_workers, persistent_workers=data.num_workers > 0, device=device,
         )  # fmt: skip
+        for step in self.loader.dataset.transform.transforms:
+            if isinstance(step, RandAugment):
+                mend_posterize(step)
         self.mixup, self.loss = None, LabelSmoothingCrossEntropy(config.label_smoothing)
         if config.mixup or config.cutmix:
             self.mixup = Mixup(

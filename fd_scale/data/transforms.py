@@ -12,8 +12,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.random import mtrand
 from PIL import Image, ImageOps
 from torchvision.transforms import InterpolationMode, v2
+from torchvision.transforms.functional import pil_modes_mapping
 
 from fd_scale.config import Recipe
 from fd_scale.errors import UserError
@@ -59,10 +61,7 @@ def training_view(
     Source: distillation: Wei et al. 2022 (arXiv:2205.14141), as in the released code, crop and flip alone;
         classification: the same code, which takes timm's.
     """
-    steps: list[Any] = [
-        v2.RandomResizedCrop(img_size, crop_scale, crop_ratio, _INTERPOLATIONS[interpolation]),
-        v2.RandomHorizontalFlip(flip),
-    ]
+    steps: list[Any] = [_CropAndFlip(img_size, crop_scale, crop_ratio, _INTERPOLATIONS[interpolation], flip)]
     if rand_augment is not None:
         steps.append(_seeded_rand_augment(rand_augment, img_size, mean))
     steps.append(v2.PILToTensor())
@@ -70,6 +69,31 @@ def training_view(
         steps.append(_Erasing(erasing, mean, std))
     view: Transform = v2.Compose(steps)
     return view
+
+
+class _CropAndFlip:
+    """torchvision's RandomResizedCrop and RandomHorizontalFlip of a PIL image, without what looks for other inputs."""
+
+    def __init__(
+        self,
+        side: int,
+        scale: tuple[float, float],
+        ratio: tuple[float, float],
+        interpolation: InterpolationMode,
+        flip: float,
+    ) -> None:
+        self.crop = v2.RandomResizedCrop(side, scale, ratio, interpolation)
+        self.side, self.flip = side, flip
+        self.resample = pil_modes_mapping[interpolation]
+
+    def __call__(self, image: Image.Image) -> Image.Image:
+        place = self.crop.make_params([image])
+        left, top = place["left"], place["top"]
+        image = image.crop((left, top, left + place["width"], top + place["height"]))
+        if image.size != (self.side, self.side):
+            image = image.resize((self.side, self.side), self.resample)
+        mirrored = torch.rand(1) < self.flip
+        return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if mirrored else image
 
 
 def _seeded_rand_augment(description: str, img_size: int, mean: Sequence[float]) -> "_Seeded":
@@ -85,10 +109,15 @@ def _seeded_rand_augment(description: str, img_size: int, mean: Sequence[float])
             "its standard deviation, whether all get stronger with it; n2, operations an image; p0.5, probability"
         )
     augment = rand_augment_transform(f"rand-{description}", settings)
+    mend_posterize(augment)
+    return _Seeded(augment)
+
+
+def mend_posterize(augment: Any) -> None:
+    """Lets timm's RandAugment keep 0 bits, which newer Pillows refuse."""
     for operation in augment.ops:
         if operation.name.startswith("Posterize"):
             operation.aug_fn = _posterize
-    return _Seeded(augment)
 
 
 def _posterize(image: Image.Image, bits: int, **_: Any) -> Image.Image:
@@ -103,17 +132,25 @@ class _Seeded:
 
     def __init__(self, transform: Callable[[Any], Any]) -> None:
         self.transform = transform
+        self.bits = np.random.MT19937()
 
-    def __call__(self, image: Any) -> Any:
-        seed = int(torch.randint(2**32, ()))
-        before = random.getstate(), np.random.get_state()
+    def __call__(self, image: Any, seed: int | None = None) -> Any:
+        if seed is None:
+            seed = _drawn_seed()
+        # Another generator in numpy's place: to copy its state out and back takes fifty times as long.
+        before = random.getstate(), mtrand.get_bit_generator()
+        mtrand.set_bit_generator(self.bits)
         random.seed(seed)
         np.random.seed(seed)
         try:
             return self.transform(image)
         finally:
             random.setstate(before[0])
-            np.random.set_state(before[1])
+            mtrand.set_bit_generator(before[1])
+
+
+def _drawn_seed() -> int:
+    return int(torch.randint(2**32, ()))
 
 
 class _Erasing:
@@ -122,12 +159,16 @@ class _Erasing:
     def __init__(self, probability: float, mean: Sequence[float], std: Sequence[float]) -> None:
         from timm.data.random_erasing import RandomErasing
 
+        self.probability = probability
         self.erase = _Seeded(RandomErasing(probability, mode="pixel", device="cpu"))
         self.mean, self.std = (255 * torch.tensor(values).view(3, 1, 1) for values in (mean, std))
 
     def __call__(self, image: torch.Tensor) -> torch.Tensor:
+        seed = _drawn_seed()
+        if random.Random(seed).random() > self.probability:  # timm's first draw: most images stay as they are
+            return image
         pixels = (image - self.mean) / self.std
-        self.erase(pixels)
+        self.erase(pixels, seed)
         return (pixels * self.std + self.mean).round().clamp(0, 255).to(torch.uint8)
 
 
@@ -188,8 +229,7 @@ def contrastive_transform(
     jitter = v2.ColorJitter(colour_jitter, colour_jitter, colour_jitter, colour_jitter / 4)
     view = v2.Compose(
         [
-            v2.RandomResizedCrop(img_size, crop_scale, crop_ratio, InterpolationMode.BILINEAR),
-            v2.RandomHorizontalFlip(flip),
+            _CropAndFlip(img_size, crop_scale, crop_ratio, InterpolationMode.BILINEAR, flip),
             v2.RandomApply([jitter], p=0.8),
             v2.RandomGrayscale(grey),
             v2.PILToTensor(),

@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 from timm.data import create_transform
+from torchvision.transforms import InterpolationMode, v2
 
 from fd_scale.data.transforms import _posterize, contrastive_transform, evaluation_transform, training_view
 from fd_scale.errors import UserError
@@ -52,6 +53,25 @@ def test_torchs_default_generator_decides_everything(make, noise: Image.Image) -
             results.append(transform(noise))
     assert torch.equal(results[0], results[1])
     assert not torch.equal(results[0], results[2])
+
+
+@pytest.mark.parametrize("mode", [InterpolationMode.BILINEAR, InterpolationMode.BICUBIC])
+def test_crop_and_flip_are_torchvisions(noise: Image.Image, mode: InterpolationMode) -> None:
+    theirs = v2.Compose(
+        [
+            v2.RandomResizedCrop(20, (0.2, 1.0), (0.75, 1.5), mode),
+            v2.RandomHorizontalFlip(0.4),
+            v2.PILToTensor(),
+        ]
+    )
+    ours = training_view(
+        20, crop_scale=(0.2, 1.0), crop_ratio=(0.75, 1.5), interpolation=mode.value, flip=0.4
+    )
+    for seed in range(50):
+        torch.manual_seed(seed)
+        expected = theirs(noise)
+        torch.manual_seed(seed)
+        assert torch.equal(ours(noise), expected)
 
 
 def test_distillation_of_the_whole_image_is_the_image(noise: Image.Image) -> None:
