@@ -54,6 +54,7 @@ def job(recipe_values: Callable[..., dict[str, Any]], tmp_path: Path) -> Job:
     return Job(recipe=str(tmp_path / "recipe.yaml"), num_steps=2)
 
 
+@pytest.mark.slow
 def test_sizes_take_turns_and_failures_are_recorded(job: Job, tmp_path: Path) -> None:
     log, out = tmp_path / "log", tmp_path / "out"
     calls = ["1,2", None, "1,2,3"]

@@ -191,6 +191,7 @@ def test_retention_keeps_the_last_and_the_best(recipe_values: Values) -> None:
     assert state.best_value == max(top1.values()) == top1[state.best_step]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision_stage", [("fp32", 0), ("fp32", 3), ("bf16", 2)])
 def test_a_nan_on_one_rank_skips_the_step_everywhere(
     recipe_values: Values, precision_stage: tuple[str, int]
@@ -206,6 +207,7 @@ def test_a_nan_on_one_rank_skips_the_step_everywhere(
     assert "step 2: samples 24 to 31 of the stream" in log, "the second half of the second global batch of 16"
 
 
+@pytest.mark.slow
 def test_bad_steps_go_back_to_a_checkpoint_and_take_other_samples(recipe_values: Values) -> None:
     values = recipe_values(watch={"max_bad_steps": 2, "max_rollbacks": 1})
     for skipped, error in run_ranks(
@@ -223,6 +225,7 @@ def test_bad_steps_go_back_to_a_checkpoint_and_take_other_samples(recipe_values:
     assert after[2] != before[2], "other samples"
 
 
+@pytest.mark.slow
 def test_bad_steps_end_the_run_after_the_last_rollback(recipe_values: Values) -> None:
     values = recipe_values(watch={"max_bad_steps": 2, "max_rollbacks": 1})
     for _, error in run_ranks(cases.train_with_bad_losses, RANKS, values, list(range(2, 20)), float("nan")):
@@ -234,6 +237,7 @@ def test_bad_steps_end_the_run_after_the_last_rollback(recipe_values: Values) ->
         assert "there is no checkpoint to go back to" in error
 
 
+@pytest.mark.slow
 def test_a_spike_is_not_saved_and_goes_back(recipe_values: Values) -> None:
     values = recipe_values(watch={"max_bad_steps": 2}, train__ds_config="zero3")
     values["train"]["steps"] = 26

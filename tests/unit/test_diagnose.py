@@ -193,6 +193,7 @@ def test_every_kind_of_model_is_seen_through_an_equal_path(name: str) -> None:
         torch.testing.assert_close(attention.probs.sum(-1), torch.ones(attention.probs.shape[:-1]))
 
 
+@pytest.mark.slow
 def test_models_side_by_side(tmp_path: Path) -> None:
     names = ["vit_tiny_patch16_224@none", "swin_v2_tiny@none"]
     options = Options(images="digits:test", num_images=4, batch_size=3, img_size=64)

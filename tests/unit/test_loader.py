@@ -189,6 +189,7 @@ def assert_ends(process_id: int) -> None:
     pytest.fail(f"worker {process_id} still lives after 10 s")
 
 
+@pytest.mark.slow
 def test_workers_end_with_the_process_however_it_ends(folder: Path, tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(
