@@ -25,6 +25,7 @@ from fd_scale.data import Source, evaluation_batches, evaluation_transform, open
 from fd_scale.diagnose import plots
 from fd_scale.diagnose.capture import AttentionMap, look_at_attention
 from fd_scale.diagnose.measures import LayerStatistics, feature_statistics, linear_cka, patches_only
+from fd_scale.distill.pictures import principal_colours
 from fd_scale.engine import saved_weights
 from fd_scale.errors import UserError
 from fd_scale.log import console
@@ -181,14 +182,7 @@ def load_backbone(name: str, img_size: int | None) -> Backbone:
         config = replace(config, img_size=img_size)
     model = build_model(config)
     if (Path(name) / "recipe.yaml").is_file():
-        shards = saved_weights(newest_checkpoint(Path(name)))
-        with torch.no_grad():
-            for key, tensor in model.state_dict(keep_vars=True).items():
-                if f"{BACKBONE}.{key}" not in shards.shapes:
-                    raise UserError(
-                        f"{name}: its checkpoint holds no {BACKBONE}.{key}; name the run it was of"
-                    )
-                tensor.copy_(shards.read(f"{BACKBONE}.{key}"))
+        saved_weights(newest_checkpoint(Path(name))).copy_into(model, f"{BACKBONE}.")
     return model.eval().requires_grad_(False)
 
 
@@ -296,11 +290,5 @@ def _draw(result: dict[str, Any], found: Sequence[_Found], images: np.ndarray, f
 
 def _colours(one: _Found) -> np.ndarray:
     """The first images' tokens by their three leading principal components, (B, rows, columns, 3) in 0..1."""
-    tokens_BLD = torch.cat(one.tokens)[:NUM_PICTURES]
-    flat_RD = tokens_BLD.flatten(0, 1)
-    centred_RD = flat_RD - flat_RD.mean(0)
-    components_3D = torch.linalg.svd(centred_RD, full_matrices=False).Vh[:3]
-    colour_R3 = centred_RD @ components_3D.T
-    low, high = (torch.quantile(colour_R3, q, dim=0) for q in (0.02, 0.98))
-    scaled = ((colour_R3 - low) / (high - low + 1e-6)).clamp(0, 1)
-    return scaled.view(len(tokens_BLD), *one.grid, -1).numpy()
+    [colours_BL3] = principal_colours(torch.cat(one.tokens)[:NUM_PICTURES])
+    return colours_BL3.unflatten(1, one.grid).numpy()

@@ -28,21 +28,33 @@ def side_by_side(
     Returns:
         uint8 array (B, H, 3 * W, 3): image, teacher, student.
     """
-    target = _whiten(target_BLD)
-    flat = target.flatten(0, 1)
-    mean = flat.mean(0)
-    components = torch.linalg.svd(flat - mean, full_matrices=False).Vh[:3]
-    colours = [(features - mean) @ components.T for features in (target, _whiten(tokens_BLD))]
-    low, high = (torch.quantile(colours[0].flatten(0, 1), q, dim=0) for q in (0.02, 0.98))
+    colours = principal_colours(_whiten(target_BLD), _whiten(tokens_BLD))
     height, width = images_BCHW.shape[-2:]
     panels = [images_BCHW.permute(0, 2, 3, 1).cpu().numpy()]
     for colour in colours:
-        scaled = ((colour - low) / (high - low + 1e-6)).clamp(0, 1)
-        maps = scaled.transpose(1, 2).unflatten(2, grid)
-        maps = F.pad(maps, (0, 0, 0, 0, 0, 3 - maps.shape[1]))  # fewer than three components: black channels
+        maps = colour.transpose(1, 2).unflatten(2, grid)
         large = F.interpolate(maps, size=(height, width), mode="nearest")
         panels.append((large * 255).byte().permute(0, 2, 3, 1).cpu().numpy())
     return np.concatenate(panels, axis=2)
+
+
+def principal_colours(tokens_BLD: Tensor, *others: Tensor) -> list[Tensor]:
+    """Features as colours: the three leading principal components of some tokens become red, green and blue.
+
+    Args:
+        tokens_BLD: whose components these are, and whose values from the 2nd to the 98th percentile are 0 to 1.
+        others: tokens of as many channels, projected on the same components.
+
+    Returns:
+        For each of them fp32 (B, L, 3) in 0..1; fewer than three components leave channels black.
+    """
+    flat = tokens_BLD.flatten(0, 1)
+    mean = flat.mean(0)
+    components = torch.linalg.svd(flat - mean, full_matrices=False).Vh[:3]
+    colours = [(features - mean) @ components.T for features in (tokens_BLD, *others)]
+    low, high = (torch.quantile(colours[0].flatten(0, 1), q, dim=0) for q in (0.02, 0.98))
+    scaled = [((colour - low) / (high - low + 1e-6)).clamp(0, 1) for colour in colours]
+    return [F.pad(colour, (0, 3 - colour.shape[-1])) for colour in scaled]
 
 
 def _whiten(tokens_BLD: Tensor) -> Tensor:
