@@ -78,10 +78,7 @@ def recipe_of(run: Path, checkpoint: Path, overrides: list[str]) -> Recipe:
 
 def restore(task: Task, recipe: Recipe, checkpoint: Path, world: World) -> None:
     """Gives a task's module a checkpoint's weights, whole on each rank, in eval mode."""
-    shards = saved_weights(checkpoint)
-    with torch.no_grad():
-        for name, tensor in task.module.state_dict(keep_vars=True).items():
-            tensor.copy_(shards.read(name))
+    saved_weights(checkpoint).copy_into(task.module)
     task.module.to(world.device, dtype_of(recipe.train.precision)).eval()
 
 

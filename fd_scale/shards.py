@@ -16,7 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from fd_scale.errors import UserError
 
 MASTERS = "fp32"
 # DeepSpeed's keys, by ZeRO stage
@@ -97,6 +99,7 @@ class Shards:
     """
 
     def __init__(self, folder: Path) -> None:
+        self.folder = folder
         self.optimizer_files = _by_rank(folder.glob("*_optim_states.pt"))
         self.model_files = _by_rank(folder.glob("*_model_states.pt"))
         self.world_size = len(self.optimizer_files)
@@ -193,6 +196,20 @@ class Shards:
         whole = torch.empty(self.shapes[name], dtype=self.dtype(name))
         fill(whole.view(-1), self.chunks(name))
         return whole
+
+    def copy_into(self, module: nn.Module, prefix: str = "") -> None:
+        """Gives a module on the host the weights whose names are its own behind `prefix`, one by one.
+
+        Raises:
+            UserError: the checkpoint holds no such weight.
+        """
+        with torch.no_grad():
+            for name, tensor in module.state_dict(keep_vars=True).items():
+                if prefix + name not in self.shapes:
+                    raise UserError(
+                        f"{self.folder}: the checkpoint holds no {prefix}{name}; name the run it was of"
+                    )
+                tensor.copy_(self.read(prefix + name))
 
     def _flat(self, piece: Piece, kind: str, numel: int) -> Tensor:
         num_bytes = 4 * numel + _NEIGHBOURS
