@@ -67,7 +67,7 @@ class TimmLoop:
         source = open_source(data.train)
         task = api.build_task(recipe, source)
         assert isinstance(task, ClassificationTask), "the recipe's task"
-        self.task, self.recipe, self.device = task, recipe, device
+        self.recipe, self.device = recipe, device
         self.module = task.module.to(device)
         model = resolved_model(recipe.model)
         augment = f"rand-{data.rand_augment}" if data.rand_augment else None
