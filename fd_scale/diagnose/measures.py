@@ -160,7 +160,7 @@ class LayerStatistics:
         return {
             "patches": list(self.shape),
             "distance_px": (self.distance_h / self.num_images).tolist(),
-            "head_similarity": self.similarity / self.num_images,
+            "head_similarity": self.similarity / self.num_images if len(self.distance_h) > 1 else None,
             "effective_rank": sum(self.ranks) / len(self.ranks),
             "on_diagonal": float(average_PP.diagonal().mean()),
             "within_one_patch": float((average_PP * near_PP).sum(-1).mean()),

@@ -48,8 +48,8 @@ def curves(found: Sequence[dict[str, Any]], folder: Path) -> None:
     figure, axes = plt.subplots(1, len(titles), figsize=(4 * len(titles), 3.2), constrained_layout=True)
     for axis, (key, title) in zip(axes, titles.items(), strict=True):
         for model in found:
-            values = [layer[key] for layer in model["layers"]]
-            if None not in values:
+            values = [np.nan if layer[key] is None else layer[key] for layer in model["layers"]]
+            if not np.isnan(values).all():
                 axis.plot(values, marker="o", markersize=3, label=model["name"])
         axis.set(title=title, xlabel="layer")
         axis.grid(alpha=0.3)

@@ -126,8 +126,8 @@ def show(result: dict[str, Any]) -> None:
         layers = model["layers"]
 
         def mean(key: str, layers: list[dict[str, Any]] = layers) -> str:
-            values = [layer[key] for layer in layers]
-            return "" if None in values else f"{np.mean([np.mean(value) for value in values]):.3g}"
+            values = [np.mean(layer[key]) for layer in layers if layer[key] is not None]
+            return f"{np.mean(values):.3g}" if values else ""
 
         keys = ("distance_px", "head_similarity", "effective_rank", "within_one_patch", "bias_share")
         table.add_row(model["name"], *map(mean, keys), f"{model['features']['raw']['effective_rank']:.3g}")

@@ -50,6 +50,7 @@ def seen(model: Any, pixels: Tensor) -> list[AttentionMap]:
 def test_a_patch_that_sees_itself_alone() -> None:
     found = one_layer(torch.eye(NUM_PATCHES))
     assert found["distance_px"] == [0.0]
+    assert found["head_similarity"] is None, "one head has no pair"
     assert (found["on_diagonal"], found["within_one_patch"]) == (1.0, 1.0)
     assert found["effective_rank"] == pytest.approx(NUM_PATCHES)
 
