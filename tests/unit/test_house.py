@@ -12,7 +12,7 @@ FILES = sorted(path for root in PACKAGES.values() for path in root.rglob("*.py")
 
 LIGHT = {
     "fd_scale.errors",
-    "fd_scale.config",
+    *(f"fd_scale.config{part}" for part in ("", ".checks", ".reading", ".recipe", ".sections", ".tasks")),
     "fd_scale.hardware",
     "fd_scale.lock",
     "fd_scale.cluster",

@@ -1,0 +1,301 @@
+"""The sections that every task has: model, data, optimizer, length, checkpoints, watch, log."""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass, field, fields
+from math import inf
+from typing import Any, Literal
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from fd_scale.config.checks import first_line, require
+from fd_scale.errors import UserError
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+PRETRAINED = "pretrained"
+"""As `model.weights`: the published ones of the model's name."""
+TEACHER = "teacher"
+"""As a student's `model.weights`: those of the first teacher."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelConfig:
+    """A backbone: its shape, its input, and where its weights come from."""
+
+    name: str
+    """`swin_v2_*` or `fd_vit_*` (ours), any timm model, e.g. `vit_base_patch16_clip_224.openai`, or `hf:` and a
+    folder or repository of Hugging Face."""
+    img_size: int | None = None
+    """Side of the square input, in pixels; none: the model's own."""
+    mean: tuple[float, float, float] | None = None
+    """Mean of the RGB channels that the model expects, in 0..1; none: the model's own."""
+    std: tuple[float, float, float] | None = None
+    """Standard deviation of the RGB channels that the model expects, in 0..1; none: the model's own."""
+    weights: str | None = None
+    """A file (.safetensors, .pth) or folder in any layout we know; `pretrained`: the published ones of this name;
+    `teacher`: those of the first teacher; none: random initialisation."""
+    license: str = "unknown"
+    """Licence of the weights, as the model card will name it; unknown: what timm says of the name, if it does."""
+    overrides: dict[str, Any] = field(default_factory=dict)
+    """Arguments of the model's constructor that differ from those of its name."""
+
+    def __post_init__(self) -> None:
+        require(
+            self.img_size is None or self.img_size > 0, "model.img_size", self.img_size, "more than 0 pixels"
+        )
+        require(self.std is None or min(self.std) > 0, "model.std", self.std, "three positive numbers")
+
+    @property
+    def size(self) -> int:
+        """`img_size` of a resolved section (`fd_scale.models.resolved`)."""
+        assert self.img_size is not None, f"{self.name} is not resolved"
+        return self.img_size
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SourceConfig:
+    """One of several sources of images: how often its images appear, and which of them."""
+
+    source: str
+    """`digits:train`, `imagefolder:PATH`, `parquet:PATH` or `tar:PATH`, as `data.train` takes one alone."""
+    weight: int = 1
+    """How often each image of this source appears in an epoch."""
+    only: str | None = None
+    """Text file, one key a line: the images to keep; none: all."""
+    without: str | None = None
+    """Text file, one key a line: the images to leave out; none: none."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DataConfig:
+    """Where images come from and how a training view of one is cut."""
+
+    train: Any
+    """Training images: `digits:train`, `imagefolder:PATH`, `parquet:PATH`, `tar:PATH`, or a list of sources."""
+    evaluation: Any = None
+    """Images that metrics are measured on, a source or a list as in `data.train`; none: no evaluation."""
+    num_workers: int = 4
+    """Loader processes on each rank; 0 decodes in the training process."""
+    max_bad_fraction: float = 0.01
+    """Share of samples that may fail to decode (each is named and replaced) before the run stops."""
+    crop_scale: tuple[float, float] = (0.08, 1.0)
+    """Area of a random crop, as a share of the image."""
+    crop_ratio: tuple[float, float] = (0.75, 4 / 3)
+    """Width / height of a random crop."""
+    flip: float = 0.5
+    """Probability of a horizontal flip."""
+    interpolation: Literal["bilinear", "bicubic"] = "bilinear"
+    """How a crop is resized."""
+    rand_augment: str | None = None
+    """RandAugment in timm's words, as `m9-mstd0.5-inc1`; none: no such augmentation."""
+    erasing: float = 0.0
+    """Probability that a rectangle of the view becomes noise."""
+
+    def __post_init__(self) -> None:
+        # OmegaConf knows no type for "a string or a list of these": it is checked here.
+        object.__setattr__(self, "train", checked_sources("data.train", self.train))
+        if self.evaluation is not None:
+            object.__setattr__(self, "evaluation", checked_sources("data.evaluation", self.evaluation))
+        require(self.num_workers >= 0, "data.num_workers", self.num_workers, "0 or more")
+        require(
+            0 <= self.max_bad_fraction <= 1,
+            "data.max_bad_fraction",
+            self.max_bad_fraction,
+            "a number in 0..1",
+        )
+        require(
+            0 < self.crop_scale[0] <= self.crop_scale[1] <= 1,
+            "data.crop_scale",
+            self.crop_scale,
+            "0 < smallest <= largest <= 1",
+        )
+        require(
+            0 < self.crop_ratio[0] <= self.crop_ratio[1],
+            "data.crop_ratio",
+            self.crop_ratio,
+            "0 < smallest <= largest",
+        )
+        for key in ("flip", "erasing"):
+            require(0 <= getattr(self, key) <= 1, f"data.{key}", getattr(self, key), "a probability")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OptimConfig:
+    """AdamW and its schedule: linear warm-up, then cosine, a value for every step."""
+
+    lr: float
+    """Peak learning rate at this recipe's global batch (nothing is rescaled)."""
+    warmup_lr: float = 0.0
+    """Learning rate of the first step."""
+    min_lr: float = 0.0
+    """Learning rate at the end of the cosine."""
+    warmup_epochs: float = 0.0
+    """Length of the warm-up where the run's length is given in epochs."""
+    warmup_steps: int = 0
+    """Length of the warm-up where the run's length is given in steps."""
+    layer_decay: float = 1.0
+    """Factor of the peak learning rate from each layer to the one before it; all layers begin and end alike."""
+    weight_decay: float = 0.05
+    """Decoupled weight decay; 1-D parameters and those that the model names are spared."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Decay of the first and second moment."""
+    eps: float = 1e-8
+    """Term added to the denominator."""
+    grad_clip: float = 3.0
+    """Largest L2 norm of the whole gradient; 0: no clipping."""
+
+    def __post_init__(self) -> None:
+        for key in ("lr", "eps"):
+            require(0 < getattr(self, key) < inf, f"optim.{key}", getattr(self, key), "a positive number")
+        require(
+            0 <= min(self.betas) <= max(self.betas) < 1,
+            "optim.betas",
+            self.betas,
+            "two numbers in 0..1, below 1",
+        )
+        require(
+            0 < self.layer_decay <= 1, "optim.layer_decay", self.layer_decay, "a number above 0, at most 1"
+        )
+        for key in ("warmup_lr", "min_lr", "warmup_epochs", "warmup_steps", "weight_decay", "grad_clip"):
+            require(0 <= getattr(self, key) < inf, f"optim.{key}", getattr(self, key), "0 or more")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainConfig:
+    """Length, batch and engine of the run."""
+
+    global_batch: int
+    """Images in one optimizer step over all devices: the same whatever the number of devices."""
+    micro_batch: int
+    """Most images a device holds in one forward pass; accumulation steps follow from it."""
+    epochs: float | None = None
+    """Length of the run in epochs (or `steps`)."""
+    steps: int | None = None
+    """Length of the run in optimizer steps (or `epochs`)."""
+    precision: Literal["fp32", "bf16", "fp16"] = "bf16"
+    """Arithmetic of the forward and backward pass; master weights are fp32."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to run; `auto`: CUDA where there is any, else the CPU."""
+    ds_config: str = "zero1"
+    """A DeepSpeed JSON file, or the name of one in ds_configs/."""
+    activation_checkpointing: Literal["none", "block", "selective"] = "none"
+    """What the backward pass computes again. `block`: all of a block but its input; `selective`: all but its attention
+    (the MLP, norms behind the attention)."""
+    checkpointing_period: int = 1
+    """One block of each so many is computed again, the others are kept."""
+    kernels: Literal["auto", "reference", "triton"] = "auto"
+    """`auto`: Triton kernels on CUDA where they serve, PyTorch elsewhere; `reference`: PyTorch alone; `triton`: a call
+    that no kernel serves is an error."""
+    compile: bool = False
+    """Compiles the blocks of `swin_v2_*` and `fd_vit_*` (`torch.compile`), our kernels left as they are: the first step
+    takes minutes longer."""
+    timeout_s: int = 1800
+    """Seconds without a step, a save or a batch of an evaluation after which the job ends, with the stacks of its
+    ranks in logs/."""
+
+    def __post_init__(self) -> None:
+        for key in ("global_batch", "micro_batch", "checkpointing_period", "timeout_s"):
+            require(getattr(self, key) > 0, f"train.{key}", getattr(self, key), "a positive whole number")
+        if (self.epochs is None) == (self.steps is None):
+            raise UserError(
+                "train: exactly one of train.epochs and train.steps gives the run's length; "
+                f"got epochs={self.epochs}, steps={self.steps}"
+            )
+        length = self.epochs if self.steps is None else self.steps
+        require(length is not None and length > 0, "train.epochs or train.steps", length, "more than 0")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CheckpointConfig:
+    """When the run is saved and what is kept."""
+
+    save_every_steps: int = 1000
+    """Steps between checkpoints; the last step is always saved."""
+    keep_last: int = 2
+    """Newest checkpoints kept; the best by the evaluation metric is kept besides."""
+
+    def __post_init__(self) -> None:
+        for key in ("save_every_steps", "keep_last"):
+            require(
+                getattr(self, key) > 0, f"checkpoint.{key}", getattr(self, key), "a positive whole number"
+            )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WatchConfig:
+    """What is done about losses that are out of line."""
+
+    spike_factor: float = 4.0
+    """A loss above so many times the mean of the 50 before it is a spike; 0: none is."""
+    max_bad_steps: int = 10
+    """Steps in a row with a spike, or skipped for a gradient that is not finite, after which the run goes back to its
+    newest checkpoint and takes other samples from there."""
+    max_rollbacks: int = 2
+    """Times that it goes back before it stops."""
+
+    def __post_init__(self) -> None:
+        require(
+            self.spike_factor == 0 or 1 < self.spike_factor < inf, "watch.spike_factor", self.spike_factor,
+            "0 or more than 1",
+        )  # fmt: skip
+        require(self.max_bad_steps > 0, "watch.max_bad_steps", self.max_bad_steps, "a positive whole number")
+        require(self.max_rollbacks >= 0, "watch.max_rollbacks", self.max_rollbacks, "0 or more")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LogConfig:
+    """What the run shows of itself."""
+
+    every_steps: int = 50
+    """Steps between lines of metrics."""
+    images_every_steps: int = 1000
+    """Steps between pictures in TensorBoard; 0: none."""
+    evaluate_every_steps: int = 0
+    """Steps between evaluations; 0: at the end only."""
+    profile: bool = False
+    """Writes a trace of the third to fifth step after the start into profile/, a file a rank."""
+
+    def __post_init__(self) -> None:
+        require(self.every_steps > 0, "log.every_steps", self.every_steps, "a positive whole number")
+        for key in ("images_every_steps", "evaluate_every_steps"):
+            require(getattr(self, key) >= 0, f"log.{key}", getattr(self, key), "0 or more")
+
+
+def as_list(sources: str | list[SourceConfig]) -> list[SourceConfig]:
+    """Returns what `data.train` or `data.evaluation` holds as a list in either form."""
+    return [SourceConfig(source=sources)] if isinstance(sources, str) else sources
+
+
+def checked_sources(key: str, given: Any) -> str | list[SourceConfig]:
+    """Returns what `data.train` and `data.evaluation` hold: a string as it is, or a list of checked sources."""
+    if isinstance(given, str):
+        return given
+    require(
+        isinstance(given, list) and len(given) > 0, key, given, "a source or a list of {source, weight, ...}"
+    )
+    return [
+        item if isinstance(item, SourceConfig) else _source(f"{key}.{index}", item)
+        for index, item in enumerate(given)
+    ]
+
+
+def _source(key: str, given: Any) -> SourceConfig:
+    known = [item.name for item in fields(SourceConfig)]
+    require(isinstance(given, dict), key, given, f"a mapping of {', '.join(known)}")
+    for name in given:
+        if name not in known:
+            nearest = difflib.get_close_matches(str(name), known, n=1, cutoff=0)[0]
+            raise UserError(f"{key}: no setting '{name}'; nearest: {nearest}, all: {', '.join(known)}")
+    if given.get("source") is None:
+        raise UserError(f"{key}.source: required and not given")
+    try:
+        source = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(SourceConfig), given))
+    except OmegaConfBaseException as error:
+        raise UserError(f"{key}.{error.full_key}: {first_line(error)}") from None
+    assert isinstance(source, SourceConfig)
+    require(source.weight >= 1, f"{key}.weight", source.weight, "a whole number, 1 or more")
+    return source

@@ -1,0 +1,153 @@
+"""A section for each task: what is trained, and by which loss."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from math import inf
+from typing import Literal
+
+from fd_scale.config.checks import require
+from fd_scale.config.sections import TEACHER, ModelConfig
+from fd_scale.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TeacherConfig:
+    """A frozen model whose features are a target."""
+
+    model: ModelConfig
+    precision: Literal["fp32", "bf16", "fp16"] | None = None
+    """Arithmetic of its forward pass; none: that of the student."""
+    target: Literal["feature_map", "pooled", "logits"] = "feature_map"
+    """What the student predicts: the tokens after the teacher's final norm, the pooled feature, or the logits."""
+    layers: list[int] | None = None
+    """Blocks (hierarchical models: stages), from 0 or from -1 backwards, whose tokens are predicted in place of the
+    last ones; each has a projector."""
+    cls_weight: float | None = None
+    """Weight of the CLS token beside a patch token's 1; 0: dropped; none: 1 where both models have one."""
+    projector: Literal["linear", "mlp"] = "linear"
+    """From the student's width to the teacher's: one linear layer, or two with a GELU between them."""
+    weight: float = 1.0
+    """Factor of this teacher's loss."""
+    share: float = 1.0
+    """Share of the images that this teacher sees; drawn for each image by the seed."""
+    partitioned: bool = False
+    """Whether each rank holds a part of its weights, as ZeRO-3 does, and gathers the others block by block; else each
+    rank holds all of them. For a teacher that would not fit."""
+
+    def __post_init__(self) -> None:
+        require(0 < self.weight < inf, "distill.teachers.weight", self.weight, "a positive number")
+        require(0 < self.share <= 1, "distill.teachers.share", self.share, "a number above 0, at most 1")
+        require(
+            self.cls_weight is None or 0 <= self.cls_weight < inf,
+            "distill.teachers.cls_weight",
+            self.cls_weight,
+            "0 or more",
+        )
+        if self.layers is not None:
+            require(
+                len(self.layers) > 0, "distill.teachers.layers", self.layers, "at least one layer, or none"
+            )
+            if self.target != "feature_map":
+                raise UserError(
+                    f"distill.teachers.layers: chosen layers have a feature map alone, target is {self.target}; "
+                    "remove layers or set target=feature_map"
+                )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DistillConfig:
+    """Feature distillation (arXiv 2205.14141)."""
+
+    teachers: list[TeacherConfig]
+    """The teachers; one is the usual case."""
+    loss: Literal["whitened_smooth_l1", "smooth_l1", "cosine", "mse", "phi_s"] = "whitened_smooth_l1"
+    """Distance: smooth L1 to the whitened target or to the target as it is, 1 - cosine similarity, squared error, or
+    squared error to the PHI-S standardised target (arXiv 2410.01680)."""
+    beta: float = 2.0
+    """Where smooth L1 turns from squared to absolute error; of a whitened target, in its standard deviations."""
+    knn_images: int = 0
+    """Training images, evenly spread, among which each evaluation looks for its images' 20 nearest neighbours, to judge
+    the student's features by labels; 0: no such metric."""
+    phi_s_images: int = 4096
+    """Images, the first of the run's stream, over which PHI-S measures a teacher's statistics at every start."""
+
+    def __post_init__(self) -> None:
+        require(len(self.teachers) > 0, "distill.teachers", "an empty list", "at least one teacher")
+        require(self.beta > 0, "distill.beta", self.beta, "a positive number")
+        require(self.knn_images >= 0, "distill.knn_images", self.knn_images, "0 or more")
+        require(self.phi_s_images > 0, "distill.phi_s_images", self.phi_s_images, "a positive whole number")
+        for index, teacher in enumerate(self.teachers):
+            if teacher.model.weights == TEACHER:
+                raise UserError(
+                    f"distill.teachers.{index}.model.weights: `{TEACHER}` is for a student; name the teacher's file, "
+                    f"or write ./{TEACHER} for a folder of that name"
+                )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ContrastiveConfig:
+    """Contrastive pre-training: NT-Xent between two views of each image (SimCLR, arXiv 2002.05709)."""
+
+    temperature: float = 0.2
+    """Divides the cosine similarities."""
+    projection_dim: int = 128
+    """Width of the space in which views are compared."""
+    jitter: float = 0.4
+    """Strength of the brightness, contrast and saturation jitter; 0: none."""
+
+    def __post_init__(self) -> None:
+        require(self.temperature > 0, "contrastive.temperature", self.temperature, "a positive number")
+        require(0 <= self.jitter <= 1, "contrastive.jitter", self.jitter, "a number in 0..1")
+        require(self.projection_dim > 0, "contrastive.projection_dim", self.projection_dim, "more than 0")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ClassificationConfig:
+    """Fine-tuning on labels: mean of the tokens, LayerNorm, linear head."""
+
+    num_classes: int | None = None
+    """Classes that the source must have; none: as many as it has. `plan` needs it where the data are elsewhere."""
+    label_smoothing: float = 0.1
+    """Share of the target spread over all classes."""
+    head_init_scale: float = 0.001
+    """Factor on the head's initial weights."""
+    mixup: float = 0.0
+    """Both parameters of the beta distribution of Mixup's weights; 0: no Mixup."""
+    cutmix: float = 0.0
+    """Both parameters of the beta distribution of the area that CutMix leaves; 0: no CutMix."""
+    cutmix_share: float = 0.5
+    """Where both are on, the share of pairs that CutMix mixes."""
+
+    def __post_init__(self) -> None:
+        require(
+            self.num_classes is None or self.num_classes > 1,
+            "classification.num_classes",
+            self.num_classes,
+            "2 or more",
+        )
+        for key in ("mixup", "cutmix"):
+            require(0 <= getattr(self, key) < inf, f"classification.{key}", getattr(self, key), "0 or more")
+        require(
+            0 <= self.cutmix_share <= 1, "classification.cutmix_share", self.cutmix_share, "a number in 0..1"
+        )
+        require(
+            0 <= self.label_smoothing < 1,
+            "classification.label_smoothing",
+            self.label_smoothing,
+            "a number in 0..1",
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LinearProbeConfig:
+    """A linear classifier on the mean of a frozen model's patch tokens: computed once, without augmentation."""
+
+    lr_factors: list[float] = field(default_factory=lambda: [0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0])
+    """A classifier for each: factors of `optim.lr`. All are trained in one pass; the best by top-1 is reported."""
+
+    def __post_init__(self) -> None:
+        require(
+            len(self.lr_factors) > 0 and 0 < min(self.lr_factors) <= max(self.lr_factors) < inf,
+            "linear_probe.lr_factors", self.lr_factors, "positive numbers, at least one",
+        )  # fmt: skip
