@@ -49,7 +49,7 @@ from fd_scale.plan import Choice, NotCountedError, Plan, memory_table, present_g
 from fd_scale.plan import plan as plan_recipe
 from fd_scale.plan.measure import Measured
 from fd_scale.plan.measure import measure as measure_trainer
-from fd_scale.pretrain import ContrastiveTask
+from fd_scale.pretrain import ContrastiveTask, MaskedTask
 from fd_scale.randomness import hash64
 from fd_scale.trainer import Task, Trainer
 
@@ -120,7 +120,7 @@ def landscape(
     A second call for the same plane of the same weights goes on where the first one stopped.
 
     Args:
-        path: folder of a run of distillation or classification, or one of its checkpoints.
+        path: folder of a run of distillation, masked images or classification, or one of its checkpoints.
         plane: the points.
         overrides: `key=value` settings that replace the recipe's, e.g. `data.evaluation=imagefolder:PATH`.
         num_images: evenly spread ones of `data.evaluation`.
@@ -134,7 +134,9 @@ def landscape(
     alone = World(rank=0, local_rank=0, size=1, device=torch.device("cpu"))
     run, checkpoint = find_checkpoint(Path(path), alone)
     task, recipe, world = _to_evaluate(recipe_of(run, checkpoint, list(overrides)))
-    assert isinstance(task, DistillationTask | ClassificationTask), "recipe_of refuses the others"
+    assert isinstance(task, DistillationTask | ClassificationTask | MaskedTask), (
+        "recipe_of refuses the others"
+    )
     restore(task, recipe, checkpoint, world)
     return landscape_of(task, recipe, checkpoint, plane, num_images, world)
 
@@ -357,6 +359,8 @@ def build_task(
     with placement.building(dtype_of(recipe.train.precision)):
         if recipe.contrastive is not None:
             return ContrastiveTask(recipe)
+        if recipe.masked is not None:
+            return MaskedTask(recipe, evaluation)
         return ClassificationTask(recipe, evaluation, source)
 
 

@@ -36,7 +36,7 @@ from fd_scale.hardware import find_gpu
 from fd_scale.models import Backbone, build_model, resolved
 from fd_scale.optim import apex_is_importable
 from fd_scale.plan import NotCountedError, memory_table, plan, present_gpu, require_fit
-from fd_scale.pretrain import ContrastiveTask
+from fd_scale.pretrain import ContrastiveTask, MaskedTask
 from fd_scale.teachers import Teacher
 
 # fp32 master weights and two moments of AdamW, and DeepSpeed's copy of the weights.
@@ -75,12 +75,14 @@ class _Subject:
     def num_trained(self) -> int:
         """Parameters of the trained module."""
         recipe = self.recipe
-        task: DistillationTask | ContrastiveTask | ClassificationTask
+        task: DistillationTask | ContrastiveTask | MaskedTask | ClassificationTask
         with torch.device("meta"):
             if recipe.task == "distill":
                 task = DistillationTask(recipe, None)
             elif recipe.task == "contrastive":
                 task = ContrastiveTask(recipe)
+            elif recipe.task == "masked":
+                task = MaskedTask(recipe, None)
             elif recipe.linear_probe is not None:
                 num_features = build_model(replace(recipe.model, weights=None)).num_features
                 return (num_features + 1) * self.source.num_classes * len(recipe.linear_probe.lr_factors)

@@ -21,6 +21,7 @@ SECTIONS: dict[str, dict[str, Any]] = {
         "teachers": [{"model": MODEL | {"overrides": TINY | {"embed_dim": 24, "num_heads": [2, 4]}}}]
     },
     "contrastive": {"projection_dim": 8},
+    "masked": {},
     "classification": {"head_init_scale": 1.0},
     "linear_probe": {"lr_factors": [0.1, 1.0, 10.0]},
 }

@@ -15,7 +15,10 @@ PREEMPTED = os.EX_TEMPFAIL
 
 TRAINING_VERBS = {
     "distill": (("distill",), "feature distillation of a teacher into a student"),
-    "pretrain": (("contrastive",), "contrastive pre-training of a teacher, without labels"),
+    "pretrain": (
+        ("contrastive", "masked"),
+        "pre-training of a teacher without labels: contrastive, or masked images",
+    ),
     "finetune": (("classification", "linear_probe"), "fine-tuning on labels, or a linear probe"),
 }
 

@@ -34,6 +34,7 @@ from fd_scale.config.tasks import (
     ContrastiveConfig,
     DistillConfig,
     LinearProbeConfig,
+    MaskedConfig,
     TeacherConfig,
 )
 
@@ -50,6 +51,7 @@ __all__ = [
     "DistillConfig",
     "LinearProbeConfig",
     "LogConfig",
+    "MaskedConfig",
     "ModelConfig",
     "OptimConfig",
     "Recipe",

@@ -30,6 +30,7 @@ from fd_scale.config.tasks import (
     ContrastiveConfig,
     DistillConfig,
     LinearProbeConfig,
+    MaskedConfig,
     TeacherConfig,
 )
 from fd_scale.errors import UserError
@@ -39,7 +40,7 @@ _SECTIONS: dict[str, Any] = {
     "optim": OptimConfig, "train": TrainConfig, "checkpoint": CheckpointConfig, "watch": WatchConfig,
     "log": LogConfig,
     "distill": DistillConfig,
-    "distill.teachers.0": TeacherConfig, "contrastive": ContrastiveConfig,
+    "distill.teachers.0": TeacherConfig, "contrastive": ContrastiveConfig, "masked": MaskedConfig,
     "classification": ClassificationConfig, "linear_probe": LinearProbeConfig,
 }  # fmt: skip
 

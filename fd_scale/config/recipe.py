@@ -15,17 +15,23 @@ from fd_scale.config.sections import (
     TrainConfig,
     WatchConfig,
 )
-from fd_scale.config.tasks import ClassificationConfig, ContrastiveConfig, DistillConfig, LinearProbeConfig
+from fd_scale.config.tasks import (
+    ClassificationConfig,
+    ContrastiveConfig,
+    DistillConfig,
+    LinearProbeConfig,
+    MaskedConfig,
+)
 from fd_scale.errors import UserError
 
-TASKS = ("distill", "contrastive", "classification", "linear_probe")
+TASKS = ("distill", "contrastive", "masked", "classification", "linear_probe")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Recipe:
     """All that defines a run."""
 
-    task: Literal["distill", "contrastive", "classification", "linear_probe"]
+    task: Literal["distill", "contrastive", "masked", "classification", "linear_probe"]
     """What is trained; the section of the same name holds its settings."""
     run_dir: str
     """Folder of the run: made where absent, resumed where it holds a checkpoint."""
@@ -40,6 +46,7 @@ class Recipe:
     log: LogConfig = field(default_factory=LogConfig)
     distill: DistillConfig | None = None
     contrastive: ContrastiveConfig | None = None
+    masked: MaskedConfig | None = None
     classification: ClassificationConfig | None = None
     linear_probe: LinearProbeConfig | None = None
 

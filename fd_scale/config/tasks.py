@@ -31,6 +31,8 @@ class TeacherConfig:
     """Factor of this teacher's loss."""
     share: float = 1.0
     """Share of the images that this teacher sees; drawn for each image by the seed."""
+    drop_path: bool = False
+    """Whether its residual branches are dropped, too, at the rates of its model: what asymmetric drop path does not."""
     partitioned: bool = False
     """Whether each rank holds a part of its weights, as ZeRO-3 does, and gathers the others block by block; else each
     rank holds all of them. For a teacher that would not fit."""
@@ -44,6 +46,11 @@ class TeacherConfig:
             self.cls_weight,
             "0 or more",
         )
+        if self.drop_path and (self.target != "feature_map" or self.layers is not None):
+            raise UserError(
+                "distill.teachers.drop_path: branches are dropped on the way to the last feature map alone; set it to "
+                "false, or remove layers and target"
+            )
         if self.layers is not None:
             require(
                 len(self.layers) > 0, "distill.teachers.layers", self.layers, "at least one layer, or none"
@@ -100,6 +107,17 @@ class ContrastiveConfig:
         require(self.temperature > 0, "contrastive.temperature", self.temperature, "a positive number")
         require(0 <= self.jitter <= 1, "contrastive.jitter", self.jitter, "a number in 0..1")
         require(self.projection_dim > 0, "contrastive.projection_dim", self.projection_dim, "more than 0")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MaskedConfig:
+    """Masked image modelling: the pixels of hidden cells, from those that are seen (SimMIM, arXiv 2111.09886)."""
+
+    ratio: float = 0.6
+    """Share of the cells that are hidden; a cell is what one output token covers."""
+
+    def __post_init__(self) -> None:
+        require(0 < self.ratio < 1, "masked.ratio", self.ratio, "a number between 0 and 1")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

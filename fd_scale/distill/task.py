@@ -35,7 +35,7 @@ from fd_scale.models import (
     undecayed_parameters,
 )
 from fd_scale.placement import WHOLE, Placement
-from fd_scale.randomness import uniform
+from fd_scale.randomness import hash64, uniform
 from fd_scale.teachers import Target, Teacher
 
 logger = logging.getLogger(__name__)
@@ -162,7 +162,7 @@ class DistillationTask:
         rows = [chosen if chosen is None else chosen.to(device) for chosen in rows]
         return {
             "images_BCHW": batch.images,
-            "targets": self._standardised(self._targets(batch.images, rows)),
+            "targets": self._standardised(self._targets(batch.images, rows, self._teachers_scales(batch))),
             "rows": [rows[index] for index, _ in self.places],
             "drop_path_scale_RB": drop_path_scale(self.rates, self.seed, batch.positions, device),
         }
@@ -217,13 +217,28 @@ class DistillationTask:
         drawn_B = uniform(self.seed, "teacher", index, batch.positions.numpy())
         return torch.from_numpy(np.flatnonzero(drawn_B < share))
 
-    def _targets(self, images_BCHW: Tensor, rows: list[Tensor | None]) -> list[Tensor]:
+    def _teachers_scales(self, batch: Batch) -> list[Tensor | None]:
+        """Draws drop path for each teacher, apart from the student's and each other's: (R, B) or none."""
+        return [
+            drop_path_scale(
+                teacher.drop_path_rates, int(hash64(self.seed, "teacher's drop path", index)), batch.positions,
+                batch.images.device,
+            )
+            for index, teacher in enumerate(self.teachers)
+        ]  # fmt: skip
+
+    def _targets(
+        self, images_BCHW: Tensor, rows: list[Tensor | None], scales: list[Tensor | None] | None = None
+    ) -> list[Tensor]:
         """The targets of all objectives, on the student's grid, for the images that each teacher sees."""
         found = []
-        for teacher, chosen in zip(self.teachers, rows, strict=True):
+        for index, (teacher, chosen) in enumerate(zip(self.teachers, rows, strict=True)):
             images = images_BCHW if chosen is None else images_BCHW[chosen]
+            scale_RB = scales[index] if scales else None
             if len(images):
-                features = teacher.features(images)
+                if scale_RB is not None and chosen is not None:
+                    scale_RB = scale_RB[:, chosen]
+                features = teacher.features(images, scale_RB)
             elif teacher.config.partitioned:  # the other ranks wait for this one's part
                 features = [tokens_BLD[:0] for tokens_BLD in teacher.features(images_BCHW[:1])]
             else:

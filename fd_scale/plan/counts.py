@@ -26,7 +26,7 @@ from fd_scale.distill import DistillationTask
 from fd_scale.errors import UserError
 from fd_scale.finetune import ClassificationTask
 from fd_scale.models import Backbone, dtype_of, resolved
-from fd_scale.pretrain import ContrastiveTask
+from fd_scale.pretrain import ContrastiveTask, MaskedTask
 from fd_scale.teachers import Teacher
 
 logger = logging.getLogger(__name__)
@@ -36,7 +36,7 @@ class NotCountedError(UserError):
     """A model that cannot be followed on the meta device: no plan of it can be made."""
 
 
-Task = DistillationTask | ContrastiveTask | ClassificationTask
+Task = DistillationTask | ContrastiveTask | MaskedTask | ClassificationTask
 
 # What is kept is a line in the images of a micro-batch, from two on: one alone saves copies. What is worked with is a
 # maximum of lines: between these two sizes its chord lies above it.
@@ -373,11 +373,13 @@ def _build(recipe: Recipe, source: Source | None) -> Task:
     if recipe.contrastive is not None:
         distributed.start("cpu", recipe.train.timeout_s)  # its loss asks how many ranks there are
         return ContrastiveTask(recipe)
+    if recipe.masked is not None:
+        return MaskedTask(recipe, None)
     if recipe.linear_probe is not None:
         raise UserError(
             "plan: a linear probe trains a few classifiers on features that are computed once; no plan of it"
         )
-    assert recipe.classification is not None, "there are four tasks"
+    assert recipe.classification is not None, "there are five tasks"
     if source is None and recipe.classification.num_classes is None:
         raise UserError(
             f"data.train: {recipe.data.train} cannot be opened here, and how many classes it has is not known; set "

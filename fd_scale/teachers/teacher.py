@@ -41,6 +41,7 @@ class Teacher:
 
     Attributes:
         targets: what `features` gives, in order.
+        drop_path_rates: of its residual branches that can be dropped; empty where none are.
 
     Raises:
         UserError: the model does not give such a target.
@@ -56,7 +57,8 @@ class Teacher:
             self.model = build_model(config.model, config.target)
         self.model.to(dtype).eval().requires_grad_(False)
         self.targets = _probe(config, self.img_size)
-        self.run: Callable[[Tensor], list[Tensor]] = _Targets(self.model, config)
+        self.drop_path_rates = self.model.drop_path_rates if config.drop_path else ()
+        self.run: Callable[..., list[Tensor]] = _Targets(self.model, config)
 
     def to(self, device: torch.device) -> None:
         """Moves the teacher to a device, for good; all ranks call it."""
@@ -67,12 +69,13 @@ class Teacher:
         self.run = self.placement.frozen(_Targets(self.model, self.config), device, self.dtype)
 
     @torch.no_grad()
-    def features(self, images_BCHW: Tensor) -> list[Tensor]:
+    def features(self, images_BCHW: Tensor, drop_path_scale_RB: Tensor | None = None) -> list[Tensor]:
         """Returns the targets for a batch of views; where it is partitioned, all ranks call it equally often.
 
         Args:
             images_BCHW: uint8 views, as the student gets them; resized (bilinear) to the teacher's input
                 size where it differs.
+            drop_path_scale_RB: 0 or 1 / keep probability for each of `drop_path_rates`; none: nothing is dropped.
 
         Returns:
             For each of `targets` a tensor (B, L, D) in the teacher's dtype: the feature map after the teacher's
@@ -84,7 +87,7 @@ class Teacher:
         size = (self.img_size, self.img_size)
         if pixels_BCHW.shape[-2:] != size:
             pixels_BCHW = F.interpolate(pixels_BCHW, size=size, mode="bilinear", align_corners=False)
-        return self.run(pixels_BCHW.to(self.dtype))
+        return self.run(pixels_BCHW.to(self.dtype), drop_path_scale_RB)
 
 
 class _Targets(nn.Module):
@@ -95,17 +98,23 @@ class _Targets(nn.Module):
         self.model = model
         self.config = config
 
-    def forward(self, pixels_BCHW: Tensor) -> list[Tensor]:
-        return _targets_of(self.model, self.config, pixels_BCHW)
+    def forward(self, pixels_BCHW: Tensor, drop_path_scale_RB: Tensor | None = None) -> list[Tensor]:
+        return _targets_of(self.model, self.config, pixels_BCHW, drop_path_scale_RB)
 
 
-def _targets_of(model: Backbone, config: TeacherConfig, pixels_BCHW: Tensor) -> list[Tensor]:
+def _targets_of(
+    model: Backbone, config: TeacherConfig, pixels_BCHW: Tensor, drop_path_scale_RB: Tensor | None = None
+) -> list[Tensor]:
     if config.target == "pooled":
         return [model.pooled(pixels_BCHW)[:, None]]
     if config.target == "logits":
         return [model.logits(pixels_BCHW)[:, None]]
     layers = config.layers
-    maps = [model(pixels_BCHW)] if layers is None else model.intermediates(pixels_BCHW, layers)
+    maps = (
+        [model(pixels_BCHW, drop_path_scale_RB)]
+        if layers is None
+        else model.intermediates(pixels_BCHW, layers)
+    )
     return [cls_and_patches(tokens_BLD, model.num_prefix_tokens, model.has_cls) for tokens_BLD in maps]
 
 

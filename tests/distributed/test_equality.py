@@ -24,7 +24,7 @@ def assert_same(found: list[tuple[float, float]], expected: list[tuple[float, fl
     np.testing.assert_allclose(norms, expected_norms, rtol=NORM_TOLERANCE)
 
 
-@pytest.mark.parametrize("task", ["distill", "contrastive", "classification", "fine-tuning"])
+@pytest.mark.parametrize("task", ["distill", "contrastive", "masked", "classification", "fine-tuning"])
 def test_ranks_do_not_change_losses(
     recipe_values: Callable[..., dict[str, Any]], tmp_path: Any, task: str
 ) -> None:

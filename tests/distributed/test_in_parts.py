@@ -68,7 +68,7 @@ def write_shards(state: dict[str, torch.Tensor], folder: Path, num_shards: int) 
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
 
 
-@pytest.mark.parametrize("task", ["distill", "contrastive", "classification"])
+@pytest.mark.parametrize("task", ["distill", "contrastive", "masked", "classification"])
 def test_a_task_starts_from_the_same_values(recipe_values: Values, task: str) -> None:
     """Also where the student starts from a teacher that is itself in parts."""
     values = recipe_values(task)

@@ -24,7 +24,8 @@ Write = Callable[[dict[str, Any]], str]
 Refused = Callable[..., str]
 
 VERBS = {
-    "distill": "distill", "contrastive": "pretrain", "classification": "finetune", "linear_probe": "finetune"
+    "distill": "distill", "contrastive": "pretrain", "masked": "pretrain", "classification": "finetune",
+    "linear_probe": "finetune",
 }  # fmt: skip
 
 

@@ -82,7 +82,7 @@ def test_a_good_recipe(recipe_values: Values, check: Check, tmp_path: Path) -> N
     assert [path.name for path in tmp_path.iterdir()] == ["recipe.yaml"], "nothing stays behind"
 
 
-@pytest.mark.parametrize("task", ["contrastive", "classification"])
+@pytest.mark.parametrize("task", ["contrastive", "masked", "classification"])
 def test_other_tasks(recipe_values: Values, check: Check, task: str) -> None:
     rows = check(recipe_values(task, train__micro_batch=16))
     assert rows["teacher"] == ("ok", f"none in task {task}")

@@ -47,14 +47,16 @@ def test_packaged_recipe(name: str, tmp_path: Path) -> None:
     for word in ("Command", "Hardware", "Expected"):
         assert any(re.match(rf"# {word}: +\S", line) for line in header), word
     command = next(line for line in header if line.startswith("# Command"))
-    verb = {"distill": "distill", "contrastive": "pretrain"}.get(recipe.task, "finetune")
+    verb = {"distill": "distill", "contrastive": "pretrain", "masked": "pretrain"}.get(
+        recipe.task, "finetune"
+    )
     assert f" {verb} {name}" in command
     file = tmp_path / "recipe.yaml"
     file.write_text(to_yaml(recipe))
     assert load_recipe(file) == recipe
 
 
-@pytest.mark.parametrize("task", ["distill", "contrastive", "classification"])
+@pytest.mark.parametrize("task", ["distill", "contrastive", "masked", "classification"])
 def test_round_trip_keeps_every_value(recipe_values: Values, tmp_path: Path, task: str) -> None:
     values = recipe_values(
         task, seed=7, data__max_bad_fraction=0.25, optim__betas=[0.8, 0.95], optim__eps=1e-9
@@ -129,6 +131,7 @@ def test_every_setting_is_described() -> None:
         ("distill.teachers.0.weight", 0.0),
         ("distill.teachers.0.share", 0.0), ("distill.teachers.0.share", 1.1), ("distill.teachers.0.cls_weight", -1.0),
         ("distill.teachers.0.layers", []), ("contrastive.temperature", 0.0), ("contrastive.projection_dim", 0),
+        ("masked.ratio", 1.0),
         ("classification.label_smoothing", 1.0), ("classification.num_classes", 1), ("classification.mixup", -0.1),
         ("classification.cutmix", -0.1), ("classification.cutmix_share", 1.1), ("data.erasing", 1.1),
         ("optim.layer_decay", 0.0), ("optim.layer_decay", 1.1), ("linear_probe.lr_factors", []),
@@ -154,6 +157,7 @@ def test_every_limit_is_in_the_table_above() -> None:
         "data.evaluation", "train.epochs", "train.precision", "train.device", "train.ds_config",
         "train.activation_checkpointing", "train.kernels", "distill.teachers", "distill.teachers.0.precision",
         "distill.teachers.0.target", "distill.teachers.0.projector", "distill.teachers.0.partitioned",
+        "distill.teachers.0.drop_path",
         "distill.loss", "contrastive.jitter",
         "classification.head_init_scale", "log.profile", "train.compile", "data.interpolation", "data.rand_augment",
     }  # fmt: skip

@@ -307,6 +307,28 @@ def test_the_loss_of_chosen_layers_is_their_mean(recipe_of: Callable[..., Recipe
     assert task.counts(batch()) == {"loss": 16 * 5}
 
 
+def test_a_teacher_drops_paths_where_it_is_to(recipe_of: Callable[..., Recipe]) -> None:
+    """Symmetric drop path, which the paper compares with its own: masks of its own, none in an evaluation."""
+    model = SWIN | {"img_size": 32, "overrides": SWIN["overrides"] | {"drop_path_rate": 0.5}}
+    student = SWIN | {"img_size": 32, "overrides": SWIN["overrides"] | {"drop_path_rate": 0.5}}
+    config = {"model": model, "drop_path": True, "share": 0.5}
+    task = DistillationTask(recipe_of(student=student, teachers=[config]), None)
+    [taught], given = task.teachers, batch()
+    whole, [dropped] = taught.features(given.images), task.inputs(given)["targets"]
+    [rows] = task.inputs(given)["rows"]
+    [scale_RB] = task._teachers_scales(given)
+    assert scale_RB is not None
+    assert not torch.equal(scale_RB, task.inputs(given)["drop_path_scale_RB"]), "not the student's masks"
+    pixels = normalize(given.images, taught.model.mean, taught.model.std)
+    torch.testing.assert_close(dropped, taught.model(pixels, scale_RB)[rows])
+    assert not torch.allclose(dropped, whole[0][rows])
+    torch.testing.assert_close(task.evaluation_inputs(given)["targets"], whole)
+    spared = DistillationTask(recipe_of(student=student, teachers=[config | {"drop_path": False}]), None)
+    assert spared._teachers_scales(given) == [None]
+    with pytest.raises(UserError, match=r"distill\.teachers\.drop_path: .* last feature map alone"):
+        recipe_of(teachers=[config | {"target": "pooled"}])
+
+
 def test_a_share_is_met_and_an_empty_one_trains(recipe_of: Callable[..., Recipe]) -> None:
     task = DistillationTask(recipe_of(teachers=[{"model": TEACHER}, {"model": TEACHER, "share": 0.25}]), None)
     many = batch(0)._replace(positions=torch.arange(4000))

@@ -202,7 +202,7 @@ def test_flops_of_a_plan(make_recipe: Callable[..., Recipe]) -> None:
     assert count(half).teacher_flops == counts.teacher_flops / 2
 
 
-@pytest.mark.parametrize("task", ["contrastive", "classification"])
+@pytest.mark.parametrize("task", ["contrastive", "masked", "classification"])
 def test_other_tasks_are_planned(make_recipe: Callable[..., Recipe], task: str) -> None:
     found = plan("small", make_recipe(task, train__micro_batch=16), GPUS["h100"], 1)
     assert found.counts.teacher_flops == found.counts.teacher_bytes == 0
