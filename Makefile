@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 # A company's certificates count too.
 export UV_SYSTEM_CERTS := 1
 
-.PHONY: help setup demo miniature-cpu test lint bench gpu-bench gpu-3b gpu-check aot lock clean
+.PHONY: help setup demo miniature-cpu miniature-gpu test lint bench gpu-bench gpu-3b gpu-check aot lock clean
 
 help:  ## this list
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -27,6 +27,9 @@ demo: setup  ## the whole story on embedded data, in minutes, on a CPU
 
 miniature-cpu: setup  ## the paper's experiment on CIFAR-10, within an hour on two cores; DATA=folder of its parquet files
 	$(BIN)/fd-scale miniature --data "$(DATA)"
+
+miniature-gpu: setup  ## the same and its ablations on one GPU, 9 minutes a call, resumed; DATA= as above
+	$(BIN)/fd-scale miniature --study gpu --minutes 9 --run-dir runs/miniature_gpu --data "$(DATA)"
 
 test: setup  ## all tests; no GPU, no network; those of SLURM where it is installed
 	$(BIN)/python -m pytest $(PYTEST_OPTIONS)

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import statistics
-import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -22,11 +19,13 @@ from rich.table import Table
 from fd_scale.checkpoint import write_atomically
 from fd_scale.config import load_recipe
 from fd_scale.errors import UserError
+from fd_scale.launch import Launcher, is_evaluated
 from fd_scale.log import console
 from fd_scale.metrics import read_metrics
 from fd_scale.run_folder import not_writable
 
 METRIC = "top1"
+DEFAULT = Launcher()
 
 
 @dataclass(frozen=True)
@@ -82,7 +81,7 @@ def compare(
     num_seeds: int,
     overrides: Sequence[str] = (),
     *,
-    num_ranks: int = 1,
+    launcher: Launcher = DEFAULT,
     side_by_side: int = 1,
 ) -> Comparison:
     """Fine-tunes from each starting point with each seed; runs that are complete are not repeated, others go on.
@@ -93,7 +92,7 @@ def compare(
         run_dir: folder of the runs, NAME-SEED each, and of compare.json and compare.png.
         num_seeds: seeds 0 to `num_seeds` - 1.
         overrides: settings of all runs.
-        num_ranks: processes of each run on this host.
+        launcher: how each run is started.
         side_by_side: runs at a time.
 
     Raises:
@@ -101,7 +100,7 @@ def compare(
     """
     if num_seeds < 1:
         raise UserError(f"--seeds: got {num_seeds}, expected at least 1")
-    for option, value in (("--ranks", num_ranks), ("--side-by-side", side_by_side)):
+    for option, value in (("--ranks", launcher.num_ranks), ("--side-by-side", side_by_side)):
         if value < 1:
             raise UserError(f"{option}: got {value}, expected at least 1")
     if len(starts) < 2:
@@ -110,8 +109,9 @@ def compare(
     jobs = _jobs(recipe, starts, root, num_seeds, overrides)
     with ThreadPoolExecutor(side_by_side) as pool:
         started = [
-            pool.submit(launch, "finetune", recipe, folder, num_ranks, settings, show=False)
+            pool.submit(launcher.run, "finetune", recipe, folder, settings)
             for folder, settings in jobs.items()
+            if not is_evaluated(folder, recipe, settings)
         ]
         try:
             for done in as_completed(started):
@@ -150,33 +150,6 @@ def _jobs(
         if found.task not in ("classification", "linear_probe") or found.data.evaluation is None:
             raise UserError(f"{recipe}: expected task classification or linear_probe, with data.evaluation")
     return jobs
-
-
-def launch(
-    verb: str, recipe: str, run_dir: Path, num_ranks: int, settings: Sequence[str], show: bool = True
-) -> Path:
-    """Runs a verb as a user would: alone, or under torchrun; each process has a core of its own.
-
-    Raises:
-        UserError: it failed; what it said is in the message where it was not shown.
-    """
-    arguments = ["-m", "fd_scale", verb, recipe, f"run_dir={run_dir}", *settings]
-    launcher = [sys.executable]
-    if num_ranks > 1:
-        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_ranks}"]
-    done = subprocess.run(
-        [*launcher, *arguments],
-        env={"OMP_NUM_THREADS": "1"} | os.environ,
-        check=False,
-        stderr=None if show else subprocess.PIPE,
-        text=True,
-    )
-    if done.returncode:
-        said = "see above" if show else "; ".join(done.stderr.strip().splitlines()[-3:])
-        raise UserError(
-            f"`fd-scale {verb} {recipe} run_dir={run_dir}` ended with code {done.returncode}: {said}"
-        )
-    return run_dir
 
 
 def _folder(root: Path, name: str, seed: int) -> Path:

@@ -12,8 +12,9 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 from fd_scale import api
-from fd_scale.compare import Comparison, compare, launch
+from fd_scale.compare import Comparison, compare
 from fd_scale.errors import UserError
+from fd_scale.launch import Launcher
 from fd_scale.log import console
 from fd_scale.metrics import read_metrics
 
@@ -33,13 +34,13 @@ def demo(run_dir: str, num_seeds: int) -> dict[str, list[float]]:
     if num_seeds < 1:
         raise UserError(f"--seeds: got {num_seeds}, expected at least 1")
     began = time.perf_counter()
-    root = Path(run_dir)
+    root, launcher = Path(run_dir), Launcher(num_ranks=NUM_RANKS, show=True)
     console.rule("1  Pre-training a teacher: contrastive, labels unused")
-    teacher_run = launch("pretrain", "digits/teacher", root / "teacher", NUM_RANKS, [])
+    teacher_run = launcher.run("pretrain", "digits/teacher", root / "teacher", [])
     teacher = str(api.export(teacher_run, root / "teacher-export"))
     console.rule(f"2  Distilling it into a student: ZeRO-3 on {NUM_RANKS} processes")
     weights = f"distill.teachers.0.model.weights={teacher}"
-    student_run = launch("distill", "digits/distill", root / "distill", NUM_RANKS, [weights])
+    student_run = launcher.run("distill", "digits/distill", root / "distill", [weights])
     student = str(api.export(student_run, root / "student-export"))
     console.rule(f"3  Fine-tuning on labels: three starting points, {num_seeds} seeds each")
     starts = {

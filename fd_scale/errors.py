@@ -1,4 +1,9 @@
-"""The one exception that means: the user can fix this."""
+"""How the program ends when it is not done: the exception that means that the user can fix it, and exit codes."""
+
+import os
+
+PREEMPTED = os.EX_TEMPFAIL
+"""Exit code 75 of what was preempted: the same command goes on."""
 
 
 class UserError(ValueError):

@@ -7,7 +7,7 @@ import argparse
 from rich.console import Console
 
 from fd_scale.cli.parts import Verbs, add_recipe, add_verb
-from fd_scale.errors import UserError
+from fd_scale.errors import PREEMPTED, UserError
 
 
 def add_studies(verbs: Verbs) -> None:
@@ -33,16 +33,25 @@ def add_studies(verbs: Verbs) -> None:
     compare.set_defaults(run=_compare)
 
     miniature = add_verb(
-        verbs, "miniature", "the paper's experiment on CIFAR-10, within an hour on two cores",
-        "Trains a contrastive and a supervised teacher, distils each with and without whitening, probes and\n"
-        "fine-tunes before and after (recipes miniature/...). What is complete is not repeated.",
-        "  fd-scale miniature --data data/cifar10 --run-dir runs/miniature",
+        verbs, "miniature", "the paper's experiment on CIFAR-10, on two cores or a GPU",
+        "Trains teachers, distils each with and without whitening, probes and fine-tunes before and after (recipes\n"
+        "miniature/...). `cpu`: a Swin V2, contrastive and supervised teachers, 2 seeds, within an hour on two cores.\n"
+        "`gpu`: a ViT too, masked images as teacher, ablations of target, loss, position bias, drop path, 3 seeds.\n"
+        "What is complete is not repeated.",
+        "  fd-scale miniature --data data/cifar10 --run-dir runs/miniature\n"
+        "  fd-scale miniature --study gpu --minutes 9 --data data/cifar10 --run-dir runs/miniature_gpu",
     )  # fmt: skip
     miniature.add_argument(
         "--data", required=True, help="folder of the hub's parquet files of uoft-cs/cifar10"
     )
     miniature.add_argument(
         "--run-dir", default="runs/miniature", help="folder of the runs (default: runs/miniature)"
+    )
+    miniature.add_argument("--study", choices=("cpu", "gpu"), default="cpu", help="which one (default: cpu)")
+    miniature.add_argument(
+        "--minutes",
+        type=float,
+        help="stop after them, with code 75; the same command goes on (default: never)",
     )
     miniature.add_argument("overrides", nargs="*", metavar="key=value", help="settings of all runs")
     miniature.set_defaults(run=_miniature)
@@ -60,21 +69,27 @@ def add_studies(verbs: Verbs) -> None:
 
 def _compare(options: argparse.Namespace) -> None:
     from fd_scale.compare import compare
+    from fd_scale.launch import Launcher
 
     starts = {name: settings for name, *settings in options.start}
     if len(starts) < len(options.start):
         raise UserError("--start: two have one name; choose others")
     found = compare(
         options.recipe, starts, options.run_dir, options.seeds, options.overrides,
-        num_ranks=options.ranks, side_by_side=options.side_by_side,
+        launcher=Launcher(num_ranks=options.ranks), side_by_side=options.side_by_side,
     )  # fmt: skip
     Console().print(found.table())
 
 
 def _miniature(options: argparse.Namespace) -> None:
+    from fd_scale.launch import OutOfTimeError
     from fd_scale.miniature import miniature
 
-    miniature(options.data, options.run_dir, options.overrides)
+    try:
+        miniature(options.study, options.data, options.run_dir, options.overrides, options.minutes)
+    except OutOfTimeError as error:
+        Console(stderr=True).print(str(error), soft_wrap=True, highlight=False)
+        raise SystemExit(PREEMPTED) from None
 
 
 def _demo(options: argparse.Namespace) -> None:

@@ -7,11 +7,8 @@ import os
 
 from fd_scale.cli.parts import Verbs, add_recipe, add_verb
 from fd_scale.config import load_recipe
-from fd_scale.errors import UserError
+from fd_scale.errors import PREEMPTED, UserError
 from fd_scale.hardware import GPUS
-
-PREEMPTED = os.EX_TEMPFAIL
-"""Exit code 75 of a run that was preempted: the same command resumes it."""
 
 TRAINING_VERBS = {
     "distill": (("distill",), "feature distillation of a teacher into a student"),

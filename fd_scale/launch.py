@@ -1,0 +1,87 @@
+"""Starts a verb as a user would: a process of its own, whose run folder is an ordinary one."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import inf
+from pathlib import Path
+
+from fd_scale.config import load_recipe, to_yaml
+from fd_scale.errors import PREEMPTED, UserError
+from fd_scale.metrics import read_metrics
+from fd_scale.models import resolved
+
+_STOPPED = (PREEMPTED, -signal.SIGTERM)
+"""Codes of a run that was preempted: after a step, or before there was one."""
+
+
+class OutOfTimeError(UserError):
+    """Time was up before a run was complete."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Launcher:
+    """How runs are started; each process has a core of its own."""
+
+    num_ranks: int = 1
+    """Processes of a run; more than one start under torchrun."""
+    show: bool = False
+    """Whether what a run says is shown."""
+    end: float = inf
+    """Of `time.monotonic`, when runs of one rank are preempted, and after which none begins."""
+
+    def run(self, verb: str, recipe: str, run_dir: Path, settings: Sequence[str]) -> Path:
+        """Runs a recipe to its end, from where it stood; returns its folder.
+
+        Raises:
+            OutOfTimeError: it was preempted, or did not begin.
+            UserError: it failed; what it said is in the message where it was not shown.
+        """
+        late = OutOfTimeError(f"{run_dir}: not complete when the time was up; the same command goes on")
+        if time.monotonic() >= self.end:
+            raise late
+        launcher = [sys.executable]
+        if self.num_ranks > 1:
+            launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={self.num_ranks}"]
+        child = subprocess.Popen(
+            [*launcher, "-m", "fd_scale", verb, recipe, f"run_dir={run_dir}", *settings],
+            env={"OMP_NUM_THREADS": "1"} | os.environ,
+            stderr=None if self.show else subprocess.PIPE,
+            text=True,
+        )
+        try:
+            _, said = child.communicate(timeout=None if self.end == inf else self.end - time.monotonic())
+        except subprocess.TimeoutExpired:
+            child.terminate()
+            _, said = child.communicate()
+        except BaseException:
+            child.terminate()
+            raise
+        if child.returncode in _STOPPED:
+            raise late
+        if child.returncode:
+            shown = "see above" if said is None else "; ".join(said.strip().splitlines()[-3:])
+            raise UserError(
+                f"`fd-scale {verb} {recipe} run_dir={run_dir}` ended with code {child.returncode}: {shown}"
+            )
+        return run_dir
+
+
+def is_of(run_dir: Path, recipe: str, settings: Sequence[str]) -> bool:
+    """True for the folder of a run of this very recipe with these settings, complete or not."""
+    file = run_dir / "recipe.yaml"
+    wanted = to_yaml(resolved(load_recipe(recipe, [f"run_dir={run_dir}", *settings])))
+    return file.is_file() and file.read_text(encoding="utf-8") == wanted
+
+
+def is_evaluated(run_dir: Path, recipe: str, settings: Sequence[str]) -> bool:
+    """True for such a run, its length in steps, that was evaluated after the last one."""
+    num_steps = load_recipe(recipe, list(settings)).train.steps
+    lines = read_metrics(run_dir, "evaluation")
+    return bool(lines) and lines[-1]["step"] == num_steps and is_of(run_dir, recipe, settings)
