@@ -186,7 +186,7 @@ class Recorder:
             totals: values that are the same on all ranks, sums over the steps since the last line; written for a step.
         """
         spent_s = phases.read()
-        own = torch.tensor([_memory_gib(self.world.device), *spent_s.values()]).to(self.world.device)
+        own = torch.tensor([memory_gib(self.world.device), *spent_s.values()]).to(self.world.device)
         shares = torch.cat([torch.stack(list(losses.values())), own])
         if self.world.size > 1:
             gathered = [torch.empty_like(shares) for _ in range(self.world.size)]
@@ -286,8 +286,8 @@ def _whole_lines(path: Path) -> list[str]:
     return path.read_text(encoding="utf-8").split("\n")[:-1]
 
 
-def _memory_gib(device: torch.device) -> float:
-    """Peak memory of this rank: of the GPU, or resident on the host where there is none."""
+def memory_gib(device: torch.device) -> float:
+    """Returns the peak memory of this process: of the GPU, or resident on the host where there is none."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts KiB

@@ -98,16 +98,14 @@ def _is_attention(probs: Tensor) -> bool:
 
 
 @torch.no_grad()
-def look_at_attention(model: Backbone, pixels_BCHW: Tensor, look: Look) -> Tensor:
+def look_at_attention(model: Backbone, pixels_BCHW: Tensor, expected_BLD: Tensor, look: Look) -> None:
     """Runs a model and shows the attention of each layer; one layer's maps are held at a time.
 
     Args:
         model: in eval mode.
         pixels_BCHW: normalised images in the model's dtype.
+        expected_BLD: what the model gives for them: what is seen has to come to the same.
         look: called once for each layer, in order.
-
-    Returns:
-        The model's tokens, (B, L, D).
 
     Raises:
         UserError: there is no attention among equal tokens, or what was seen is not what the model computes.
@@ -122,7 +120,6 @@ def look_at_attention(model: Backbone, pixels_BCHW: Tensor, look: Look) -> Tenso
         look(layers, _map_of(logits, probs, state, model, grid, batch, (height, width)))
         layers += 1
 
-    expected = model(pixels_BCHW)
     with state.followed(), implementation("reference"), _SecondPath(show):
         found = model(pixels_BCHW)
     if not layers:
@@ -130,13 +127,12 @@ def look_at_attention(model: Backbone, pixels_BCHW: Tensor, look: Look) -> Tenso
             f"diagnose: {type(model).__name__} has no attention among equally many queries and keys; "
             "expected a ViT or a Swin"
         )
-    error = float((found.float() - expected.float()).norm() / expected.float().norm())
+    error = float((found.float() - expected_BLD.float()).norm() / expected_BLD.float().norm())
     if not error <= _TOLERANCES[pixels_BCHW.dtype]:
         raise UserError(
             f"diagnose: the attention that was looked at is not what {type(model).__name__} computes: its tokens "
             f"differ by {error:.2g} (relative); expected at most {_TOLERANCES[pixels_BCHW.dtype]:g}"
         )
-    return expected
 
 
 def _map_of(

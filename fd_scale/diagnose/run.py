@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from rich.table import Table
-from torch import Tensor
+from torch import Tensor, nn
 
 from fd_scale import run_folder
 from fd_scale.checkpoint import newest_checkpoint, write_atomically
@@ -29,6 +31,7 @@ from fd_scale.distill.pictures import principal_colours
 from fd_scale.engine import saved_weights
 from fd_scale.errors import UserError
 from fd_scale.log import console
+from fd_scale.metrics import memory_gib
 from fd_scale.models import BACKBONE, Backbone, build_model, dtype_of, normalize, resolved_model
 
 logger = logging.getLogger(__name__)
@@ -57,6 +60,28 @@ class Options:
 
 
 @dataclass
+class _Cost:
+    """What the passes over all images took: `plain`, the model alone, and `look`."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+    peak_gib: dict[str, float] = field(default_factory=dict)
+    """Of the GPU; on the host, resident in the whole process so far."""
+
+    @contextmanager
+    def of(self, name: str, device: torch.device) -> Iterator[None]:
+        """Adds what is done in it."""
+        on_gpu = device.type == "cuda"
+        if on_gpu:
+            torch.cuda.reset_peak_memory_stats(device)
+        began = time.perf_counter()
+        yield
+        if on_gpu:
+            torch.cuda.synchronize(device)
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - began
+        self.peak_gib[name] = max(self.peak_gib.get(name, 0.0), memory_gib(device))
+
+
+@dataclass
 class _Found:
     """What a pass over the images gives of one model."""
 
@@ -67,6 +92,7 @@ class _Found:
     tokens: list[Tensor] = field(default_factory=list)
     """The last ones, patches alone, (B, L, D) fp32 on the host."""
     grid: tuple[int, int] = (0, 0)
+    cost: _Cost = field(default_factory=_Cost)
     queries: list[np.ndarray] = field(default_factory=list)
     """Of the first image: where its middle patch looks, by layer, where all patches see each other."""
 
@@ -121,6 +147,7 @@ def show(result: dict[str, Any]) -> None:
         "within one patch",
         "bias",
         "rank of features",
+        "s, x inference",
     )
     for model in result["models"]:
         layers = model["layers"]
@@ -130,7 +157,11 @@ def show(result: dict[str, Any]) -> None:
             return f"{np.mean(values):.3g}" if values else ""
 
         keys = ("distance_px", "head_similarity", "effective_rank", "within_one_patch", "bias_share")
-        table.add_row(model["name"], *map(mean, keys), f"{model['features']['raw']['effective_rank']:.3g}")
+        plain, look = (model["cost"]["seconds"][name] for name in ("plain", "look"))
+        table.add_row(
+            model["name"], *map(mean, keys), f"{model['features']['raw']['effective_rank']:.3g}",
+            f"{plain + look:.1f}, {(plain + look) / plain:.2f}",
+        )  # fmt: skip
     console.print(table)
 
 
@@ -194,7 +225,6 @@ def _look(
     one = _Found(Path(name).name if Path(name).exists() else name)
     pictures: list[Tensor] = []
     blocks = [module for module in model.modules() if type(module) in model.block_classes()]
-    handles = [block.register_forward_hook(_keeper(one, index, model)) for index, block in enumerate(blocks)]
     one.rows = [[] for _ in blocks]
     batches = evaluation_batches(
         source, evaluation_transform(size, crop_fraction=1.0), batch_size=options.batch_size,
@@ -213,12 +243,13 @@ def _look(
                 middle = rows // 2 * columns + columns // 2
                 one.queries.append(probs_hPP.mean(0)[middle].view(rows, columns).cpu().numpy())
 
-        tokens_BLD = look_at_attention(model, pixels, look)
+        with torch.no_grad(), one.cost.of("plain", device):
+            tokens_BLD = model(pixels)
+        with one.cost.of("look", device), _kept_tokens(one, blocks, model):
+            look_at_attention(model, pixels, tokens_BLD, look)
         one.grid = model.grid_size(*pixels.shape[-2:])
         one.tokens.append(tokens_BLD[:, model.num_prefix_tokens :].float().cpu())
         pictures.append(batch.images)
-    for handle in handles:
-        handle.remove()
     images = torch.cat(pictures)[:NUM_PICTURES].permute(0, 2, 3, 1).numpy()
     return one, images
 
@@ -230,12 +261,19 @@ def _device(name: str) -> torch.device:
     return torch.device("cuda" if available and name != "cpu" else "cpu")
 
 
-def _keeper(one: _Found, index: int, model: Backbone) -> Any:
-    """A hook that keeps a block's tokens; of the two passes over a batch, the first."""
+@contextmanager
+def _kept_tokens(one: _Found, blocks: Sequence[nn.Module], model: Backbone) -> Iterator[None]:
+    """Keeps the tokens of each block while the model runs."""
+    handles = [block.register_forward_hook(_keeper(one, index, model)) for index, block in enumerate(blocks)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
+
+def _keeper(one: _Found, index: int, model: Backbone) -> Any:
     def keep(_: Any, inputs: Any, output: Any) -> None:
-        if len(one.rows[index]) > len(one.tokens):
-            return
         tokens = output[0] if isinstance(output, tuple) else output
         if tokens.dim() == 3:
             tokens = tokens[:, model.num_prefix_tokens :]
@@ -257,7 +295,8 @@ def _numbers(one: _Found) -> dict[str, Any]:
             "channel_std": found.channel_std.tolist(), "spectrum": found.spectrum.tolist(),
         }  # fmt: skip
     layers = [layer.numbers() for layer in one.layers]
-    return {"name": one.name, "grid": list(one.grid), "layers": layers, "features": features}
+    cost = {"seconds": one.cost.seconds, "peak_gib": one.cost.peak_gib}
+    return {"name": one.name, "grid": list(one.grid), "layers": layers, "features": features, "cost": cost}
 
 
 def _cka(first: _Found, second: _Found) -> dict[str, Any]:

@@ -43,7 +43,8 @@ def one_layer(map_NN: Tensor, heads: int = 1, prefix: int = 0) -> dict[str, Any]
 
 def seen(model: Any, pixels: Tensor) -> list[AttentionMap]:
     maps: list[AttentionMap] = []
-    look_at_attention(model, pixels, lambda _, attention: maps.append(attention))
+    with torch.no_grad():
+        look_at_attention(model, pixels, model(pixels), lambda _, attention: maps.append(attention))
     return maps
 
 
