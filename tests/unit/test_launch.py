@@ -1,0 +1,71 @@
+"""Runs started as processes: how they end, and which are not begun again."""
+
+import json
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from fd_scale.config import load_recipe, to_yaml
+from fd_scale.errors import UserError
+from fd_scale.launch import Launcher, OutOfTimeError, is_evaluated, is_of
+from fd_scale.models import resolved
+
+
+@pytest.fixture
+def program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """What is run in Python's place; a test writes it."""
+    file = tmp_path / "program"
+    file.touch(0o755)
+    monkeypatch.setattr(sys, "executable", str(file))
+    return file
+
+
+def test_a_run_of_ranks_and_settings(program: Path, tmp_path: Path) -> None:
+    program.write_text(f'#!/bin/sh\necho "$OMP_NUM_THREADS $@" > {tmp_path}/seen\n')
+    assert Launcher(num_ranks=2).run("distill", "a.yaml", tmp_path / "run", ["seed=1"]) == tmp_path / "run"
+    threads, *arguments = (tmp_path / "seen").read_text().split()
+    assert threads == "1"
+    assert arguments == [
+        "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "fd_scale", "distill", "a.yaml",
+        f"run_dir={tmp_path}/run", "seed=1",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("end", ["exit 75", "kill -TERM $$"])
+def test_a_run_that_was_preempted(program: Path, tmp_path: Path, end: str) -> None:
+    program.write_text(f"#!/bin/sh\n{end}\n")
+    with pytest.raises(
+        OutOfTimeError, match="run: not complete when the time was up; the same command goes on"
+    ):
+        Launcher().run("distill", "a.yaml", tmp_path / "run", [])
+
+
+def test_the_time_is_up_while_it_runs(program: Path, tmp_path: Path) -> None:
+    program.write_text('#!/bin/sh\ntrap "exit 75" TERM\nwhile true; do sleep 0.05; done\n')
+    with pytest.raises(OutOfTimeError):
+        Launcher(end=time.monotonic() + 0.3).run("distill", "a.yaml", tmp_path / "run", [])
+
+
+def test_what_a_run_that_failed_said(program: Path, tmp_path: Path) -> None:
+    program.write_text("#!/bin/sh\necho the reason >&2\nexit 2\n")
+    with pytest.raises(
+        UserError, match=r"`fd-scale distill a\.yaml run_dir=.*` ended with code 2: the reason"
+    ):
+        Launcher().run("distill", "a.yaml", tmp_path / "run", [])
+
+
+def test_which_runs_are_complete(tmp_path: Path) -> None:
+    settings = ["data.evaluation=digits:test", "train.steps=3", "train.epochs=null", "model.weights=null"]
+    settings += ["optim.warmup_epochs=0"]
+    recipe = resolved(load_recipe("digits/finetune", [*settings, f"run_dir={tmp_path}"]))
+    assert not is_of(tmp_path, "digits/finetune", settings)
+    (tmp_path / "recipe.yaml").write_text(to_yaml(recipe))
+    assert is_of(tmp_path, "digits/finetune", settings)
+    assert not is_of(tmp_path, "digits/finetune", [*settings, "optim.lr=0.5"])
+    for step, complete in ((2, False), (3, True)):
+        line = json.dumps({"kind": "evaluation", "step": step, "top1": 0.5})
+        (tmp_path / "metrics.jsonl").write_text(f"{line}\n")
+        assert is_evaluated(tmp_path, "digits/finetune", settings) == complete
+    assert not is_evaluated(tmp_path, "digits/finetune", [*settings, "seed=7"])
