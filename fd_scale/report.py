@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import html
 import io
 import json
@@ -24,6 +23,7 @@ from fd_scale.checkpoint import write_atomically
 from fd_scale.config import to_dict
 from fd_scale.errors import UserError
 from fd_scale.metrics import read_metrics
+from fd_scale.page import document, grid, picture, table
 
 SMOOTHED_LINES = 10
 """Lines of metrics, at most, over which a training curve's mean goes: a tenth of all."""
@@ -31,15 +31,6 @@ _TRAINING = {
     "loss": "training loss", "grad_norm": "norm of the gradient", "learning_rate": "learning rate",
     "images_per_s": "images/s", "memory_peak_gib": "peak of memory, GiB",
 }  # fmt: skip
-_STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; margin: 0 auto; max-width: 75rem; padding: 1rem; color: #222; }
-h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; border-bottom: 1px solid #ccc; margin-top: 2rem; }
-.curves { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(24rem, 100%), 1fr)); gap: 1rem; }
-figure { margin: 0; } figcaption { font-size: .85rem; color: #555; } img { max-width: 100%; height: auto; }
-.wide { overflow-x: auto; } table { border-collapse: collapse; font-size: .85rem; }
-td, th { border: 1px solid #ddd; padding: .15rem .5rem; text-align: left; overflow-wrap: anywhere; }
-td:first-child { white-space: nowrap; }
-"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,23 +76,17 @@ def report(run_dirs: Sequence[str], out: str | Path | None) -> Path:
     runs = [_read(Path(folder), run_dirs) for folder in run_dirs]
     body = [
         f"<h1>{html.escape(', '.join(run.name for run in runs))}</h1>",
-        "<h2>Results</h2>", _table(_results(runs)),
-        "<h2>Curves</h2>", _grid(_curves(runs)),
+        "<h2>Results</h2>", table(_results(runs)),
+        "<h2>Curves</h2>", grid(_curves(runs)),
         *_pictures(runs),
-        "<h2>Settings</h2>" + (_note(runs)), _table(_settings(runs)),
-        "<h2>Where it ran</h2>", _table(_side_by_side(runs, [run.environment for run in runs])),
-        "<h2>Kernels</h2>", _table([["run", "path"], *([run.name, line] for run in runs for line in run.kernels)]),
-        "<h2>Checkpoints</h2>", _table(_checkpoints(runs)),
+        "<h2>Settings</h2>" + (_note(runs)), table(_settings(runs)),
+        "<h2>Where it ran</h2>", table(_side_by_side(runs, [run.environment for run in runs])),
+        "<h2>Kernels</h2>", table([["run", "path"], *([run.name, line] for run in runs for line in run.kernels)]),
+        "<h2>Checkpoints</h2>", table(_checkpoints(runs)),
     ]  # fmt: skip
-    head = (
-        f"<meta charset='utf-8'><meta name='viewport' content='width=device-width, initial-scale=1'>"
-        f"<title>{html.escape(runs[0].name)}</title><style>{_STYLE}</style>"
-    )
     try:
         page.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(
-            page, f"<!doctype html><html lang='en'><head>{head}</head><body>{''.join(body)}</body></html>\n"
-        )
+        write_atomically(page, document(runs[0].name, body))
         numbers = [
             {"run": str(run.folder), "final": run.final, "recipe": run.recipe, "environment": run.environment}
             for run in runs
@@ -185,9 +170,8 @@ def _curve(series: Sequence[tuple[str, list[dict[str, Any]], str]], smooth: bool
     text = io.StringIO()
     figure.savefig(text, format="svg")
     plt.close(figure)
-    svg = text.getvalue()
     # As a picture of its own: the names inside one SVG would clash with those of the next.
-    return f"data:image/svg+xml;base64,{base64.b64encode(svg.encode()).decode()}"
+    return picture(text.getvalue().encode(), "svg+xml")
 
 
 def _pictures(runs: Sequence[Run]) -> list[str]:
@@ -199,16 +183,12 @@ def _pictures(runs: Sequence[Run]) -> list[str]:
         events.Reload()
         for tag in events.Tags()["images"]:
             event = events.Images(tag)[-1]
-            shown.append((f"{tag}, step {event.step}", _png(event.encoded_image_string)))
+            shown.append((f"{tag}, step {event.step}", picture(event.encoded_image_string)))
         for path in sorted((run.folder / "diagnosis").glob("*.png")):
-            shown.append((f"diagnosis: {path.stem}", _png(path.read_bytes())))
+            shown.append((f"diagnosis: {path.stem}", picture(path.read_bytes())))
         if shown:
-            found += [f"<h2>Pictures of {html.escape(run.name)}</h2>", _grid(shown)]
+            found += [f"<h2>Pictures of {html.escape(run.name)}</h2>", grid(shown)]
     return found
-
-
-def _png(data: bytes) -> str:
-    return f"data:image/png;base64,{base64.b64encode(data).decode()}"
 
 
 def _note(runs: Sequence[Run]) -> str:
@@ -235,22 +215,3 @@ def _checkpoints(runs: Sequence[Run]) -> list[list[str]]:
             sizes = (f"{line['bytes'] / 1e6:.1f}", f"{line['stall_s']:.2f}", f"{line['write_s']:.2f}")
             rows.append([run.name, str(line["step"]), *sizes])
     return rows
-
-
-def _table(rows: Sequence[Sequence[str]]) -> str:
-    if len(rows) < 2:
-        return "<p>Nothing is on record.</p>"
-    lines = []
-    for index, row in enumerate(rows):
-        tag = "th" if index == 0 else "td"
-        lines.append("<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in row) + "</tr>")
-    return f"<div class='wide'><table>{''.join(lines)}</table></div>"
-
-
-def _grid(pictures: Sequence[tuple[str, str]]) -> str:
-    figures = [
-        f"<figure><img src='{source}' alt='{html.escape(title, quote=True)}'><figcaption>{html.escape(title)}"
-        "</figcaption></figure>"
-        for title, source in pictures
-    ]
-    return f"<div class='curves'>{''.join(figures)}</div>"

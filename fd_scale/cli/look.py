@@ -13,7 +13,7 @@ def add_looking(verbs: Verbs) -> None:
         verbs, "diagnose", "attention and features of models, side by side: numbers and plots",
         "Attention distance, diversity of heads, average maps, share of the position bias, spectrum and CKA, over\n"
         "images of a source. MODEL is a run's folder, an exported one, teacher:RUN, or NAME@pretrained (@PATH,\n"
-        "@none) of any ViT or Swin. Writes diagnosis.json, PNG and SVG.",
+        "@none) of any ViT or Swin. Writes diagnosis.json, PNG, SVG and a page of all.",
         "  fd-scale diagnose runs/digits/distill teacher:runs/digits/distill\n"
         "  fd-scale diagnose vit_base_patch16_clip_224.openai@pretrained --images imagefolder:photos --out diagnosis",
     )  # fmt: skip

@@ -5,6 +5,7 @@ Shape legend: B = images, L = tokens, D = channels, R = rows (tokens of all imag
 
 from __future__ import annotations
 
+import html
 import json
 import logging
 import time
@@ -33,6 +34,7 @@ from fd_scale.errors import UserError
 from fd_scale.log import console
 from fd_scale.metrics import memory_gib
 from fd_scale.models import BACKBONE, Backbone, build_model, dtype_of, normalize, resolved_model
+from fd_scale.page import document, grid, picture, table
 
 logger = logging.getLogger(__name__)
 
@@ -98,7 +100,7 @@ class _Found:
 
 
 def diagnose(names: Sequence[str], out: str | Path | None, options: Options) -> dict[str, Any]:
-    """Writes diagnosis.json and plots, and returns what the file holds.
+    """Writes diagnosis.json, plots and a page of both, and returns what the first one holds.
 
     Args:
         names: each a run's folder, a folder that `export` wrote, `teacher:RUN` for the teacher of a distillation, or
@@ -131,7 +133,8 @@ def diagnose(names: Sequence[str], out: str | Path | None, options: Options) -> 
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_atomically(folder / "diagnosis.json", json.dumps(result, indent=1))
-        _draw(result, found, pictures[0], folder)
+        drawn = _draw(result, found, pictures[0], folder)
+        write_atomically(folder / "diagnosis.html", _page(result, drawn))
     except OSError as error:
         raise run_folder.not_writable(folder, error) from None
     return result
@@ -139,16 +142,17 @@ def diagnose(names: Sequence[str], out: str | Path | None, options: Options) -> 
 
 def show(result: dict[str, Any]) -> None:
     """Prints a table of means over layers and heads."""
-    table = Table(
-        "model",
-        "distance, px",
-        "similarity of heads",
-        "rank of a map",
-        "within one patch",
-        "bias",
-        "rank of features",
-        "s, x inference",
-    )
+    head, *rows = means(result)
+    shown = Table(*head)
+    for row in rows:
+        shown.add_row(*row)
+    console.print(shown)
+
+
+def means(result: dict[str, Any]) -> list[list[str]]:
+    """Returns a table of means over layers and heads, its head first."""
+    rows = [["model", "distance, px", "similarity of heads", "rank of a map", "within one patch", "bias",
+             "rank of features", "s, x inference"]]  # fmt: skip
     for model in result["models"]:
         layers = model["layers"]
 
@@ -158,11 +162,20 @@ def show(result: dict[str, Any]) -> None:
 
         keys = ("distance_px", "head_similarity", "effective_rank", "within_one_patch", "bias_share")
         plain, look = (model["cost"]["seconds"][name] for name in ("plain", "look"))
-        table.add_row(
-            model["name"], *map(mean, keys), f"{model['features']['raw']['effective_rank']:.3g}",
-            f"{plain + look:.1f}, {(plain + look) / plain:.2f}",
-        )  # fmt: skip
-    console.print(table)
+        rank = model["features"]["raw"]["effective_rank"]
+        took = f"{plain + look:.1f}, {(plain + look) / plain:.2f}"
+        rows.append([model["name"], *map(mean, keys), f"{rank:.3g}", took])
+    return rows
+
+
+def _page(result: dict[str, Any], drawn: Sequence[Path]) -> str:
+    names = [model["name"] for model in result["models"]]
+    of = f"{result['num_images']} images of {result['images']}, {result['precision']}"
+    shown = [(path.stem.replace("_", " "), picture(path.read_bytes())) for path in drawn]
+    return document(names[0], [
+        f"<h1>{html.escape(', '.join(names))}</h1><p>{html.escape(of)}</p>", "<h2>Means over layers and heads</h2>",
+        table(means(result)), "<h2>Layer by layer</h2>", grid(shown),
+    ])  # fmt: skip
 
 
 def _places(first: str, images: Any, out: str | Path | None) -> tuple[Any, Path]:
@@ -308,23 +321,24 @@ def _cka(first: _Found, second: _Found) -> dict[str, Any]:
     }
 
 
-def _draw(result: dict[str, Any], found: Sequence[_Found], images: np.ndarray, folder: Path) -> None:
+def _draw(result: dict[str, Any], found: Sequence[_Found], images: np.ndarray, folder: Path) -> list[Path]:
     names = [one.name for one in found]
-    plots.distances(result["models"], folder)
-    plots.curves(result["models"], folder)
-    plots.spectra(result["models"], folder)
+    paths = [plots.curves(result["models"], folder), plots.distances(result["models"], folder)]
     drawn = [
         [layer.average_map.numpy() for layer in one.layers if layer.shape[0] * layer.shape[1] <= LARGEST_MAP]
         for one in found
     ]
     if all(drawn):
-        plots.average_maps(names, drawn, folder)
-    if result["cka"]:
-        plots.similarity(result["cka"], folder)
-    plots.colours(names, images, [_colours(one) for one in found], folder)
+        paths.append(plots.average_maps(names, drawn, folder))
     globally = [one for one in found if one.queries]
     if globally:
-        plots.query_maps([one.name for one in globally], images[0], [one.queries for one in globally], folder)
+        maps = [one.queries for one in globally]
+        paths.append(plots.query_maps([one.name for one in globally], images[0], maps, folder))
+    paths.append(plots.colours(names, images, [_colours(one) for one in found], folder))
+    paths.append(plots.spectra(result["models"], folder))
+    if result["cka"]:
+        paths.append(plots.similarity(result["cka"], folder))
+    return paths
 
 
 def _colours(one: _Found) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -218,6 +219,13 @@ def test_models_side_by_side(tmp_path: Path) -> None:
     ):
         for suffix in ("png", "svg"):
             assert (tmp_path / f"{name}.{suffix}").stat().st_size > 1000, name
+    page = (tmp_path / "diagnosis.html").read_text()
+    assert page.count("<img src='data:image/png;base64,") == 7
+    assert "<td>vit_tiny_patch16_224@none</td>" in page
+    assert not re.findall(r"(?:src|href)='(?!data:)", page), "it stands alone"
+    for model in found["models"]:
+        assert min(model["cost"]["seconds"].values()) > 0
+        assert model["cost"]["peak_gib"]["look"] >= model["cost"]["peak_gib"]["plain"] > 0
 
 
 @pytest.mark.parametrize(
