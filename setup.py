@@ -54,7 +54,7 @@ setup(
     + ["fd_ds_configs", "fd_slurm"],
     package_dir={"fd_kernels": "kernels/fd_kernels", "fd_ds_configs": "ds_configs", "fd_slurm": "slurm"},
     package_data={
-        "fd_scale": ["recipes/**/*.yaml", "py.typed"],
+        "fd_scale": ["data/*.txt", "recipes/**/*.yaml", "py.typed"],
         "fd_kernels": ["py.typed"],
         "fd_ds_configs": ["*.json"],
         "fd_slurm": ["*.sbatch", "*.sh", "*.example"],

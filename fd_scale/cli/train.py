@@ -16,7 +16,10 @@ PREEMPTED = os.EX_TEMPFAIL
 TRAINING_VERBS = {
     "distill": (("distill",), "feature distillation of a teacher into a student"),
     "pretrain": (("contrastive",), "contrastive pre-training of a teacher, without labels"),
-    "finetune": (("classification", "linear_probe"), "fine-tuning on labels, or a linear probe"),
+    "finetune": (
+        ("classification", "linear_probe", "segmentation"),
+        "fine-tuning on labels or masks, or a linear probe",
+    ),
 }
 
 

@@ -34,6 +34,7 @@ from fd_scale.config.tasks import (
     ContrastiveConfig,
     DistillConfig,
     LinearProbeConfig,
+    SegmentationConfig,
     TeacherConfig,
 )
 
@@ -53,6 +54,7 @@ __all__ = [
     "ModelConfig",
     "OptimConfig",
     "Recipe",
+    "SegmentationConfig",
     "SourceConfig",
     "TeacherConfig",
     "TrainConfig",

@@ -30,6 +30,7 @@ from fd_scale.config.tasks import (
     ContrastiveConfig,
     DistillConfig,
     LinearProbeConfig,
+    SegmentationConfig,
     TeacherConfig,
 )
 from fd_scale.errors import UserError
@@ -41,6 +42,7 @@ _SECTIONS: dict[str, Any] = {
     "distill": DistillConfig,
     "distill.teachers.0": TeacherConfig, "contrastive": ContrastiveConfig,
     "classification": ClassificationConfig, "linear_probe": LinearProbeConfig,
+    "segmentation": SegmentationConfig,
 }  # fmt: skip
 
 

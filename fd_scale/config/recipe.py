@@ -15,17 +15,23 @@ from fd_scale.config.sections import (
     TrainConfig,
     WatchConfig,
 )
-from fd_scale.config.tasks import ClassificationConfig, ContrastiveConfig, DistillConfig, LinearProbeConfig
+from fd_scale.config.tasks import (
+    ClassificationConfig,
+    ContrastiveConfig,
+    DistillConfig,
+    LinearProbeConfig,
+    SegmentationConfig,
+)
 from fd_scale.errors import UserError
 
-TASKS = ("distill", "contrastive", "classification", "linear_probe")
+TASKS = ("distill", "contrastive", "classification", "linear_probe", "segmentation")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Recipe:
     """All that defines a run."""
 
-    task: Literal["distill", "contrastive", "classification", "linear_probe"]
+    task: Literal["distill", "contrastive", "classification", "linear_probe", "segmentation"]
     """What is trained; the section of the same name holds its settings."""
     run_dir: str
     """Folder of the run: made where absent, resumed where it holds a checkpoint."""
@@ -42,6 +48,7 @@ class Recipe:
     contrastive: ContrastiveConfig | None = None
     classification: ClassificationConfig | None = None
     linear_probe: LinearProbeConfig | None = None
+    segmentation: SegmentationConfig | None = None
 
     def __post_init__(self) -> None:
         for name in TASKS:
@@ -65,7 +72,7 @@ class Recipe:
                 "source; remove data.evaluation"
             )
         plain = self.data.interpolation == "bilinear" and not (self.data.rand_augment or self.data.erasing)
-        if (self.contrastive is not None or self.linear_probe is not None) and not plain:
+        if self.task in ("contrastive", "linear_probe", "segmentation") and not plain:
             raise UserError(
                 f"data.interpolation, data.rand_augment, data.erasing: task {self.task} cuts its views otherwise; "
                 "remove them"
