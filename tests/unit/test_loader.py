@@ -113,7 +113,7 @@ def test_batches_have_the_promised_form(source: Source) -> None:
 def test_labels_belong_to_the_images(source: Source) -> None:
     for batch in join(take(make_loader(source, transform=WHOLE), 1)[0]), *evaluate(source, 31, 0, 1):
         for image, label in zip(batch.images, batch.labels, strict=True):
-            assert torch.equal(image, WHOLE(source.read(int(label))[0]))
+            assert torch.equal(image, WHOLE(*source.read(int(label)))[0])
 
 
 def test_an_epoch_has_no_sample_twice_and_epochs_differ(source: Source) -> None:
