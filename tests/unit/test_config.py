@@ -160,8 +160,8 @@ def test_every_limit_is_in_the_table_above() -> None:
         "distill.teachers.0.target", "distill.teachers.0.projector", "distill.teachers.0.partitioned",
         "distill.loss", "contrastive.jitter",
         "classification.head_init_scale", "log.profile", "train.compile", "data.interpolation", "data.rand_augment",
-        "optim.schedule", "segmentation.head", "segmentation.norm", "segmentation.photometric", "segmentation.inference",
-        "segmentation.flip_too",
+        "optim.schedule", "segmentation.head", "segmentation.norm", "segmentation.photometric",
+        "segmentation.inference", "segmentation.flip_too",
     }  # fmt: skip
     assert tested | free == leaves(Recipe)
 

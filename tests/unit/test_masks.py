@@ -82,7 +82,9 @@ def test_a_mask_that_does_not_fit_names_its_file(tmp_path: Path, write_shapes: W
     source = open_source(write_shapes(tmp_path, count=4))
     width, height = source.read(0)[0].size
     Image.new("L", (width + 1, height)).save(tmp_path / "masks/0.png")
-    with pytest.raises(DecodeError, match=rf"masks/0.png is {width + 1} x {height} px, and the image {width} x {height}"):
+    with pytest.raises(
+        DecodeError, match=rf"masks/0.png is {width + 1} x {height} px, and the image {width} x {height}"
+    ):
         source.read(0)
     Image.new("L", source.read(1)[0].size, 3).save(tmp_path / "masks/1.png")
     with pytest.raises(DecodeError, match=r"masks/1.png has the value 3, which is none of the 3 classes"):

@@ -71,7 +71,8 @@ def test_heads_equal_transformers() -> None:
     )
     generator = torch.Generator().manual_seed(1)
     maps = [
-        torch.randn(2, width, side, side + 2, generator=generator) for width, side in zip(widths, sides, strict=True)
+        torch.randn(2, width, side, side + 2, generator=generator)
+        for width, side in zip(widths, sides, strict=True)
     ]
     pairs: list[tuple[nn.Module, nn.Module, Any, Any]] = [
         (UPerNetHead(widths, 16, 5, NORMS["batch"]), uper.UperNetHead(config, widths), maps, maps),
@@ -124,7 +125,10 @@ def test_the_maps_are_the_layers() -> None:
     vit = create_model("fd_vit_tiny_patch16", img_size=64, embed_dim=32, depth=12, num_heads=2)
     pyramid = Pyramid(vit, None, NORMS["group"])
     assert pyramid.layers == [2, 5, 8, 11]
-    shapes = [tuple(map_.shape[2:]) for map_ in pyramid(vit.intermediates(torch.randn(1, 3, 64, 64), [2, 5, 8, 11]), 64, 64)]
+    shapes = [
+        tuple(map_.shape[2:])
+        for map_ in pyramid(vit.intermediates(torch.randn(1, 3, 64, 64), [2, 5, 8, 11]), 64, 64)
+    ]
     assert shapes == [(16, 16), (8, 8), (4, 4), (2, 2)]
     with pytest.raises(UserError, match=r"segmentation.layers: a hierarchical model gives all"):
         Pyramid(model, [0, 1, 2, 2], NORMS["group"])
@@ -236,7 +240,9 @@ def test_a_window_that_covers_the_image_is_the_whole_image() -> None:
     segment, pixels = network(), image(16, 16)
     covered = predictor(stride=1 / 3)(pixels, segment)
     assert torch.equal(covered, predictor(whole=True)(pixels, segment))
-    assert torch.equal(covered, F.interpolate(segment(pixels[None].float()), size=16, mode="bilinear")[0].argmax(0))
+    assert torch.equal(
+        covered, F.interpolate(segment(pixels[None].float()), size=16, mode="bilinear")[0].argmax(0)
+    )
 
 
 def test_windows_cover_a_length() -> None:
@@ -294,10 +300,15 @@ def test_pictures(make_recipe: Any, write_shapes: Any, tmp_path: Any) -> None:
     page = overlay(Image.new("RGB", (30, 20), "white"), np.zeros((20, 30), dtype=np.uint8), ["ground"])
     assert page.width > 60
     assert page.getpixel((3, 3)) == tuple((255 + value) // 2 for value in colours()[0].tolist())
-    recipe = make_recipe("segmentation", data__train=write_shapes(tmp_path / "shapes"), segmentation__num_classes=3)
+    recipe = make_recipe(
+        "segmentation", data__train=write_shapes(tmp_path / "shapes"), segmentation__num_classes=3
+    )
     task = build_task(recipe, None)
     batch = Batch(
-        torch.zeros(6, 3, 24, 24, dtype=torch.uint8), torch.ones(6, 24, 24, dtype=torch.uint8), torch.arange(6), 0
+        torch.zeros(6, 3, 24, 24, dtype=torch.uint8),
+        torch.ones(6, 24, 24, dtype=torch.uint8),
+        torch.arange(6),
+        0,
     )
     pictures = task.pictures(batch, task.module(**task.inputs(batch)))
     assert pictures["image_truth_prediction_error"].shape == (4, 24, 4 * 24, 3)

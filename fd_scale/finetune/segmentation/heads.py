@@ -26,8 +26,11 @@ class BatchNorm(nn.SyncBatchNorm):
 
 
 def group_norm(channels: int) -> nn.Module:
-    """Returns GroupNorm of 32 groups, or as many as divide the channels."""
-    return nn.GroupNorm(math.gcd(32, channels), channels)
+    """Returns GroupNorm of 32 groups, or of fewer: a group of one channel would make 0 of a map pooled to one place."""
+    groups = math.gcd(32, channels)
+    while groups > 1 and channels // groups < 4:
+        groups //= 2
+    return nn.GroupNorm(groups, channels)
 
 
 NORMS: dict[str, MakeNorm] = {"batch": BatchNorm, "group": group_norm}
