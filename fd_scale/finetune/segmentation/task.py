@@ -67,6 +67,11 @@ class SegmentationTask:
                 f"segmentation.norm: batch takes statistics over ranks, which torch does on GPUs alone; here are "
                 f"{world.size} ranks on {world.device.type}, set it to group"
             )
+        if self.config.norm == "batch" and loader.micro_batch * world.size == 1:
+            raise UserError(
+                "segmentation.norm: batch has no statistics of a single image, whose pooled map is one place; set it to "
+                "group, or train.micro_batch to 2 or more"
+            )
 
     def counts(self, batch: Batch) -> dict[str, float]:
         """Both losses go over the pixels with a class."""
