@@ -21,6 +21,7 @@ from fd_scale.finetune.segmentation.module import cross_entropy_sum
 from fd_scale.finetune.segmentation.pictures import colours, error_map, overlay
 from fd_scale.models import create_model
 from fd_scale.models.pyramid import Pyramid
+from fd_scale.plan.counts import Meter
 
 ALONE = World(rank=0, local_rank=0, size=1, device=torch.device("cpu"))
 SWIN = {"patch_size": 4, "embed_dim": 16, "depths": [1, 1, 1], "num_heads": [1, 2, 4], "window_size": 4}
@@ -312,3 +313,18 @@ def test_pictures(make_recipe: Any, write_shapes: Any, tmp_path: Any) -> None:
     )
     pictures = task.pictures(batch, task.module(**task.inputs(batch)))
     assert pictures["image_truth_prediction_error"].shape == (4, 24, 4 * 24, 3)
+
+
+@pytest.mark.parametrize("side", [512, 4096])
+def test_memory_does_not_grow_with_classes_times_pixels(side: int) -> None:
+    """Counted on the meta device; all scores of 4096 x 4096 pixels would take 9.4 GiB."""
+    pixels = torch.zeros(3, side, side, dtype=torch.uint8, device="meta")
+    settings = predictor(num_classes=150, side=512, stride=2 / 3)
+
+    def segment(images_BCHW: Tensor) -> Tensor:
+        return torch.zeros(len(images_BCHW), 150, 128, 128, device="meta")
+
+    with Meter([pixels]) as meter:
+        assert settings(pixels, segment).shape == (side, side)
+    # Four to five tensors of a band, the image in fp32, and logits of two rows of windows.
+    assert meter.peak < 1.4 * 2**30

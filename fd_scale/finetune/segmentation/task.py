@@ -69,7 +69,7 @@ class SegmentationTask:
             )
         if self.config.norm == "batch" and loader.micro_batch * world.size == 1:
             raise UserError(
-                "segmentation.norm: batch has no statistics of a single image, whose pooled map is one place; set it to "
+                "segmentation.norm: batch has no statistics of one image, whose pooled map is one place; set it to "
                 "group, or train.micro_batch to 2 or more"
             )
 
