@@ -8,6 +8,7 @@ from typing import Any
 import cases
 import numpy as np
 import pytest
+from PIL import Image
 from ranks import run_ranks
 
 Values = Callable[..., dict[str, Any]]
@@ -54,6 +55,7 @@ def test_two_ranks_equal_one(values: Values, stage: int, checkpointing: str, mod
     np.testing.assert_allclose(found[:, 0], expected[:, 0], rtol=1e-5)
     np.testing.assert_allclose(found[:, 1], expected[:, 1], rtol=1e-4)
     assert len(set(expected[:, 0])) == 4
+    assert 0.5 < expected[0, 0] < 2, "about 1.4 ln 3: a mean over pixels"
     metrics = [cases.read_metrics(Path(run["run_dir"]), "evaluation")[-1] for run in (together, alone)]
     # A pixel between two classes may go either way.
     assert metrics[0]["miou"] == pytest.approx(metrics[1]["miou"], abs=1e-3)
@@ -70,6 +72,8 @@ def test_evaluate_gives_the_metrics_of_the_run(values: Values) -> None:
     assert {name: found[name] for name in ("miou", "macc", "aacc")} == {
         name: logged[name] for name in ("miou", "macc", "aacc")
     }
+    masks = [np.asarray(Image.open(path)) for path in Path(run["data"]["train"][6:]).glob("masks/*.png")]
+    assert found["pixels"] == sum(int((mask != 255).sum()) for mask in masks), "each image once"
     assert [entry["name"] for entry in found["classes"]] == ["ground", "disc", "square"]
     assert json.loads((Path(run["run_dir"]) / "evaluations/step_00000002.json").read_text()) == found
     # Swin V2 has the same weights for any window.
