@@ -157,7 +157,7 @@ def _to_evaluate(recipe: Recipe) -> tuple[Task, Recipe, World]:
 
 
 def predict(
-    path: str | Path, images: str | Path, out: str | Path, overrides: Sequence[str] = ()
+    path: str | Path, images: str | Path, out: str | Path, overrides: Sequence[str] = (), masks: bool = False
 ) -> list[Path]:
     """Writes what a segmentation's checkpoint makes of images, a picture each.
 
@@ -166,6 +166,7 @@ def predict(
         images: an image file, or a folder of them.
         out: folder of the pictures.
         overrides: `key=value` settings that replace the recipe's, e.g. `segmentation.flip_too=true`.
+        masks: whether masks are wanted in place of pictures, see `fd_scale.predict.predict_images`.
 
     Returns:
         The pictures.
@@ -184,7 +185,7 @@ def predict(
     task, recipe, world = _to_evaluate(recipe)
     assert isinstance(task, SegmentationTask), "the recipe's task"
     restore(task, recipe, checkpoint, world)
-    return predict_images(task, class_names_of(recipe), Path(images), Path(out), world.device)
+    return predict_images(task, class_names_of(recipe), Path(images), Path(out), world.device, masks)
 
 
 def plan(recipe: Recipe, gpu: str, num_gpus: int, images: int | None = None) -> Plan:

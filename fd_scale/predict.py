@@ -5,7 +5,9 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torchvision.transforms.v2.functional import pil_to_tensor
 
@@ -36,9 +38,14 @@ def images_below(path: Path) -> list[Path]:
 
 
 def predict_images(
-    task: SegmentationTask, class_names: list[str] | None, path: Path, out: Path, device: torch.device
+    task: SegmentationTask,
+    class_names: list[str] | None,
+    path: Path,
+    out: Path,
+    device: torch.device,
+    masks: bool = False,
 ) -> list[Path]:
-    """Writes a picture for each image, named OUT/NAME.png: it, under the colours of its classes, and a legend.
+    """Writes a PNG file for each image: it, under the colours of its classes, and a legend; or its mask.
 
     Args:
         task: with its trained weights, in eval mode on the device.
@@ -46,38 +53,44 @@ def predict_images(
         path: an image or a folder.
         out: folder of the pictures; those of sub-folders lie in sub-folders.
         device: of the module.
+        masks: whether masks are wanted, 8-bit grey, classes counted from 1, as the benchmark of ADE20K takes them.
 
     Returns:
         The pictures.
 
     Raises:
-        UserError: there are no images, one cannot be decoded, or nothing can be written.
+        UserError: there are no images, one cannot be decoded, two would be written to one file, or nothing can be.
     """
     names = class_names or [str(label) for label in range(task.num_classes)]
-    files, written = images_below(path), []
     root = path if path.is_dir() else path.parent
+    targets = {file: (out / file.relative_to(root)).with_suffix(".png") for file in images_below(path)}
+    if len(set(targets.values()) - set(targets)) < len(targets):
+        raise UserError(
+            f"--out {out}: a picture would take the place of an image, or of another picture; name another folder, and "
+            "files that differ in more than their suffix"
+        )
 
     def segment(images_BCHW: Tensor) -> Tensor:
         return task.module(images_BCHW=images_BCHW)["logits"]
 
-    for file in files:
+    for file, target in targets.items():
         try:
             image = decode(file.read_bytes())
         except (DecodeError, OSError) as error:
             raise UserError(f"{file}: cannot be decoded ({error}); repair or remove it") from None
         with torch.no_grad():
             classes_HW = task.predictor(pil_to_tensor(image).to(device), segment)
-        target = out / f"{file.relative_to(root)}.png"
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
-            overlay(image, classes_HW.cpu().numpy(), names).save(target)
+            mask_HW = classes_HW.cpu().numpy()
+            picture = Image.fromarray(mask_HW + np.uint8(1)) if masks else overlay(image, mask_HW, names)
+            picture.save(target)
         except OSError as error:
             raise UserError(
                 f"--out {out}: cannot be written ({error.strerror}); name another folder"
             ) from None
         logger.info("%s", target)
-        written.append(target)
-    return written
+    return list(targets.values())
 
 
 def class_names_of(recipe: Recipe) -> list[str] | None:

@@ -64,6 +64,11 @@ def add_looking(verbs: Verbs) -> None:
     predict.add_argument(
         "overrides", metavar="key=value", nargs="*", help="settings that replace the recipe's"
     )
+    predict.add_argument(
+        "--masks",
+        action="store_true",
+        help="grey PNG files, classes from 1 on, as the benchmark of ADE20K takes them",
+    )
     predict.set_defaults(run=_predict)
 
     report = add_verb(
@@ -102,7 +107,7 @@ def _landscape(options: argparse.Namespace) -> None:
 def _predict(options: argparse.Namespace) -> None:
     from fd_scale import api
 
-    written = api.predict(options.run_dir, options.images, options.out, options.overrides)
+    written = api.predict(options.run_dir, options.images, options.out, options.overrides, options.masks)
     print(f"{len(written)} pictures in {options.out}")
 
 

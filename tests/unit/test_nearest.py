@@ -28,7 +28,7 @@ def thumbnails(batch: Batch) -> torch.Tensor:
 
 def features_of(part: EvaluationSet) -> tuple[np.ndarray, np.ndarray]:
     samples = [part.source.read(sample_id) for sample_id in range(len(part.source))]
-    stacked = torch.stack([part.transform(image) for image, _ in samples])
+    stacked = torch.stack([part.transform(*sample)[0] for sample in samples])
     labels = torch.tensor([label for _, label in samples])
     return thumbnails(Batch(stacked, labels, labels, 0)).double().numpy(), labels.numpy()
 

@@ -63,7 +63,9 @@ def to_theirs(name: str) -> str:
 
 
 def test_heads_equal_transformers() -> None:
-    uper = pytest.importorskip("transformers.models.upernet.modeling_upernet", reason="needs the extra [hf]")
+    theirs_of = pytest.importorskip(
+        "transformers.models.upernet.modeling_upernet", reason="needs the extra [hf]"
+    )
     from transformers import UperNetConfig
 
     widths, sides = [8, 16, 32, 64], [24, 12, 6, 3]
@@ -76,8 +78,8 @@ def test_heads_equal_transformers() -> None:
         for width, side in zip(widths, sides, strict=True)
     ]
     pairs: list[tuple[nn.Module, nn.Module, Any, Any]] = [
-        (UPerNetHead(widths, 16, 5, NORMS["batch"]), uper.UperNetHead(config, widths), maps, maps),
-        (FCNHead(32, 12, 5, NORMS["batch"]), uper.UperNetFCNHead(config, widths), maps[2], maps),
+        (UPerNetHead(widths, 16, 5, NORMS["batch"]), theirs_of.UperNetHead(config, widths), maps, maps),
+        (FCNHead(32, 12, 5, NORMS["batch"]), theirs_of.UperNetFCNHead(config, widths), maps[2], maps),
     ]
     for ours, theirs, given, given_theirs in pairs:
         randomise(ours)
