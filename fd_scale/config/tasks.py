@@ -169,8 +169,8 @@ class SegmentationConfig:
     auxiliary_weight: float = 0.4
     """Factor of the loss of an auxiliary head on the last layer but one; 0: no such head."""
     norm: Literal["batch", "group"] = "group"
-    """Normalisation inside the head. `group` trains alike on any number of ranks; `batch` takes its statistics over the
-    micro-batches of all ranks, which needs GPUs where there are several."""
+    """Normalisation inside the head. `group` trains alike on any number of ranks; `batch` where micro-batch times ranks
+    is the same, over which its statistics go."""
     resize: tuple[float, float] = (0.5, 2.0)
     """Shorter side of a randomly resized training image, as a factor of model.img_size; then a square is cut."""
     max_class_share: float = 0.75

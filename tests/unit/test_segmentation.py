@@ -92,6 +92,34 @@ def test_heads_equal_transformers() -> None:
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
+def test_batch_norm_equals_torch() -> None:
+    ours, theirs = NORMS["batch"](6), nn.BatchNorm2d(6)
+    randomise(theirs)
+    ours.load_state_dict(theirs.state_dict())
+    torch.manual_seed(0)
+    for _ in range(3):
+        x = torch.randn(4, 6, 3, 5) * 3 + 1
+        given, given_theirs = x.clone().requires_grad_(), x.clone().requires_grad_()
+        found, expected = ours(given), theirs(given_theirs)
+        weights = torch.randn_like(x)
+        (found * weights).sum().backward()
+        (expected * weights).sum().backward()
+        for pair in (
+            (found, expected),
+            (given.grad, given_theirs.grad),
+            (ours.weight.grad, theirs.weight.grad),
+        ):
+            torch.testing.assert_close(*pair, rtol=1e-4, atol=1e-5)  # fp32 sums in another order
+    torch.testing.assert_close(ours.running_mean, theirs.running_mean)
+    torch.testing.assert_close(ours.running_var, theirs.running_var)
+    torch.testing.assert_close(ours.eval()(x), theirs.eval()(x), rtol=1e-5, atol=1e-5)
+    statistics = ours.running_var.clone()
+    ours.to(torch.bfloat16)
+    assert (ours.weight.dtype, ours.running_var.dtype) == (torch.bfloat16, torch.float32)
+    assert torch.equal(ours.running_var, statistics)
+    assert ours(x.bfloat16()).dtype == torch.bfloat16
+
+
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("head", ["upernet", "linear"])
 def test_every_parameter_learns(name: str, head: Any) -> None:

@@ -9,20 +9,58 @@ import math
 from collections.abc import Callable, Sequence
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.nn.functional import all_reduce
 
 POOLED_SIDES = (1, 2, 3, 6)
 MakeNorm = Callable[[int], nn.Module]
 
 
-class BatchNorm(nn.SyncBatchNorm):
-    """BatchNorm over the micro-batches of all ranks; on a CPU, which torch does not serve, of this rank."""
+class BatchNorm(nn.BatchNorm2d):
+    """BatchNorm over the micro-batches of all ranks, on any device, in fp32 whatever the weights are in.
+
+    torch's SyncBatchNorm serves GPUs alone. All ranks have maps of one shape here: a mean of means is the mean.
+
+    Source: Ioffe and Szegedy 2015 (arXiv:1502.03167), algorithm 1.
+    """
+
+    running_mean: Tensor
+    running_var: Tensor
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.device.type == "cuda":
-            return super().forward(x)
-        return nn.modules.batchnorm._BatchNorm.forward(self, x)
+        x_BDhw = x.float()
+        mean_D, var_D = self.running_mean, self.running_var
+        if self.training:
+            # A plan on the meta device may be made by one rank of several.
+            ranks = dist.get_world_size() if dist.is_initialized() and not x.is_meta else 1
+            mean_D = _mean_over_ranks(x_BDhw.mean((0, 2, 3)), ranks)
+            var_D = _mean_over_ranks((x_BDhw - mean_D[:, None, None]).square().mean((0, 2, 3)), ranks)
+            self._remember(mean_D.detach(), var_D.detach(), ranks * x[:, 0].numel())
+        scale_D = self.weight.float() * (var_D + self.eps).rsqrt()
+        shift_D = self.bias.float() - mean_D * scale_D
+        return (x_BDhw * scale_D[:, None, None] + shift_D[:, None, None]).to(x.dtype)
+
+    def _remember(self, mean_D: Tensor, var_D: Tensor, count: int) -> None:
+        assert self.momentum is not None, "torch's default"
+        with torch.no_grad():
+            self.running_mean.lerp_(mean_D, self.momentum)
+            self.running_var.lerp_(var_D * (count / max(count - 1, 1)), self.momentum)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> BatchNorm:
+        """As `nn.Module`; the statistics stay in fp32, which small changes of them need."""
+        before = (self.running_mean, self.running_var)
+        super()._apply(fn, recurse)
+        self.running_mean, self.running_var = (
+            old.to(new.device) if new.dtype != old.dtype else new
+            for old, new in zip(before, (self.running_mean, self.running_var), strict=True)
+        )
+        return self
+
+
+def _mean_over_ranks(x_D: Tensor, ranks: int) -> Tensor:
+    return x_D if ranks == 1 else all_reduce(x_D) / ranks
 
 
 def group_norm(channels: int) -> nn.Module:

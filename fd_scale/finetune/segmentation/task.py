@@ -60,13 +60,8 @@ class SegmentationTask:
         """There is nothing beside the module.
 
         Raises:
-            UserError: statistics over ranks are wanted where they cannot be had.
+            UserError: statistics are wanted of a single image.
         """
-        if self.config.norm == "batch" and world.size > 1 and world.device.type != "cuda":
-            raise UserError(
-                f"segmentation.norm: batch takes statistics over ranks, which torch does on GPUs alone; here are "
-                f"{world.size} ranks on {world.device.type}, set it to group"
-            )
         if self.config.norm == "batch" and loader.micro_batch * world.size == 1:
             raise UserError(
                 "segmentation.norm: batch has no statistics of one image, whose pooled map is one place; set it to "

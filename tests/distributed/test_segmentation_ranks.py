@@ -33,11 +33,13 @@ def values(recipe_values: Values, write_shapes: Callable[..., str], tmp_path: Pa
 
 
 @pytest.mark.parametrize(
-    ("stage", "checkpointing", "model"),
-    [(1, "none", None), (3, "block", None), (3, "none", "fd_vit_tiny_patch16")],
+    ("stage", "checkpointing", "norm", "model"),
+    [(1, "none", "group", None), (3, "block", "batch", None), (3, "none", "group", "fd_vit_tiny_patch16")],
 )
-def test_two_ranks_equal_one(values: Values, stage: int, checkpointing: str, model: str | None) -> None:
-    changes: dict[str, Any] = {"train__steps": 4}
+def test_two_ranks_equal_one(
+    values: Values, stage: int, checkpointing: str, norm: str, model: str | None
+) -> None:
+    changes: dict[str, Any] = {"train__steps": 4, "segmentation__norm": norm}
     if model is not None:
         changes["model"] = {
             "name": model, "img_size": 32,
@@ -45,7 +47,7 @@ def test_two_ranks_equal_one(values: Values, stage: int, checkpointing: str, mod
         }  # fmt: skip
     alone = values("alone", train__micro_batch=8, **changes)
     together = values(
-        "together", train__ds_config=f"zero{stage}", train__micro_batch=2,
+        "together", train__ds_config=f"zero{stage}", train__micro_batch=2 if norm == "group" else 4,
         train__activation_checkpointing=checkpointing, **changes,
     )  # fmt: skip
     run_ranks(cases.train, 1, alone)
