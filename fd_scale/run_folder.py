@@ -28,7 +28,8 @@ _FREE_SETTINGS = (
     "run_dir", "checkpoint", "watch", "log", "data.train", "data.evaluation", "data.num_workers",
     "data.max_bad_fraction", "train.micro_batch", "train.device", "train.ds_config", "train.timeout_s",
     "train.activation_checkpointing", "train.checkpointing_period", "train.kernels", "train.compile",
-    "distill.knn_images",
+    "distill.knn_images", "segmentation.inference", "segmentation.stride", "segmentation.short_side",
+    "segmentation.scales", "segmentation.flip_too",
     "model.weights",
 )  # fmt: skip
 

@@ -8,6 +8,7 @@ Stage 0 has whole tensors in one file.
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -32,6 +33,8 @@ _CHUNK = 2**22
 """Elements that are read and written at once."""
 _NEIGHBOURS = 2**21
 """Bytes that Linux may map beside those that are read: a huge page."""
+_FEW_BYTES = 2**25
+"""A checkpoint of at most so many stays mapped while it is read."""
 _SAFETENSORS_DTYPES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
     torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
@@ -113,8 +116,12 @@ class Shards:
         self.zero: dict[str, Any] = self.model_states(0)["ds_config"].get("zero_optimization", {})
         """That section of the DeepSpeed JSON it was written with."""
         self._find(self.model_states(0))
-        # Mapped pages count as resident memory: they are let go after so many bytes.
-        self.most_touched = max(4 * shape.numel() for shape in self.shapes.values())
+        # Mapped pages count as resident memory: they are let go after so many bytes, unless all of them are few. To
+        # open a file takes a while for each tensor in it.
+        files = (*self.optimizer_files, *self.model_files)
+        largest = max(4 * shape.numel() for shape in self.shapes.values())
+        few = sum(file.stat().st_size for file in files) <= _FEW_BYTES
+        self.most_touched = math.inf if few else largest
 
     def _find(self, model: dict[str, Any]) -> None:
         whole = model["buffer_names"] if self.stage == 3 else list(model["module"])

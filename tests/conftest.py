@@ -6,7 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the ranks of a test share two cores
 
@@ -24,6 +26,7 @@ SECTIONS: dict[str, dict[str, Any]] = {
     "masked": {},
     "classification": {"head_init_scale": 1.0},
     "linear_probe": {"lr_factors": [0.1, 1.0, 10.0]},
+    "segmentation": {"channels": 16},
 }
 
 FINE_TUNING: dict[str, Any] = {
@@ -87,6 +90,35 @@ def values_in() -> Callable[..., dict[str, Any]]:
         return values
 
     return make
+
+
+@pytest.fixture(scope="session")
+def write_shapes() -> Callable[..., str]:
+    """Returns a function that writes images of coloured discs and squares with masks, and names them as a source.
+
+    Sizes differ; the share of ignored pixels grows from none in the first image to a third in the last.
+    """
+
+    def write(folder: Path, count: int = 8, seed: int = 0) -> str:
+        rng = np.random.default_rng(seed)
+        for part in ("images", "masks"):
+            (folder / part).mkdir(parents=True)
+        (folder / "classes.txt").write_text("ground\ndisc\nsquare\n")
+        for index in range(count):
+            height, width = (int(side) for side in rng.integers(24, 41, size=2))
+            mask = np.zeros((height, width), dtype=np.uint8)
+            rows, columns = np.ogrid[:height, :width]
+            top, left, radius = rng.integers(4, height - 12), rng.integers(4, width - 12), rng.integers(5, 9)
+            mask[(rows - top) ** 2 + (columns - left) ** 2 < radius**2] = 1
+            mask[top + 4 : top + 12, left + 4 : left + 12] = 2
+            colours = np.array([[60, 120, 60], [220, 60, 40], [50, 70, 210]])
+            pixels = colours[mask] + rng.integers(-20, 21, size=(height, width, 3))
+            mask[: height * index // (3 * count)] = 255
+            Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(folder / f"images/{index}.png")
+            Image.fromarray(mask).save(folder / f"masks/{index}.png")
+        return f"masks:{folder}"
+
+    return write
 
 
 @pytest.fixture

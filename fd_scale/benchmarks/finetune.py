@@ -38,7 +38,7 @@ from fd_scale.run_folder import environment
 WARM_UP_STEPS = 3
 
 
-class _Images(Dataset[tuple[Any, int]]):
+class _Images(Dataset[tuple[Any, Any]]):
     """A source as timm's loader takes it."""
 
     def __init__(self, source: Source) -> None:
@@ -48,7 +48,7 @@ class _Images(Dataset[tuple[Any, int]]):
     def __len__(self) -> int:
         return len(self.source)
 
-    def __getitem__(self, sample_id: int) -> tuple[Any, int]:
+    def __getitem__(self, sample_id: int) -> tuple[Any, Any]:
         image, label = self.source.read(sample_id)
         return self.transform(image), label
 

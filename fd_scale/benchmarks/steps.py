@@ -47,6 +47,7 @@ Sent = Callable[[], float]
 class Noise:
     """A source of images that are nowhere: noise, 224 px."""
 
+    has_masks = False
     class_names: list[str] | None = None
     num_classes = 0
     fingerprint = "noise"

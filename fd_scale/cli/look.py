@@ -8,7 +8,7 @@ from fd_scale.cli.parts import Verbs, add_verb
 
 
 def add_looking(verbs: Verbs) -> None:
-    """Adds `diagnose`, `landscape` and `report`."""
+    """Adds `diagnose`, `landscape`, `predict` and `report`."""
     diagnose = add_verb(
         verbs, "diagnose", "attention and features of models, side by side: numbers and plots",
         "Attention distance, diversity of heads, average maps, share of the position bias, spectrum and CKA, over\n"
@@ -52,6 +52,25 @@ def add_looking(verbs: Verbs) -> None:
     landscape.add_argument("--num-images", type=int, default=256, help="evenly spread ones (default: 256)")
     landscape.set_defaults(run=_landscape)
 
+    predict = add_verb(
+        verbs, "predict", "what a segmentation makes of images: overlays with a legend",
+        "Predicts an image, or all below a folder, as `evaluate` does, and writes OUT/NAME.png for each.",
+        "  fd-scale predict runs/ade20k/tiny photo.jpg --out predicted\n"
+        "  fd-scale predict runs/mine photos --out predicted segmentation.flip_too=true",
+    )  # fmt: skip
+    predict.add_argument("run_dir", metavar="RUN", help="folder of a run, or one of its checkpoints")
+    predict.add_argument("images", metavar="IMAGE", help="an image file, or a folder")
+    predict.add_argument("--out", metavar="DIR", required=True, help="folder of the pictures")
+    predict.add_argument(
+        "overrides", metavar="key=value", nargs="*", help="settings that replace the recipe's"
+    )
+    predict.add_argument(
+        "--masks",
+        action="store_true",
+        help="grey PNG files, classes from 1 on, as the benchmark of ADE20K takes them",
+    )
+    predict.set_defaults(run=_predict)
+
     report = add_verb(
         verbs, "report", "one page of a run, or of several side by side: curves, pictures, settings",
         "Writes a self-contained HTML page and its numbers as JSON; several runs share their curves, and the table of\n"
@@ -83,6 +102,13 @@ def _landscape(options: argparse.Namespace) -> None:
     found = api.landscape(options.run_dir, plane, options.overrides, options.num_images)
     middle = found["rows"][plane.points // 2][plane.points // 2]
     print(f"loss {middle['loss']:.5g}; largest eigenvalue of the Hessian {found['top_eigenvalue']:.5g}")
+
+
+def _predict(options: argparse.Namespace) -> None:
+    from fd_scale import api
+
+    written = api.predict(options.run_dir, options.images, options.out, options.overrides, options.masks)
+    print(f"{len(written)} pictures in {options.out}")
 
 
 def _report(options: argparse.Namespace) -> None:

@@ -16,7 +16,10 @@ TRAINING_VERBS = {
         ("contrastive", "masked"),
         "pre-training of a teacher without labels: contrastive, or masked images",
     ),
-    "finetune": (("classification", "linear_probe"), "fine-tuning on labels, or a linear probe"),
+    "finetune": (
+        ("classification", "linear_probe", "segmentation"),
+        "fine-tuning on labels or masks, or a linear probe",
+    ),
 }
 
 

@@ -35,6 +35,7 @@ from fd_scale.config.tasks import (
     DistillConfig,
     LinearProbeConfig,
     MaskedConfig,
+    SegmentationConfig,
     TeacherConfig,
 )
 
@@ -55,6 +56,7 @@ __all__ = [
     "ModelConfig",
     "OptimConfig",
     "Recipe",
+    "SegmentationConfig",
     "SourceConfig",
     "TeacherConfig",
     "TrainConfig",

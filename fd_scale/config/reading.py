@@ -31,6 +31,7 @@ from fd_scale.config.tasks import (
     DistillConfig,
     LinearProbeConfig,
     MaskedConfig,
+    SegmentationConfig,
     TeacherConfig,
 )
 from fd_scale.errors import UserError
@@ -42,6 +43,7 @@ _SECTIONS: dict[str, Any] = {
     "distill": DistillConfig,
     "distill.teachers.0": TeacherConfig, "contrastive": ContrastiveConfig, "masked": MaskedConfig,
     "classification": ClassificationConfig, "linear_probe": LinearProbeConfig,
+    "segmentation": SegmentationConfig,
 }  # fmt: skip
 
 

@@ -21,17 +21,18 @@ from fd_scale.config.tasks import (
     DistillConfig,
     LinearProbeConfig,
     MaskedConfig,
+    SegmentationConfig,
 )
 from fd_scale.errors import UserError
 
-TASKS = ("distill", "contrastive", "masked", "classification", "linear_probe")
+TASKS = ("distill", "contrastive", "masked", "classification", "linear_probe", "segmentation")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Recipe:
     """All that defines a run."""
 
-    task: Literal["distill", "contrastive", "masked", "classification", "linear_probe"]
+    task: Literal["distill", "contrastive", "masked", "classification", "linear_probe", "segmentation"]
     """What is trained; the section of the same name holds its settings."""
     run_dir: str
     """Folder of the run: made where absent, resumed where it holds a checkpoint."""
@@ -49,6 +50,7 @@ class Recipe:
     masked: MaskedConfig | None = None
     classification: ClassificationConfig | None = None
     linear_probe: LinearProbeConfig | None = None
+    segmentation: SegmentationConfig | None = None
 
     def __post_init__(self) -> None:
         for name in TASKS:
@@ -72,7 +74,7 @@ class Recipe:
                 "source; remove data.evaluation"
             )
         plain = self.data.interpolation == "bilinear" and not (self.data.rand_augment or self.data.erasing)
-        if (self.contrastive is not None or self.linear_probe is not None) and not plain:
+        if self.task in ("contrastive", "linear_probe", "segmentation") and not plain:
             raise UserError(
                 f"data.interpolation, data.rand_augment, data.erasing: task {self.task} cuts its views otherwise; "
                 "remove them"

@@ -125,14 +125,16 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OptimConfig:
-    """AdamW and its schedule: linear warm-up, then cosine, a value for every step."""
+    """AdamW and its schedule: linear warm-up, then a fall, a value for every step."""
 
     lr: float
     """Peak learning rate at this recipe's global batch (nothing is rescaled)."""
     warmup_lr: float = 0.0
     """Learning rate of the first step."""
     min_lr: float = 0.0
-    """Learning rate at the end of the cosine."""
+    """Learning rate at the end of the schedule."""
+    schedule: Literal["cosine", "linear"] = "cosine"
+    """How the learning rate falls behind the warm-up: half a cosine, or a straight line."""
     warmup_epochs: float = 0.0
     """Length of the warm-up where the run's length is given in epochs."""
     warmup_steps: int = 0

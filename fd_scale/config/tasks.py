@@ -169,3 +169,57 @@ class LinearProbeConfig:
             len(self.lr_factors) > 0 and 0 < min(self.lr_factors) <= max(self.lr_factors) < inf,
             "linear_probe.lr_factors", self.lr_factors, "positive numbers, at least one",
         )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SegmentationConfig:
+    """Semantic segmentation: a class for each pixel of images with masks."""
+
+    head: Literal["upernet", "linear"] = "upernet"
+    """`upernet`: pyramid pooling and a feature pyramid (arXiv 1807.10221); `linear`: one linear layer on all maps."""
+    num_classes: int | None = None
+    """Classes that the source must have; none: as many as it has. `plan` needs it where the data are elsewhere."""
+    layers: list[int] | None = None
+    """Four blocks of a ViT that feed the head, from 0 or from -1 backwards; none: at 1/4, 2/4, 3/4 and 4/4 of its
+    depth. A hierarchical model gives all of its stages."""
+    channels: int = 512
+    """Width of the UPerNet head; the auxiliary head has half of it."""
+    auxiliary_weight: float = 0.4
+    """Factor of the loss of an auxiliary head on the last layer but one; 0: no such head."""
+    norm: Literal["batch", "group"] = "group"
+    """Normalisation inside the head. `group` trains alike on any number of ranks; `batch` where micro-batch times ranks
+    is the same, over which its statistics go."""
+    resize: tuple[float, float] = (0.5, 2.0)
+    """Shorter side of a randomly resized training image, as a factor of model.img_size; then a square is cut."""
+    max_class_share: float = 0.75
+    """Largest share of one class in a training crop; ten places are tried."""
+    photometric: bool = True
+    """Whether brightness, contrast, saturation and hue of training images change at random."""
+    inference: Literal["slide", "whole"] = "slide"
+    """How an image is predicted: by windows of model.img_size, with the mean of their logits, or at once."""
+    stride: float = 2 / 3
+    """Step of the sliding windows, as a share of their side."""
+    short_side: int | None = None
+    """Shorter side to which an image is resized before it is predicted; 0: it stays as it is; none: model.img_size."""
+    scales: list[float] = field(default_factory=lambda: [1.0])
+    """Factors of that size; probabilities are averaged over all of them."""
+    flip_too: bool = False
+    """Whether the mirrored image is predicted as well, and averaged."""
+
+    def __post_init__(self) -> None:
+        def check(name: str, holds: bool, expected: str) -> None:
+            require(holds, f"segmentation.{name}", getattr(self, name), expected)
+
+        check("num_classes", self.num_classes is None or 2 <= self.num_classes <= 253, "2 to 253")
+        check("layers", self.layers is None or len(self.layers) == 4, "four layers, or none")
+        check("channels", self.channels > 1 and self.channels % 2 == 0, "an even number above 0")
+        check("auxiliary_weight", 0 <= self.auxiliary_weight < inf, "0 or more")
+        check("resize", 0 < self.resize[0] <= self.resize[1] < inf, "0 < smallest <= largest")
+        check("max_class_share", 0 < self.max_class_share <= 1, "a number above 0, at most 1")
+        check("stride", 0 < self.stride <= 1, "a number above 0, at most 1")
+        check("short_side", self.short_side is None or self.short_side >= 0, "0 or more pixels")
+        check(
+            "scales",
+            len(self.scales) > 0 and 0 < min(self.scales) <= max(self.scales) < inf,
+            "positive numbers",
+        )

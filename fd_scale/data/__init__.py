@@ -1,28 +1,39 @@
 """Images from disk to batches: sources, decoding, transforms, and a loader that resumes exactly."""
 
-from fd_scale.data.base import UNLABELLED, Source
+from fd_scale.data.base import IGNORED, UNLABELLED, Source
 from fd_scale.data.loader import Batch, TrainLoader, evaluation_batches
-from fd_scale.data.mixture import spread
-from fd_scale.data.sources import open_source
+from fd_scale.data.mask_transforms import fill_colour
+from fd_scale.data.mixture import spread, subset
+from fd_scale.data.sources import open_source, require_targets
 from fd_scale.data.transforms import (
+    ImageAlone,
     Transform,
+    View,
     contrastive_transform,
     evaluation_transform,
+    measuring_transform,
     training_transform,
     training_view,
 )
 
 __all__ = [
+    "IGNORED",
     "UNLABELLED",
     "Batch",
+    "ImageAlone",
     "Source",
     "TrainLoader",
     "Transform",
+    "View",
     "contrastive_transform",
     "evaluation_batches",
     "evaluation_transform",
+    "fill_colour",
+    "measuring_transform",
     "open_source",
+    "require_targets",
     "spread",
+    "subset",
     "training_transform",
     "training_view",
 ]

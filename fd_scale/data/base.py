@@ -16,6 +16,10 @@ from fd_scale import hub
 from fd_scale.errors import UserError
 
 UNLABELLED = -1
+"""Label of an image without one."""
+IGNORED = 255
+"""Class of a pixel without one."""
+Target = int | Image.Image
 IMAGE_SUFFIXES = frozenset(
     {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".jp2", ".avif"}
 )
@@ -31,6 +35,10 @@ class Source(Protocol):
     @property
     def class_names(self) -> list[str] | None:
         """Name of each label, or None where the data set does not tell."""
+
+    @property
+    def has_masks(self) -> bool:
+        """Whether the target of a sample is a mask, a class for each pixel, and not one label."""
 
     @property
     def num_classes(self) -> int:
@@ -51,11 +59,14 @@ class Source(Protocol):
     def key(self, sample_id: int) -> str:
         """Name of the sample within its source, wherever that lies: what lists of samples hold, a line each."""
 
-    def read(self, sample_id: int) -> tuple[Image.Image, int]:
-        """Returns the image, 8-bit RGB, and its label, `UNLABELLED` (-1) where it has none.
+    def read(self, sample_id: int) -> tuple[Image.Image, Target]:
+        """Returns the image, 8-bit RGB, and its target.
+
+        That is its label, `UNLABELLED` (-1) where it has none; or a mask of the image's size, 8-bit grey, of classes
+        and `IGNORED` (255).
 
         Raises:
-            DecodeError: the image cannot be decoded.
+            DecodeError: the image cannot be decoded, or its mask does not fit it.
         """
 
 

@@ -1,9 +1,10 @@
-"""Bytes of an image file to an 8-bit RGB image."""
+"""Bytes of an image file to an 8-bit RGB image, or to the numbers that a mask holds."""
 
 import io
 import struct
 
 import numpy as np
+import numpy.typing as npt
 from PIL import Image
 
 # Formats outside this list are refused unseen: some of Pillow's plugins start other programs.
@@ -58,15 +59,46 @@ def decode(data: bytes) -> Image.Image:
         DecodeError: truncated, damaged, no image, unsupported, or more than `MAX_PIXELS` pixels.
     """
     try:
-        image: Image.Image = Image.open(io.BytesIO(data), formats=FORMATS)
-        if image.width * image.height > MAX_PIXELS:
-            raise DecodeError(f"{image.width} x {image.height} pixels are more than {MAX_PIXELS}")
-        image.load()
+        image = _loaded(data)
         orientation = image.getexif().get(_EXIF_ORIENTATION)
         image = _to_rgb(image)
     except _DAMAGE as error:
         raise DecodeError(f"{type(error).__name__}: {error}") from error
     return image.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else image
+
+
+def decode_mask(data: bytes) -> npt.NDArray[np.uint8]:
+    """Decodes a mask: of a grey image its values, of one with a palette its indices.
+
+    Args:
+        data: the whole file, in one of `FORMATS`.
+
+    Returns:
+        mask_HW, uint8, as stored: no orientation is applied.
+
+    Raises:
+        DecodeError: as of `decode`, or its pixels are no single numbers of 8 bits.
+    """
+    try:
+        image = _loaded(data)
+    except _DAMAGE as error:
+        raise DecodeError(f"{type(error).__name__}: {error}") from error
+    if image.mode not in ("L", "P", "1") and not image.mode.startswith("I"):
+        raise DecodeError(
+            f"a mask of mode {image.mode}, expected grey or a palette: one number for each pixel"
+        )
+    mask_HW = np.asarray(image)
+    if mask_HW.min() < 0 or mask_HW.max() > 255:
+        raise DecodeError(f"a mask with values {mask_HW.min()} to {mask_HW.max()}, expected 0 to 255")
+    return mask_HW.astype(np.uint8)
+
+
+def _loaded(data: bytes) -> Image.Image:
+    image = Image.open(io.BytesIO(data), formats=FORMATS)
+    if image.width * image.height > MAX_PIXELS:
+        raise DecodeError(f"{image.width} x {image.height} pixels are more than {MAX_PIXELS}")
+    image.load()
+    return image
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

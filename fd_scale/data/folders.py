@@ -30,6 +30,8 @@ class FileSource:
         classes: their names; empty: there are no labels.
     """
 
+    has_masks = False
+
     def __init__(self, root: Path, names: Sequence[str], labels: Sequence[int], classes: list[str]) -> None:
         self.root = root
         # Arrays of bytes: a million file names as str would cost 100 MB in every worker.
@@ -42,7 +44,7 @@ class FileSource:
     def fingerprint(self) -> str:
         """See `Source`. Asks the file system for the size of every file, so it is computed when asked for."""
         return content_hash(
-            f"{os.fsdecode(name)} {_size(self.root / os.fsdecode(name))}" for name in self.names_N
+            f"{os.fsdecode(name)} {file_size(self.root / os.fsdecode(name))}" for name in self.names_N
         )
 
     def __len__(self) -> int:
@@ -80,13 +82,13 @@ class ImageFolderSource(FileSource):
         )
         names, labels = [], []
         for label, class_name in enumerate(classes):
-            found = sorted(_walk_images(root / class_name))
+            found = sorted(walk_images(root / class_name))
             if not found:
                 logger.warning("class folder %s holds no images", root / class_name)
             names += [f"{class_name}/{name}" for name in found]
             labels += [label] * len(found)
         if not classes:
-            names = sorted(_walk_images(root))
+            names = sorted(walk_images(root))
             labels = [UNLABELLED] * len(names)
         if not names:
             raise UserError(
@@ -107,7 +109,7 @@ class ImageNetValidation(FileSource):
         root = Path(path)
         numbers = {
             name: int(found[1])
-            for name in sorted(_walk_images(root))
+            for name in sorted(walk_images(root))
             if (found := re.fullmatch(r"ILSVRC2012_val_(\d{8})\.JPEG", Path(name).name))
         }
         if not numbers:
@@ -159,7 +161,7 @@ def _sorted_classes(names: Iterable[str]) -> list[str]:
     return sorted(classes, key=lambda name: (int(name) if numbers else 0, name))
 
 
-def _size(path: Path) -> int:
+def file_size(path: Path) -> int:
     """Bytes of a file; -1 where it is not there: a link to nothing is a bad sample, no end of the run."""
     try:
         return path.stat().st_size
@@ -167,7 +169,7 @@ def _size(path: Path) -> int:
         return -1
 
 
-def _walk_images(folder: Path) -> Iterator[str]:
+def walk_images(folder: Path) -> Iterator[str]:
     """Paths of the images below a folder, relative to it, unsorted."""
     for parent, _, names in os.walk(folder, followlinks=True):
         for name in names:

@@ -42,7 +42,7 @@ class Batch(NamedTuple):
     images: torch.Tensor
     """uint8 (B, 3, H, W), or (B, 2, 3, H, W) from a transform that makes two views."""
     labels: torch.Tensor
-    """int64 (B,), -1 where a sample has none."""
+    """int64 (B,), -1 where a sample has none; or masks, uint8 (B, H, W), 255 where a pixel has no class."""
     positions: torch.Tensor
     """int64 (B,): step * global_batch + row in a training stream, the sample id in an evaluation."""
     num_bad: int
@@ -84,16 +84,17 @@ class _Reader:
                 torch.default_generator.manual_seed(augment_seed)
                 for candidate in self._candidates(epoch, sample_id):
                     try:
-                        image, label = self.source.read(candidate)
+                        image, target = self.source.read(candidate)
                         break
                     except DecodeError as error:
                         bad.append(_BadSample(candidate, self.source.name(candidate), str(error)))
                 else:
                     return None, bad
                 num_bad += candidate != sample_id
-                images.append(self.transform(image))
-                labels.append(label)
-        batch = Batch(torch.stack(images), torch.tensor(labels), torch.tensor(positions), num_bad)
+                pixels, label = self.transform(image, target)
+                images.append(pixels)
+                labels.append(torch.as_tensor(label))
+        batch = Batch(torch.stack(images), torch.stack(labels), torch.tensor(positions), num_bad)
         return batch, bad
 
     def _candidates(self, epoch: int, sample_id: int) -> Iterator[int]:
@@ -143,7 +144,7 @@ class TrainLoader:
 
         Args:
             source: the data set.
-            transform: PIL RGB image -> uint8 tensor; random by torch's default generator only.
+            transform: PIL RGB image and target -> uint8 tensor and target; random by torch's default generator only.
             seed: seed of the run.
             global_batch: samples of an optimizer step, over all ranks.
             micro_batch: samples of a forward pass on one rank.
@@ -246,7 +247,7 @@ def evaluation_batches(
 
     Args:
         source: the data set.
-        transform: PIL RGB image -> uint8 tensor.
+        transform: PIL RGB image and target -> uint8 tensor and target.
         batch_size: samples of a batch at most.
         rank: number of this process, 0 to world_size - 1.
         world_size: number of processes.

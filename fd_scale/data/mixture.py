@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from fd_scale.data.base import UNLABELLED, Source, content_hash
+from fd_scale.data.base import UNLABELLED, Source, Target, content_hash
 from fd_scale.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -28,6 +28,7 @@ class Subset:
         self.sample_ids_N = sample_ids_N
         self.class_names = source.class_names
         self.num_classes = source.num_classes
+        self.has_masks = source.has_masks
 
     def all_labels(self) -> npt.NDArray[np.int64]:
         """See `Source`."""
@@ -47,8 +48,13 @@ class Subset:
     def key(self, sample_id: int) -> str:
         return self.source.key(int(self.sample_ids_N[sample_id]))
 
-    def read(self, sample_id: int) -> tuple[Image.Image, int]:
+    def read(self, sample_id: int) -> tuple[Image.Image, Target]:
         return self.source.read(int(self.sample_ids_N[sample_id]))
+
+
+def subset(source: Source, sample_ids: Sequence[int]) -> Source:
+    """Returns some images of a source, in the order of their numbers."""
+    return Subset(source, np.array(sample_ids, dtype=np.int64))
 
 
 def spread(source: Source, count: int) -> Source:
@@ -103,6 +109,12 @@ class Mixture:
         if not self.labels_agree:
             logger.info("labels are not used: the %d sources do not name the same classes", len(sources))
         self.class_names = names if self.labels_agree else None
+        self.has_masks = any(source.has_masks for source in sources)
+        if self.has_masks and not self.labels_agree:
+            raise UserError(
+                f"masks of {len(sources)} sources: their classes do not have the same names in the same order; "
+                "expected sources of one list of classes"
+            )
         self.num_classes = sources[0].num_classes if self.labels_agree else 0
 
     def all_labels(self) -> npt.NDArray[np.int64]:
@@ -135,7 +147,7 @@ class Mixture:
         source, inner_id = self._find(sample_id)
         return source.key(inner_id)
 
-    def read(self, sample_id: int) -> tuple[Image.Image, int]:
+    def read(self, sample_id: int) -> tuple[Image.Image, Target]:
         source, inner_id = self._find(sample_id)
         image, label = source.read(inner_id)
         return image, label if self.labels_agree else UNLABELLED

@@ -48,6 +48,7 @@ class TarSource:
     Nothing is unpacked. A process opens the shards it reads from for itself.
     """
 
+    has_masks = False
     class_names: list[str] | None = None
 
     def __init__(self, path: str) -> None:

@@ -19,6 +19,7 @@ from fd_scale.config import SourceConfig, as_list
 from fd_scale.data.base import UNLABELLED, Source, content_hash, data_files
 from fd_scale.data.decode import DecodeError, decode
 from fd_scale.data.folders import ImageFolderSource, ImageNetValidation
+from fd_scale.data.masks import ade20k_training, ade20k_validation, masks_folder
 from fd_scale.data.mixture import Mixture, filtered
 from fd_scale.data.shards import TarSource
 from fd_scale.errors import UserError
@@ -39,8 +40,10 @@ def open_source(sources: str | list[SourceConfig]) -> Source:
             "imagefolder:PATH", a folder for each class, or a flat folder without labels;
             "imagenet_val:PATH", ImageNet-1K's validation images as they are distributed, with the development kit;
             "parquet:PATH", files in the layout of the Hugging Face hub;
-            "tar:PATH", shards in the layout of webdataset.
-            The last two take a file, a folder, a glob, a range in braces or hf://datasets/...
+            "tar:PATH", shards in the layout of webdataset;
+            "ade20k_train:PATH", "ade20k_val:PATH", a part of ADEChallengeData2016, with masks;
+            "masks:PATH", folders `images` and `masks` with one tree of names, and the list `classes.txt`.
+            parquet and tar take a file, a folder, a glob, a range in braces or hf://datasets/...
 
     Returns:
         The source; never empty.
@@ -52,6 +55,30 @@ def open_source(sources: str | list[SourceConfig]) -> Source:
     opened = [_open(config) for config in configs]
     weights = [config.weight for config in configs]
     return opened[0] if weights == [1] else Mixture(opened, weights)
+
+
+def require_targets(key: str, sources: str | list[SourceConfig], source: Source, masks: bool) -> None:
+    """Refuses a source with masks where labels are wanted, and the other way round.
+
+    Args:
+        key: the setting, `data.train` or `data.evaluation`.
+        sources: what it names.
+        source: the same, opened.
+        masks: whether masks are wanted.
+
+    Raises:
+        UserError: it has the other kind of target.
+    """
+    if source.has_masks and not masks:
+        raise UserError(
+            f"{key}: {sources} has masks, which only task segmentation learns; name its images, "
+            "imagefolder:PATH/images, or another source"
+        )
+    if masks and not source.has_masks:
+        raise UserError(
+            f"{key}: {sources} has no masks, which task segmentation learns; expected ade20k_train:PATH, "
+            "ade20k_val:PATH or masks:PATH"
+        )
 
 
 def _open(config: SourceConfig) -> Source:
@@ -70,6 +97,8 @@ def _open(config: SourceConfig) -> Source:
 
 class DigitsSource:
     """scikit-learn's digits, 1797 images of 8 x 8 pixels; every 6th image is in the test part."""
+
+    has_masks = False
 
     def __init__(self, split: str) -> None:
         if split not in ("train", "test"):
@@ -118,6 +147,8 @@ class ParquetSource:
     A set larger than `PARQUET_CACHE_BYTES` is read one row group at a time: random access then
     reads a whole row group for a sample.
     """
+
+    has_masks = False
 
     def __init__(self, path: str) -> None:
         self.paths = data_files("parquet", path)
@@ -248,9 +279,12 @@ def _hub_class_names(schema: pa.Schema, label_column: str | None) -> list[str] |
 
 
 _KINDS: dict[str, Callable[[str], Source]] = {
+    "ade20k_train": ade20k_training,
+    "ade20k_val": ade20k_validation,
     "digits": DigitsSource,
     "imagefolder": ImageFolderSource,
     "imagenet_val": ImageNetValidation,
+    "masks": masks_folder,
     "parquet": ParquetSource,
     "tar": TarSource,
 }

@@ -1,4 +1,4 @@
-"""Image transforms: PIL RGB in, uint8 tensor out.
+"""Image transforms: PIL RGB in, uint8 tensor out; beside it goes what is learned of the image.
 
 Images stay uint8 until they are on the device, where each model normalises with its own mean and
 std. A transform draws from torch's default generator only: that is the one which the loader seeds.
@@ -8,6 +8,7 @@ import difflib
 import random
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -18,9 +19,24 @@ from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.functional import pil_modes_mapping
 
 from fd_scale.config import Recipe
+from fd_scale.data.mask_transforms import MaskCrop, fill_colour, whole_with_mask
 from fd_scale.errors import UserError
 
-Transform = Callable[[Image.Image], torch.Tensor]
+View = Callable[[Image.Image], torch.Tensor]
+"""Image -> uint8 tensor."""
+Transform = Callable[[Image.Image, Any], tuple[torch.Tensor, Any]]
+"""Image and target (`data.base.Target`) -> uint8 tensor, and the target as a tensor or a number."""
+
+
+@dataclass(frozen=True)
+class ImageAlone:
+    """The transform of a view that concerns no target: this one goes through as it is."""
+
+    view: View
+
+    def __call__(self, image: Image.Image, target: Any) -> tuple[torch.Tensor, Any]:
+        return self.view(image), target
+
 
 # timm passes over sections that it does not know.
 _RAND_AUGMENT = re.compile(r"((^|-)((m|mmax|inc|n)\d+|(mstd|p)\d+(\.\d+)?))+")
@@ -38,7 +54,7 @@ def training_view(
     erasing: float = 0.0,
     mean: Sequence[float] = (0.5, 0.5, 0.5),
     std: Sequence[float] = (0.25, 0.25, 0.25),
-) -> Transform:
+) -> View:
     """Returns random resized crop and horizontal flip; for classification also RandAugment and random erasing.
 
     Args:
@@ -67,7 +83,7 @@ def training_view(
     steps.append(v2.PILToTensor())
     if erasing:
         steps.append(_Erasing(erasing, mean, std))
-    view: Transform = v2.Compose(steps)
+    view: View = v2.Compose(steps)
     return view
 
 
@@ -174,7 +190,7 @@ class _Erasing:
 
 def evaluation_transform(
     img_size: int, *, crop_fraction: float = 0.875, interpolation: str = "bicubic"
-) -> Transform:
+) -> View:
     """Returns a resize of the shorter side to img_size / crop_fraction, then a centre crop.
 
     Args:
@@ -197,7 +213,7 @@ def evaluation_transform(
     if not 0 < crop_fraction <= 1:
         raise UserError(f"crop_fraction must be in (0, 1], got {crop_fraction}; 0.875 is usual at 224 pixels")
     resize = v2.Resize(round(img_size / crop_fraction), _INTERPOLATIONS[interpolation])
-    view: Transform = v2.Compose([resize, v2.CenterCrop(img_size), v2.PILToTensor()])
+    view: View = v2.Compose([resize, v2.CenterCrop(img_size), v2.PILToTensor()])
     return view
 
 
@@ -209,7 +225,7 @@ def contrastive_transform(
     flip: float = 0.5,
     colour_jitter: float = 0.4,
     grey: float = 0.2,
-) -> Transform:
+) -> View:
     """Returns two views of an image, each with its own crop, flip, colour jitter and loss of colour.
 
     Args:
@@ -241,7 +257,7 @@ def contrastive_transform(
 class _TwoViews:
     """A class and not a closure, so that workers can unpickle it."""
 
-    def __init__(self, view: Transform) -> None:
+    def __init__(self, view: View) -> None:
         self.view = view
 
     def __call__(self, image: Image.Image) -> torch.Tensor:
@@ -249,23 +265,34 @@ class _TwoViews:
 
 
 def training_transform(recipe: Recipe) -> Transform:
-    """Returns how a training view is cut for the task of a recipe whose model is resolved.
+    """Returns how an image and its target are cut in training, for the task of a recipe whose model is resolved.
 
     Raises:
         UserError: an augmentation that is none.
     """
     data = recipe.data
     if recipe.contrastive is not None:
-        return contrastive_transform(
-            recipe.model.size,
-            crop_scale=data.crop_scale,
-            crop_ratio=data.crop_ratio,
-            flip=data.flip,
-            colour_jitter=recipe.contrastive.jitter,
+        return ImageAlone(
+            contrastive_transform(
+                recipe.model.size,
+                crop_scale=data.crop_scale,
+                crop_ratio=data.crop_ratio,
+                flip=data.flip,
+                colour_jitter=recipe.contrastive.jitter,
+            )
         )
     assert recipe.model.mean is not None, "the recipe is resolved"
     assert recipe.model.std is not None, "the recipe is resolved"
-    return training_view(
+    if (section := recipe.segmentation) is not None:
+        return MaskCrop(
+            recipe.model.size,
+            resize=section.resize,
+            max_class_share=section.max_class_share,
+            flip=data.flip,
+            distort=section.photometric,
+            fill=fill_colour(recipe.model.mean),
+        )
+    view = training_view(
         recipe.model.size,
         crop_scale=data.crop_scale,
         crop_ratio=data.crop_ratio,
@@ -276,3 +303,11 @@ def training_transform(recipe: Recipe) -> Transform:
         mean=recipe.model.mean,
         std=recipe.model.std,
     )
+    return ImageAlone(view)
+
+
+def measuring_transform(recipe: Recipe) -> Transform:
+    """Returns how an image and its target are cut for a metric of a recipe's task."""
+    if recipe.segmentation is not None:
+        return whole_with_mask
+    return ImageAlone(evaluation_transform(recipe.model.size))

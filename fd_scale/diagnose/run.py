@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from fd_scale import run_folder
 from fd_scale.checkpoint import newest_checkpoint, write_atomically
 from fd_scale.config import ModelConfig
-from fd_scale.data import Source, evaluation_batches, evaluation_transform, open_source, spread
+from fd_scale.data import ImageAlone, Source, evaluation_batches, evaluation_transform, open_source, spread
 from fd_scale.diagnose import plots
 from fd_scale.diagnose.capture import AttentionMap, look_at_attention
 from fd_scale.diagnose.measures import LayerStatistics, feature_statistics, linear_cka, patches_only
@@ -240,7 +240,7 @@ def _look(
     blocks = [module for module in model.modules() if type(module) in model.block_classes()]
     one.rows = [[] for _ in blocks]
     batches = evaluation_batches(
-        source, evaluation_transform(size, crop_fraction=1.0), batch_size=options.batch_size,
+        source, ImageAlone(evaluation_transform(size, crop_fraction=1.0)), batch_size=options.batch_size,
         rank=0, world_size=1, num_workers=0,
     )  # fmt: skip
     for batch in batches:

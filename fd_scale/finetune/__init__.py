@@ -2,5 +2,6 @@
 
 from fd_scale.finetune.classification import ClassificationTask
 from fd_scale.finetune.linear_probe import LinearProbeTask, features_of
+from fd_scale.finetune.segmentation import SegmentationTask
 
-__all__ = ["ClassificationTask", "LinearProbeTask", "features_of"]
+__all__ = ["ClassificationTask", "LinearProbeTask", "SegmentationTask", "features_of"]

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from fd_scale.config import ClassificationConfig, ModelConfig, Recipe
 from fd_scale.data import UNLABELLED, Batch, Source, TrainLoader
 from fd_scale.distributed import World
-from fd_scale.errors import UserError
 from fd_scale.evaluation import Accuracy, AccuracyCounter, EvaluationSet, Forward, evaluated_batches
+from fd_scale.finetune.classes import agreed_classes
 from fd_scale.finetune.labels import doubts_of_labels
 from fd_scale.finetune.mixing import Mixing
 from fd_scale.models import (
@@ -92,22 +92,6 @@ class ClassificationModule(nn.Module):
         )
 
 
-def require_same_classes(recipe: Recipe, train: Source, evaluation: Source) -> None:
-    """Refuses an evaluation source with other classes: its labels would mean something else.
-
-    Raises:
-        UserError: numbers or names differ.
-    """
-    theirs, ours = evaluation.class_names, train.class_names
-    if evaluation.num_classes != train.num_classes or (theirs and ours and theirs != ours):
-        differing = sorted(set(theirs or ()) ^ set(ours or ()))[:5]
-        raise UserError(
-            f"data.evaluation: {recipe.data.evaluation} has {evaluation.num_classes} classes and "
-            f"{recipe.data.train} has {train.num_classes}{f' (only in one: {differing})' if differing else ''}; "
-            "expected the same ones"
-        )
-
-
 class ClassificationTask:
     """What the trainer needs to know of classification."""
 
@@ -115,30 +99,18 @@ class ClassificationTask:
 
     def __init__(self, recipe: Recipe, evaluation: EvaluationSet | None, source: Source | None) -> None:
         assert recipe.classification is not None, "a recipe of task classification has its section"
-        num_classes = recipe.classification.num_classes
+        num_classes = agreed_classes(
+            recipe,
+            recipe.classification.num_classes,
+            source,
+            None if evaluation is None else evaluation.source,
+        )
         if source is not None:
-            if source.num_classes < 2:
-                raise UserError(
-                    f"data.train: {recipe.data.train} has {source.num_classes} classes; classification needs labels"
-                )
-            if num_classes not in (None, source.num_classes):
-                raise UserError(
-                    f"classification.num_classes: got {num_classes}, and {recipe.data.train} has {source.num_classes}; "
-                    "give the data that are meant, or remove it"
-                )
-            num_classes = source.num_classes
             doubts = doubts_of_labels("data.train", source)
             if evaluation is not None:
-                require_same_classes(recipe, source, evaluation.source)
                 doubts += doubts_of_labels("data.evaluation", evaluation.source)
             for doubt in doubts:
                 logger.warning("%s", doubt)
-        elif evaluation is not None and evaluation.source.num_classes != num_classes:
-            raise UserError(
-                f"data.evaluation: {recipe.data.evaluation} has {evaluation.source.num_classes} classes and the model "
-                f"{num_classes}; expected as many"
-            )
-        assert num_classes is not None, "without a source the recipe says how many classes there are"
         self.seed = recipe.seed
         config = recipe.classification
         self.mixing = None

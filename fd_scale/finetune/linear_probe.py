@@ -25,7 +25,7 @@ from fd_scale.data import UNLABELLED, Batch, Source, TrainLoader
 from fd_scale.distributed import World
 from fd_scale.errors import UserError
 from fd_scale.evaluation import AccuracyCounter, EvaluationSet, Forward, evaluated_batches
-from fd_scale.finetune.classification import require_same_classes
+from fd_scale.finetune.classes import require_same_classes
 from fd_scale.finetune.labels import doubts_of_labels
 from fd_scale.models import (
     Backbone,
@@ -51,6 +51,8 @@ class FeatureSource:
         images: the source.
         folder: where `compute` puts the features; nothing is read from it before.
     """
+
+    has_masks = False
 
     def __init__(self, images: Source, folder: Path) -> None:
         self.images = images
@@ -89,9 +91,9 @@ class FeatureSource:
         return self.features[sample_id], int(self.labels_N[sample_id])
 
 
-def as_tensor(features_D: Any) -> Tensor:
+def as_tensor(features_D: Any, label: int) -> tuple[Tensor, int]:
     """The transform of a `FeatureSource`: a copy, since the file is only read."""
-    return torch.tensor(features_D)
+    return torch.tensor(features_D), label
 
 
 def features_of(images: EvaluationSet, folder: Path) -> EvaluationSet:

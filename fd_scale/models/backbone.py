@@ -25,6 +25,7 @@ class Backbone(nn.Module, ABC):
         num_prefix_tokens: tokens before those of the patches: CLS, registers, distillation token.
         has_cls: whether the first prefix token is a CLS token.
         drop_path_rates: rate of each residual branch that can be dropped, R entries. The caller draws the masks.
+        takes_any_size: whether images may have another size than the one it was built for, and need not be square.
         activation_checkpointing: what the backward pass computes again, see `set_activation_checkpointing`.
         checkpointing_period: in one block of each so many.
         mean: mean of the RGB channels that it expects, in 0..1.
@@ -39,6 +40,7 @@ class Backbone(nn.Module, ABC):
     drop_path_rates: tuple[float, ...] = ()
     activation_checkpointing: CheckpointingMode = "none"
     checkpointing_period: int = 1
+    takes_any_size: bool = False
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
 
@@ -127,8 +129,15 @@ class Backbone(nn.Module, ABC):
         """
         raise UserError(f"{type(self).__name__} has no classifier; choose target feature_map or pooled")
 
-    def intermediates(self, images_BCHW: Tensor, layers: Sequence[int]) -> list[Tensor]:
-        """Tokens after chosen blocks (of hierarchical models: stages), in the order of `layers`.
+    def intermediates(
+        self, images_BCHW: Tensor, layers: Sequence[int], drop_path_scale_RB: Tensor | None = None
+    ) -> list[Tensor]:
+        """Tokens after chosen blocks (of hierarchical models: stages), in the order of `layers`, before any final norm.
+
+        Args:
+            images_BCHW: as of `forward`.
+            layers: from 0, or from -1 backwards.
+            drop_path_scale_RB: as of `forward`.
 
         Returns:
             For each layer (B, L, D of that layer); prefix tokens as in `forward`.
@@ -137,6 +146,26 @@ class Backbone(nn.Module, ABC):
             UserError: there is no such layer.
         """
         raise UserError(f"{type(self).__name__} gives no intermediate layers; remove `layers`")
+
+    def layer_shapes(self) -> list[tuple[int, int]]:
+        """Channels, and pixels of a token's side, after each layer that `intermediates` knows.
+
+        Raises:
+            UserError: the model is not known to give maps of its layers.
+        """
+        raise UserError(
+            f"{type(self).__name__} gives no maps of its layers; take a swin_v2_*, fd_vit_* or timm model"
+        )
+
+    def final_norm(self) -> nn.LayerNorm:
+        """The norm that `forward` ends with, for who reads the last layer by `intermediates`.
+
+        Raises:
+            UserError: it has none that tokens can be given to.
+        """
+        raise UserError(
+            f"{type(self).__name__} has no LayerNorm at its end; take a swin_v2_* or fd_vit_* model"
+        )
 
     @abstractmethod
     def translate(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -86,8 +86,11 @@ class HuggingFaceBackbone(Backbone):
         pooled: Tensor | None = getattr(self._outputs(images_BCHW), "pooler_output", None)
         return super().pooled(images_BCHW) if pooled is None else pooled.flatten(1)
 
-    def intermediates(self, images_BCHW: Tensor, layers: Sequence[int]) -> list[Tensor]:
+    def intermediates(
+        self, images_BCHW: Tensor, layers: Sequence[int], drop_path_scale_RB: Tensor | None = None
+    ) -> list[Tensor]:
         """See `Backbone.intermediates`."""
+        assert drop_path_scale_RB is None, "its drop path is not handed in"
         hidden = self._outputs(images_BCHW, output_hidden_states=True).hidden_states[1:]
         found = [
             self._tokens(hidden[index], normalise=False) for index in resolve_layers(layers, len(hidden))

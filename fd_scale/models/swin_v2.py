@@ -251,6 +251,7 @@ class SwinTransformerV2(Backbone):
             embed_dim, patch_size, depths, num_heads, mlp_ratio, extra_norm_period, drop_path_rate
         )
         num_stages, num_blocks = len(depths), sum(depths)
+        self.takes_any_size = True
         self.depths = tuple(depths)
         self.patch_size = patch_size
         self.in_chans = in_chans
@@ -355,10 +356,20 @@ class SwinTransformerV2(Backbone):
             outputs.append(x_BHWC)
         return outputs
 
-    def intermediates(self, images_BCHW: Tensor, layers: Sequence[int]) -> list[Tensor]:
-        """See `Backbone.intermediates`: the tokens after each chosen stage, before any final norm."""
-        outputs = self._stages(images_BCHW)
+    def intermediates(
+        self, images_BCHW: Tensor, layers: Sequence[int], drop_path_scale_RB: Tensor | None = None
+    ) -> list[Tensor]:
+        """See `Backbone.intermediates`: the tokens after each chosen stage."""
+        outputs = self._stages(images_BCHW, drop_path_scale_RB)
         return [outputs[index].flatten(1, 2) for index in resolve_layers(layers, len(outputs))]
+
+    def layer_shapes(self) -> list[tuple[int, int]]:
+        """See `Backbone.layer_shapes`: a stage doubles both."""
+        return [(self.embed_dim * 2**index, self.patch_size * 2**index) for index in range(len(self.depths))]
+
+    def final_norm(self) -> nn.LayerNorm:
+        """See `Backbone.final_norm`."""
+        return self.norm
 
     def forward(self, images_BCHW: Tensor, drop_path_scale_RB: Tensor | None = None) -> Tensor:
         """Same as `forward_features`."""

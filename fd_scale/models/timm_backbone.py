@@ -157,9 +157,7 @@ class TimmBackbone(Backbone):
 
     def forward(self, images_BCHW: Tensor, drop_path_scale_RB: Tensor | None = None) -> Tensor:
         """See `Backbone.forward`."""
-        scales = [None] * len(self.drop_paths) if drop_path_scale_RB is None else drop_path_scale_RB.unbind()
-        for drop_path, scale_B in zip(self.drop_paths, scales, strict=True):
-            drop_path.scale_B = scale_B
+        self._hand_in(drop_path_scale_RB)
         features = self._features(images_BCHW)
         if not isinstance(features, Tensor):
             raise UserError(
@@ -176,6 +174,11 @@ class TimmBackbone(Backbone):
                 "choose another img_size, or, for a teacher without a token grid, target pooled"
             )
         return tokens_BLD
+
+    def _hand_in(self, drop_path_scale_RB: Tensor | None) -> None:
+        scales = [None] * len(self.drop_paths) if drop_path_scale_RB is None else drop_path_scale_RB.unbind()
+        for drop_path, scale_B in zip(self.drop_paths, scales, strict=True):
+            drop_path.scale_B = scale_B
 
     def _features(self, images_BCHW: Tensor) -> Any:
         weight = next(self.model.parameters())
@@ -208,8 +211,11 @@ class TimmBackbone(Backbone):
             )
         return self.model.forward_head(self._features(images_BCHW))
 
-    def intermediates(self, images_BCHW: Tensor, layers: Sequence[int]) -> list[Tensor]:
+    def intermediates(
+        self, images_BCHW: Tensor, layers: Sequence[int], drop_path_scale_RB: Tensor | None = None
+    ) -> list[Tensor]:
         """See `Backbone.intermediates`."""
+        self._hand_in(drop_path_scale_RB)
         indices = resolve_layers(layers, len(self.model.feature_info))
         method = getattr(self.model, "forward_intermediates", None)
         known = inspect.signature(method).parameters if method is not None else {}
@@ -224,6 +230,22 @@ class TimmBackbone(Backbone):
         found = method(images_BCHW.to(weight.dtype), indices=sorted(set(indices)), **options)
         by_index = dict(zip(sorted(set(indices)), found, strict=True))
         return [self._layer_tokens(by_index[index]) for index in indices]
+
+    def layer_shapes(self) -> list[tuple[int, int]]:
+        """See `Backbone.layer_shapes`."""
+        return [(layer["num_chs"], to_2tuple(layer["reduction"])[0]) for layer in self.model.feature_info]
+
+    def final_norm(self) -> nn.LayerNorm:
+        """See `Backbone.final_norm`."""
+        norm = dict(self.model.named_modules()).get(self.norm_name or "norm")
+        # LayerNorm2d and others of timm are subclasses that take maps.
+        if (
+            not isinstance(norm, nn.LayerNorm)
+            or norm.normalized_shape != (self.num_features,)
+            or _takes_maps(norm)
+        ):
+            return super().final_norm()
+        return norm
 
     def _layer_tokens(self, layer: Tensor | tuple[Tensor, Tensor]) -> Tensor:
         map_BDHW, prefix_BPD = layer if isinstance(layer, tuple) else (layer, None)
@@ -303,6 +325,10 @@ def create_timm_model(name: str, img_size: int | None, overrides: dict[str, Any]
                 f"the nearest are {low} and {low + patch}"
             )
     return model
+
+
+def _takes_maps(norm: nn.Module) -> bool:
+    return type(norm).__name__.endswith("2d")
 
 
 def _norm_behind_pooling(model: Any) -> str | None:

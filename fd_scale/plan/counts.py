@@ -24,7 +24,7 @@ from fd_scale.config import ModelConfig, Recipe
 from fd_scale.data import Batch, Source
 from fd_scale.distill import DistillationTask
 from fd_scale.errors import UserError
-from fd_scale.finetune import ClassificationTask
+from fd_scale.finetune import ClassificationTask, SegmentationTask
 from fd_scale.models import Backbone, dtype_of, resolved
 from fd_scale.pretrain import ContrastiveTask, MaskedTask
 from fd_scale.teachers import Teacher
@@ -36,7 +36,7 @@ class NotCountedError(UserError):
     """A model that cannot be followed on the meta device: no plan of it can be made."""
 
 
-Task = DistillationTask | ContrastiveTask | MaskedTask | ClassificationTask
+Task = DistillationTask | ContrastiveTask | MaskedTask | ClassificationTask | SegmentationTask
 
 # What is kept is a line in the images of a micro-batch, from two on: one alone saves copies. What is worked with is a
 # maximum of lines: between these two sizes its chord lies above it.
@@ -113,7 +113,7 @@ def count(recipe: Recipe, source: Source | None = None) -> Counts:
 
     Args:
         recipe: any task; weights are not read.
-        source: training images, which classification asks for its number of classes.
+        source: training images, which classification and segmentation ask for their number of classes.
 
     Raises:
         UserError: a model cannot be built.
@@ -379,12 +379,15 @@ def _build(recipe: Recipe, source: Source | None) -> Task:
         raise UserError(
             "plan: a linear probe trains a few classifiers on features that are computed once; no plan of it"
         )
-    assert recipe.classification is not None, "there are five tasks"
-    if source is None and recipe.classification.num_classes is None:
+    section = recipe.classification or recipe.segmentation
+    assert section is not None, "there are six tasks"
+    if source is None and section.num_classes is None:
         raise UserError(
             f"data.train: {recipe.data.train} cannot be opened here, and how many classes it has is not known; set "
-            "classification.num_classes, or plan where the data is"
+            f"{recipe.task}.num_classes, or plan where the data is"
         )
+    if recipe.segmentation is not None:
+        return SegmentationTask(recipe, None, source)
     return ClassificationTask(recipe, None, source)
 
 
@@ -394,6 +397,8 @@ def _batch(recipe: Recipe, size: int) -> Batch:
     with torch.device("meta"):
         images = torch.zeros(size, *views, *pixels, dtype=torch.uint8)
         labels = torch.zeros(size, dtype=torch.int64)
+        if recipe.segmentation is not None:
+            labels = torch.zeros(size, *pixels[1:], dtype=torch.uint8)
     return Batch(images, labels, torch.arange(size), 0)
 
 

@@ -14,7 +14,7 @@ from ranks import run_ranks
 from sklearn.linear_model import LogisticRegression
 
 from fd_scale.config import build_recipe
-from fd_scale.data import evaluation_transform, open_source
+from fd_scale.data import ImageAlone, evaluation_transform, open_source
 from fd_scale.errors import UserError
 from fd_scale.export import export
 from fd_scale.models import build_model, normalize, resolved
@@ -62,7 +62,7 @@ def test_features_are_the_backbones_and_computed_once(values: dict[str, Any]) ->
     folder = Path(values["run_dir"]) / "features"
     features = np.load(folder / "evaluation/features.npy")
     recipe = resolved(build_recipe(values))
-    source, transform = open_source("digits:test"), evaluation_transform(recipe.model.size)
+    source, transform = open_source("digits:test"), ImageAlone(evaluation_transform(recipe.model.size))
     torch.manual_seed(0)
     stamps = {file: file.stat().st_mtime_ns for file in folder.rglob("*.npy")}
     run_ranks(cases.train, 2, values)
@@ -76,7 +76,7 @@ def test_features_are_the_backbones_and_computed_once(values: dict[str, Any]) ->
     backbone = run_ranks(cases.initial_backbone, 1, values)[0]
     model = build_model(recipe.model)
     model.load_state_dict({name: torch.from_numpy(array) for name, array in backbone.items()})
-    images = torch.stack([transform(source.read(index)[0]) for index in range(64)])
+    images = torch.stack([transform(*source.read(index))[0] for index in range(64)])
     with torch.no_grad():
         expected = model.eval()(normalize(images, model.mean, model.std)).mean(1)
     np.testing.assert_allclose(features[:64], expected, atol=1e-5)

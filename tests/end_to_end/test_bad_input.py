@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from omegaconf import OmegaConf
@@ -25,7 +26,7 @@ Refused = Callable[..., str]
 
 VERBS = {
     "distill": "distill", "contrastive": "pretrain", "masked": "pretrain", "classification": "finetune",
-    "linear_probe": "finetune",
+    "linear_probe": "finetune", "segmentation": "finetune",
 }  # fmt: skip
 
 
@@ -125,6 +126,8 @@ def write(tmp_path: Path) -> Write:
                      ["classification.num_classes: got 1000", "digits:train has 10"], id="class count"),
         pytest.param("classification", ["classification.cutmix=1.0", "train.micro_batch=1"],
                      ["train.micro_batch", "mix pairs", "is 1", "even"], id="pairs"),
+        pytest.param("segmentation", [], ["data.train: digits:train has no masks", "masks:PATH"], id="no masks at all"),
+        pytest.param("segmentation", ["data.erasing=0.1"], ["task segmentation cuts its views"], id="augmented masks"),
         pytest.param("contrastive", [], ["8 x 1 ranks", "train.global_batch=16"], id="contrastive accumulation"),
     ],
 )  # fmt: skip
@@ -288,6 +291,63 @@ def test_weights_that_do_not_fit(
     facts = other_weights(tmp_path / "other.safetensors", kind)
     sentence = refused("distill", write(recipe_values()), f"model.weights={tmp_path / 'other.safetensors'}")
     assert all(fact in sentence for fact in [str(tmp_path / "other.safetensors"), *facts]), sentence
+
+
+@pytest.mark.parametrize(
+    ("damage", "overrides", "facts"),
+    [
+        ("larger", [], ["images/0.png", "cannot be decoded", "max_bad_fraction"]),
+        ("corrupt", [], ["images/0.png", "cannot be decoded", "max_bad_fraction"]),
+        ("unknown", [], ["images/0.png", "cannot be decoded", "max_bad_fraction"]),
+        ("missing", [], ["1 of 8 images have no mask", "masks/0.png", "add the masks"]),
+        ("none", ["segmentation.num_classes=4"], ["segmentation.num_classes: got 4", "has 3"]),
+        ("none", ["model.img_size=26"], ["26 x 26 px", "patch size 4"]),
+        ("none", ["model.name=test_vit", "model.img_size=32", "model.overrides={}", "segmentation.inference=whole"],
+         ["segmentation.inference: test_vit takes images of 32 px alone", "slide"]),
+        ("none", ["segmentation.layers=[0,1,1,1]"], ["segmentation.layers", "gives all of its stages"]),
+        ("none", ["model.name=resnet18", "model.overrides={}"], ["LayerNorm at its end", "swin_v2_* or fd_vit_*"]),
+    ],
+)  # fmt: skip
+def test_masks(
+    recipe_values: Values, write: Write, refused: Refused, write_shapes: Callable[..., str], tmp_path: Path,
+    damage: str, overrides: list[str], facts: list[str],
+) -> None:  # fmt: skip
+    """A sentence with the file's name. What a transform cannot use is a bad sample: named in the log, and counted."""
+    source = write_shapes(tmp_path / "shapes")
+    mask = tmp_path / "shapes/masks/0.png"
+    if damage == "larger":
+        Image.new("L", (50, 50)).save(mask)
+    elif damage == "corrupt":
+        mask.write_bytes(mask.read_bytes()[:50])
+    elif damage == "unknown":
+        Image.fromarray(np.asarray(Image.open(mask)) + np.uint8(7)).save(mask)
+    elif damage == "missing":
+        mask.unlink()
+    values = recipe_values("segmentation", data__train=source, train__global_batch=8)
+    sentence = refused("finetune", write(values), *overrides)
+    assert all(fact in sentence for fact in facts), sentence
+
+
+def test_masks_are_for_segmentation(
+    recipe_values: Values, write: Write, refused: Refused, write_shapes: Callable[..., str], tmp_path: Path
+) -> None:
+    sentence = refused("distill", write(recipe_values()), f"data.train={write_shapes(tmp_path / 'shapes')}")
+    assert (
+        "has masks, which only task segmentation learns; name its images, imagefolder:PATH/images" in sentence
+    )
+
+
+def test_a_mask_that_does_not_fit_is_a_counted_skip_where_that_is_configured(
+    recipe_values: Values, write: Write, write_shapes: Callable[..., str], tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    source = write_shapes(tmp_path / "shapes")
+    Image.new("L", (50, 50)).save(tmp_path / "shapes/masks/0.png")
+    values = recipe_values("segmentation", data__train=source, train__global_batch=8, train__steps=2)
+    cli.main(["finetune", write(values), "data.max_bad_fraction=0.2"])
+    said = capsys.readouterr().err
+    assert "images/0.png cannot be decoded, another sample takes its place: its mask" in said
+    assert "masks/0.png is 50 x 50 px" in said
 
 
 @pytest.fixture(scope="module")

@@ -56,7 +56,7 @@ def test_packaged_recipe(name: str, tmp_path: Path) -> None:
     assert load_recipe(file) == recipe
 
 
-@pytest.mark.parametrize("task", ["distill", "contrastive", "masked", "classification"])
+@pytest.mark.parametrize("task", ["distill", "contrastive", "masked", "classification", "segmentation"])
 def test_round_trip_keeps_every_value(recipe_values: Values, tmp_path: Path, task: str) -> None:
     values = recipe_values(
         task, seed=7, data__max_bad_fraction=0.25, optim__betas=[0.8, 0.95], optim__eps=1e-9
@@ -136,6 +136,10 @@ def test_every_setting_is_described() -> None:
         ("classification.cutmix", -0.1), ("classification.cutmix_share", 1.1), ("data.erasing", 1.1),
         ("optim.layer_decay", 0.0), ("optim.layer_decay", 1.1), ("linear_probe.lr_factors", []),
         ("linear_probe.lr_factors", [1.0, 0.0]),
+        ("segmentation.num_classes", 1), ("segmentation.layers", [1, 2]), ("segmentation.channels", 3),
+        ("segmentation.auxiliary_weight", -0.1), ("segmentation.resize", [2.0, 0.5]),
+        ("segmentation.max_class_share", 0.0), ("segmentation.stride", 1.1), ("segmentation.short_side", -1),
+        ("segmentation.scales", []),
     ],
 )  # fmt: skip
 def test_range(recipe_values: Values, key: str, value: Any) -> None:
@@ -160,6 +164,8 @@ def test_every_limit_is_in_the_table_above() -> None:
         "distill.teachers.0.drop_path",
         "distill.loss", "contrastive.jitter",
         "classification.head_init_scale", "log.profile", "train.compile", "data.interpolation", "data.rand_augment",
+        "optim.schedule", "segmentation.head", "segmentation.norm", "segmentation.photometric",
+        "segmentation.inference", "segmentation.flip_too",
     }  # fmt: skip
     assert tested | free == leaves(Recipe)
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fd_scale import distributed
 from fd_scale.config import DistillConfig, ModelConfig, Recipe, TeacherConfig, build_recipe
-from fd_scale.data import Batch, TrainLoader, open_source, training_view
+from fd_scale.data import Batch, ImageAlone, TrainLoader, open_source, training_view
 from fd_scale.distill import DistillationTask
 from fd_scale.distill.losses import choose_loss
 from fd_scale.distill.phi_s import PhiS, hadamard
@@ -214,7 +214,7 @@ def test_phi_s_of_a_constant_teacher_is_refused() -> None:
 def test_phi_s_is_measured_over_the_first_images(recipe_of: Callable[..., Recipe]) -> None:
     recipe = recipe_of(loss="phi_s", phi_s_images=33)
     loader = TrainLoader(
-        open_source("digits:train"), training_view(32), seed=0, global_batch=16, micro_batch=8, rank=0,
+        open_source("digits:train"), ImageAlone(training_view(32)), seed=0, global_batch=16, micro_batch=8, rank=0,
         world_size=1, num_workers=0,
     )  # fmt: skip
     world = distributed.start("cpu", 60)

@@ -18,12 +18,12 @@ from PIL import Image
 
 from fd_scale.data.loader import Batch, TrainLoader, evaluation_batches
 from fd_scale.data.sources import Source, open_source
-from fd_scale.data.transforms import contrastive_transform, evaluation_transform, training_view
+from fd_scale.data.transforms import ImageAlone, contrastive_transform, evaluation_transform, training_view
 from fd_scale.errors import UserError
 
 NUM_SAMPLES = 31
-RANDOM = training_view(8)
-WHOLE = evaluation_transform(8, crop_fraction=1)
+RANDOM = ImageAlone(training_view(8))
+WHOLE = ImageAlone(evaluation_transform(8, crop_fraction=1))
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +99,7 @@ def assert_same(steps: list[list[Batch]], others: list[list[Batch]]) -> None:
 
 
 def test_batches_have_the_promised_form(source: Source) -> None:
-    loader = make_loader(source, micro_batch=4, transform=contrastive_transform(8))
+    loader = make_loader(source, micro_batch=4, transform=ImageAlone(contrastive_transform(8)))
     assert (loader.accumulation, loader.steps_per_epoch) == (3, 2)
     (step,) = take(loader, 1, start_step=5)
     assert len(step) == 3
@@ -113,7 +113,7 @@ def test_batches_have_the_promised_form(source: Source) -> None:
 def test_labels_belong_to_the_images(source: Source) -> None:
     for batch in join(take(make_loader(source, transform=WHOLE), 1)[0]), *evaluate(source, 31, 0, 1):
         for image, label in zip(batch.images, batch.labels, strict=True):
-            assert torch.equal(image, WHOLE(source.read(int(label))[0]))
+            assert torch.equal(image, WHOLE(*source.read(int(label)))[0])
 
 
 def test_an_epoch_has_no_sample_twice_and_epochs_differ(source: Source) -> None:
@@ -197,12 +197,12 @@ def test_workers_end_with_the_process_however_it_ends(folder: Path, tmp_path: Pa
         import multiprocessing
         from fd_scale.data.loader import TrainLoader
         from fd_scale.data.sources import open_source
-        from fd_scale.data.transforms import training_view
+        from fd_scale.data.transforms import ImageAlone, training_view
 
         if __name__ == "__main__":
             source = open_source("imagefolder:{folder}")
             sizes = dict(global_batch=4, micro_batch=4, rank=0, world_size=1, num_workers=1)
-            steps = TrainLoader(source, training_view(8), seed=0, **sizes).iterate(0)
+            steps = TrainLoader(source, ImageAlone(training_view(8)), seed=0, **sizes).iterate(0)
             next(steps)
             print(multiprocessing.active_children()[0].pid, flush=True)
             input()

@@ -26,7 +26,8 @@ from fd_scale.distill.losses import choose_loss
 from fd_scale.distill.module import DistillationModule, Objective
 from fd_scale.distributed import micro_batch_of_a_rank
 from fd_scale.errors import UserError
-from fd_scale.finetune.classification import ClassificationModule, require_same_classes
+from fd_scale.finetune.classes import require_same_classes
+from fd_scale.finetune.classification import ClassificationModule
 from fd_scale.models import build_model, drop_path_scale, normalize
 from fd_scale.pretrain.contrastive import ContrastiveModule, nt_xent_sum
 

@@ -6,7 +6,7 @@ import torch
 from sklearn.metrics import top_k_accuracy_score
 from sklearn.neighbors import KNeighborsClassifier
 
-from fd_scale.data import Batch, evaluation_transform, open_source, spread
+from fd_scale.data import Batch, ImageAlone, evaluation_transform, open_source, spread
 from fd_scale.distributed import World
 from fd_scale.evaluation import EvaluationSet, nearest_neighbours
 
@@ -15,7 +15,9 @@ ALONE = World(rank=0, local_rank=0, size=1, device=torch.device("cpu"))
 
 def images(part: str, count: int = 10_000) -> EvaluationSet:
     source = spread(open_source(f"digits:{part}"), count)
-    return EvaluationSet(source=source, transform=evaluation_transform(8), batch_size=64, num_workers=0)
+    return EvaluationSet(
+        source=source, transform=ImageAlone(evaluation_transform(8)), batch_size=64, num_workers=0
+    )
 
 
 def thumbnails(batch: Batch) -> torch.Tensor:
@@ -26,7 +28,7 @@ def thumbnails(batch: Batch) -> torch.Tensor:
 
 def features_of(part: EvaluationSet) -> tuple[np.ndarray, np.ndarray]:
     samples = [part.source.read(sample_id) for sample_id in range(len(part.source))]
-    stacked = torch.stack([part.transform(image) for image, _ in samples])
+    stacked = torch.stack([part.transform(*sample)[0] for sample in samples])
     labels = torch.tensor([label for _, label in samples])
     return thumbnails(Batch(stacked, labels, labels, 0)).double().numpy(), labels.numpy()
 

@@ -29,6 +29,12 @@ def test_schedule_is_the_authors_for_clip_vit_b() -> None:
     assert (np.diff(rates[6250:]) < 0).all()
 
 
+def test_a_straight_line() -> None:
+    config = OptimConfig(lr=4e-5, warmup_steps=2, min_lr=1e-5, schedule="linear")
+    rates = learning_rates(config, 8, 100)[:, 0]
+    np.testing.assert_allclose(rates, [0, 2e-5, 4e-5, 3.5e-5, 3e-5, 2.5e-5, 2e-5, 1.5e-5])
+
+
 def test_a_run_shorter_than_its_warm_up() -> None:
     rates = learning_rates(OptimConfig(lr=1.0, warmup_steps=10), 4, 100)
     np.testing.assert_allclose(rates[:, 0], [0, 0.25, 0.5, 0.75])

@@ -8,11 +8,14 @@ import torch
 from fd_scale.config import Recipe, load_recipe, packaged_recipes
 from fd_scale.data import Batch
 from fd_scale.distill import DistillationTask
-from fd_scale.finetune import ClassificationTask
+from fd_scale.finetune import ClassificationTask, SegmentationTask
 from fd_scale.models import resolved
 
 IMAGENET = sorted(name for name in packaged_recipes() if name.startswith("imagenet"))
 FINE_TUNING = [name for name in IMAGENET if "/finetune_" in name]
+ADE20K = sorted(
+    name for name in packaged_recipes() if name.startswith("ade20k/") and not name.endswith("/tiny")
+)
 DISTILLATION = [name for name in IMAGENET if name not in FINE_TUNING]
 
 
@@ -121,8 +124,63 @@ def test_the_published_values_of_fine_tuning() -> None:
         assert recipe.model.overrides["shared_bias"] is False
 
 
+@pytest.mark.parametrize("name", ADE20K)
+def test_a_segmentation_step_of_shapes(name: str) -> None:
+    """On the meta device, as above; SwinV2-G also at the size and window of its test."""
+    recipe = load_recipe(name)
+    assert str(recipe.model.weights).endswith("-export")
+    recipe = resolved(replace(recipe, model=replace(recipe.model, weights=None)))
+    with torch.device("meta"):
+        task = SegmentationTask(recipe, None, None)
+        task.module.to(torch.bfloat16)
+        images = torch.zeros(2, 3, recipe.model.size, recipe.model.size, dtype=torch.uint8)
+    outputs = task.module(**task.inputs(Batch(images, images[:, 0], torch.arange(2), 0)))
+    sides = {"swin_v2_giant": 160, "fd_vit_base_patch16": 128, "fd_vit_large_patch14": 148}
+    side = sides[recipe.model.name]
+    assert outputs["logits"].shape == (2, 150, side, side)
+    (outputs["loss"] + outputs["auxiliary"]).backward()
+    assert all(parameter.grad is not None for parameter in task.module.parameters())
+    if recipe.model.name == "swin_v2_giant":
+        tested = load_recipe(
+            name, ["model.weights=null", "model.img_size=896", "model.overrides.window_size=56"]
+        )
+        with torch.device("meta"):
+            other = SegmentationTask(resolved(tested), None, None)
+        shapes, others = (
+            {key: tensor.shape for key, tensor in each.module.state_dict().items()} for each in (task, other)
+        )
+        assert shapes == others, "the same weights for any window"
+        assert other.module.backbone.layers[0].blocks[0].attn.window_size == (56, 56)
+
+
+def test_the_published_values_of_segmentation() -> None:
+    """SwinV2-G's (arXiv 2111.09883), and of the ViTs those of BEiT's released configurations."""
+    published = {
+        "swin_v2_giant": (80_000, 750, 32, 4e-5, 1.0, 0.4, 640),
+        "clip_vit_base": (160_000, 1500, 16, 7e-4, 0.65, 0.1, 512),
+        "clip_vit_large": (160_000, 1500, 16, 2e-5, 0.95, 0.2, 518),
+    }
+    for name, values in published.items():
+        recipe = load_recipe(f"ade20k/{name}")
+        train, optim, section = recipe.train, recipe.optim, recipe.segmentation
+        assert values == (
+            train.steps, optim.warmup_steps, train.global_batch, optim.lr, optim.layer_decay,
+            recipe.model.overrides["drop_path_rate"], recipe.model.size,
+        )  # fmt: skip
+        assert (optim.schedule, optim.min_lr, optim.weight_decay) == ("linear", 0.0, 0.05)
+        assert section is not None
+        assert (section.head, section.channels, section.auxiliary_weight, section.num_classes) == (
+            "upernet",
+            512,
+            0.4,
+            150,
+        )
+        assert (section.resize, section.max_class_share, section.photometric) == ((0.5, 2.0), 0.75, True)
+        assert recipe.model.overrides["shared_bias"] is False
+
+
 def test_headers_say_what_is_known() -> None:
-    for name in IMAGENET:
+    for name in IMAGENET + ADE20K:
         header = packaged_recipes()[name].read_text().split("task:")[0]
         for word in ("Command:", "Hardware:", "Expected:", "Source:", "Status:   unreproduced"):
             assert word in header, (name, word)

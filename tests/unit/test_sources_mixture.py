@@ -16,7 +16,7 @@ import torch
 from shard_files import image_file, level, numbered, write_tar
 
 from fd_scale.config import DataConfig, SourceConfig, build_recipe, load_recipe, to_dict, to_yaml
-from fd_scale.data import TrainLoader, evaluation_transform, open_source
+from fd_scale.data import ImageAlone, TrainLoader, evaluation_transform, open_source
 from fd_scale.errors import UserError
 from fd_scale.run_folder import identity
 
@@ -55,7 +55,7 @@ def test_weights_are_the_proportions_of_an_epoch(tar: str, folder: str) -> None:
 def test_an_epoch_of_the_loader_has_exactly_these_images(tar: str, folder: str, num_workers: int) -> None:
     source = open_source([one(tar, weight=3), one(folder)])
     loader = TrainLoader(
-        source, evaluation_transform(4), seed=3, global_batch=6, micro_batch=3, rank=0, world_size=1,
+        source, ImageAlone(evaluation_transform(4)), seed=3, global_batch=6, micro_batch=3, rank=0, world_size=1,
         num_workers=num_workers,
     )  # fmt: skip
     steps = loader.iterate(0)
@@ -187,7 +187,7 @@ def test_a_copy_for_a_worker(tar: str, folder: str, tmp_path: Path) -> None:
 
 def test_a_source_of_many_images_is_found_without_rounding() -> None:
     class Many:
-        class_names, num_classes, fingerprint = None, 0, ""
+        class_names, num_classes, fingerprint, has_masks = None, 0, "", False
 
         def __len__(self) -> int:
             return 10**12 + 1

@@ -12,7 +12,7 @@ import pytest
 import torch
 from shard_files import Member, image_file, level, numbered, write_tar
 
-from fd_scale.data import TrainLoader, evaluation_transform, open_source, shards
+from fd_scale.data import ImageAlone, TrainLoader, evaluation_transform, open_source, shards
 from fd_scale.data.decode import DecodeError
 from fd_scale.errors import UserError
 
@@ -289,7 +289,7 @@ def test_a_worker_reads_the_same_batches(tmp_path: Path) -> None:
     epochs = []
     for num_workers in (0, 1):
         loader = TrainLoader(
-            source, evaluation_transform(4), seed=1, global_batch=12, micro_batch=6, rank=0, world_size=1,
+            source, ImageAlone(evaluation_transform(4)), seed=1, global_batch=12, micro_batch=6, rank=0, world_size=1,
             num_workers=num_workers,
         )  # fmt: skip
         steps = loader.iterate(0)

@@ -1,0 +1,105 @@
+"""`fd-scale predict`: what a run's model makes of images, as pictures."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms.v2.functional import pil_to_tensor
+
+from fd_scale.config import Recipe, as_list
+from fd_scale.data import open_source
+from fd_scale.data.base import IMAGE_SUFFIXES
+from fd_scale.data.decode import DecodeError, decode
+from fd_scale.data.masks import ade20k_names
+from fd_scale.errors import UserError
+from fd_scale.finetune import SegmentationTask
+from fd_scale.finetune.segmentation.pictures import overlay
+
+logger = logging.getLogger(__name__)
+
+
+def images_below(path: Path) -> list[Path]:
+    """Returns an image file, or those of a folder and all below it.
+
+    Raises:
+        UserError: there are none.
+    """
+    if path.is_file():
+        return [path]
+    found = sorted(file for file in path.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES)
+    if not found:
+        raise UserError(f"{path}: no image there; expected a file, or a folder with images")
+    return found
+
+
+def predict_images(
+    task: SegmentationTask,
+    class_names: list[str] | None,
+    path: Path,
+    out: Path,
+    device: torch.device,
+    masks: bool = False,
+) -> list[Path]:
+    """Writes a PNG file for each image: it, under the colours of its classes, and a legend; or its mask.
+
+    Args:
+        task: with its trained weights, in eval mode on the device.
+        class_names: of its classes; none: their numbers.
+        path: an image or a folder.
+        out: folder of the pictures; those of sub-folders lie in sub-folders.
+        device: of the module.
+        masks: whether masks are wanted, 8-bit grey, classes counted from 1, as the benchmark of ADE20K takes them.
+
+    Returns:
+        The pictures.
+
+    Raises:
+        UserError: there are no images, one cannot be decoded, two would be written to one file, or nothing can be.
+    """
+    names = class_names or [str(label) for label in range(task.num_classes)]
+    root = path if path.is_dir() else path.parent
+    targets = {file: (out / file.relative_to(root)).with_suffix(".png") for file in images_below(path)}
+    if len(set(targets.values()) - set(targets)) < len(targets):
+        raise UserError(
+            f"--out {out}: a picture would take the place of an image, or of another picture; name another folder, and "
+            "files that differ in more than their suffix"
+        )
+
+    def segment(images_BCHW: Tensor) -> Tensor:
+        return task.module(images_BCHW=images_BCHW)["logits"]
+
+    for file, target in targets.items():
+        try:
+            image = decode(file.read_bytes())
+        except (DecodeError, OSError) as error:
+            raise UserError(f"{file}: cannot be decoded ({error}); repair or remove it") from None
+        with torch.no_grad():
+            classes_HW = task.predictor(pil_to_tensor(image).to(device), segment)
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            mask_HW = classes_HW.cpu().numpy()
+            picture = Image.fromarray(mask_HW + np.uint8(1)) if masks else overlay(image, mask_HW, names)
+            picture.save(target)
+        except OSError as error:
+            raise UserError(
+                f"--out {out}: cannot be written ({error.strerror}); name another folder"
+            ) from None
+        logger.info("%s", target)
+    return list(targets.values())
+
+
+def class_names_of(recipe: Recipe) -> list[str] | None:
+    """Returns the names of a run's classes, or none where its data are not here and are not ADE20K's."""
+    sources = as_list(recipe.data.train)
+    if sources[0].source.startswith("ade20k_"):
+        return ade20k_names()
+    try:
+        return open_source(recipe.data.train).class_names
+    except UserError as error:
+        logger.warning("the legend has numbers in place of names: %s", error)
+        return None

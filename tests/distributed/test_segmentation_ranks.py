@@ -1,0 +1,100 @@
+"""A segmentation trains and is measured alike on any number of ranks, and resumes exactly."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import cases
+import numpy as np
+import pytest
+from PIL import Image
+from ranks import run_ranks
+
+Values = Callable[..., dict[str, Any]]
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture
+def values(recipe_values: Values, write_shapes: Callable[..., str], tmp_path: Path) -> Values:
+    """Eight images of unequal size, with ever more ignored pixels: ranks have unequally many that count."""
+    source = write_shapes(tmp_path / "shapes")
+    defaults = {
+        "data__train": source,
+        "data__evaluation": source,
+        "train__global_batch": 8,
+        "train__micro_batch": 4,
+    }
+
+    def make(name: str, **changes: Any) -> dict[str, Any]:
+        return recipe_values("segmentation", run_dir=str(tmp_path / name), **(defaults | changes))
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("stage", "checkpointing", "norm", "model"),
+    [(1, "none", "group", None), (3, "block", "batch", None), (3, "none", "group", "fd_vit_tiny_patch16")],
+)
+def test_two_ranks_equal_one(
+    values: Values, stage: int, checkpointing: str, norm: str, model: str | None
+) -> None:
+    changes: dict[str, Any] = {"train__steps": 4, "segmentation__norm": norm}
+    if model is not None:
+        changes["model"] = {
+            "name": model, "img_size": 32,
+            "overrides": {"patch_size": 8, "embed_dim": 32, "depth": 4, "num_heads": 2, "drop_path_rate": 0.2},
+        }  # fmt: skip
+    alone = values("alone", train__micro_batch=8, **changes)
+    together = values(
+        "together", train__ds_config=f"zero{stage}", train__micro_batch=2 if norm == "group" else 4,
+        train__activation_checkpointing=checkpointing, **changes,
+    )  # fmt: skip
+    run_ranks(cases.train, 1, alone)
+    run_ranks(cases.train, 2, together)
+    found, expected = (np.array(cases.curve(run["run_dir"])) for run in (together, alone))
+    # fp32 sums in another order, which AdamW's division amplifies: as in test_equality.
+    np.testing.assert_allclose(found[:, 0], expected[:, 0], rtol=1e-5)
+    np.testing.assert_allclose(found[:, 1], expected[:, 1], rtol=1e-4)
+    assert len(set(expected[:, 0])) == 4
+    assert 0.5 < expected[0, 0] < 2, "about 1.4 ln 3: a mean over pixels"
+    metrics = [cases.read_metrics(Path(run["run_dir"]), "evaluation")[-1] for run in (together, alone)]
+    # A pixel between two classes may go either way.
+    assert metrics[0]["miou"] == pytest.approx(metrics[1]["miou"], abs=1e-3)
+
+
+def test_evaluate_gives_the_metrics_of_the_run(values: Values) -> None:
+    """8 images on 1 and 3 ranks, by windows of which small images have fewer; integers: the same to the last digit."""
+    run = values("run", train__ds_config="zero3", train__steps=2, segmentation__short_side=0)
+    run_ranks(cases.train, 2, run)
+    [logged] = cases.read_metrics(Path(run["run_dir"]), "evaluation")
+    results = [run_ranks(cases.evaluate, ranks, run["run_dir"], []) for ranks in (1, 3)]
+    assert results[1][0] == results[1][2] == results[0][0]
+    found = results[0][0]
+    assert {name: found[name] for name in ("miou", "macc", "aacc")} == {
+        name: logged[name] for name in ("miou", "macc", "aacc")
+    }
+    masks = [np.asarray(Image.open(path)) for path in Path(run["data"]["train"][6:]).glob("masks/*.png")]
+    assert found["pixels"] == sum(int((mask != 255).sum()) for mask in masks), "each image once"
+    assert [entry["name"] for entry in found["classes"]] == ["ground", "disc", "square"]
+    assert json.loads((Path(run["run_dir"]) / "evaluations/step_00000002.json").read_text()) == found
+    # Swin V2 has the same weights for any window.
+    other = run_ranks(
+        cases.evaluate,
+        1,
+        run["run_dir"],
+        ["model.img_size=32", "model.overrides.window_size=8", "segmentation.flip_too=true"],
+    )[0]
+    assert other["pixels"] == found["pixels"]
+    assert other["miou"] != found["miou"]
+
+
+def test_resume_is_exact(values: Values) -> None:
+    whole, stopped = values("whole"), values("stopped")
+    run_ranks(cases.train, 2, whole)
+    results = run_ranks(cases.train_then_die, 2, stopped, 4, "between steps", 1)
+    assert results[1] == -9
+    run_ranks(cases.train, 2, stopped)
+    assert cases.curve(stopped["run_dir"]) == cases.curve(whole["run_dir"])
+    last = [cases.read_metrics(Path(run["run_dir"]), "evaluation")[-1]["miou"] for run in (whole, stopped)]
+    assert last[0] == last[1]
