@@ -82,6 +82,7 @@ def is_of(run_dir: Path, recipe: str, settings: Sequence[str]) -> bool:
 
 def is_evaluated(run_dir: Path, recipe: str, settings: Sequence[str]) -> bool:
     """True for such a run, its length in steps, that was evaluated after the last one."""
-    num_steps = load_recipe(recipe, list(settings)).train.steps
     lines = read_metrics(run_dir, "evaluation")
-    return bool(lines) and lines[-1]["step"] == num_steps and is_of(run_dir, recipe, settings)
+    if not lines or lines[-1]["step"] != load_recipe(recipe, list(settings)).train.steps:
+        return False
+    return is_of(run_dir, recipe, settings)

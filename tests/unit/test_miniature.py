@@ -59,7 +59,10 @@ class Recorded(Launcher):
         return run_dir
 
 
-@pytest.mark.parametrize(("study", "num_students", "num_runs"), [("cpu", 4, 26), ("gpu", 19, 131)])
+@pytest.mark.parametrize(
+    ("study", "num_students", "num_runs"),
+    [("cpu", 4, 26), pytest.param("gpu", 19, 131, marks=pytest.mark.slow)],
+)
 def test_the_chain(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, study: str, num_students: int, num_runs: int
 ) -> None:
