@@ -52,6 +52,23 @@ def add_looking(verbs: Verbs) -> None:
     landscape.add_argument("--num-images", type=int, default=256, help="evenly spread ones (default: 256)")
     landscape.set_defaults(run=_landscape)
 
+    _add_predict(verbs)
+
+    report = add_verb(
+        verbs, "report", "one page of a run, or of several side by side: curves, pictures, settings",
+        "Writes a self-contained HTML page and its numbers as JSON; several runs share their curves, and the table of\n"
+        "settings shows where they differ.",
+        "  fd-scale report runs/digits/distill\n"
+        "  fd-scale report runs/a runs/b --out compared.html",
+    )  # fmt: skip
+    report.add_argument("run_dirs", metavar="RUN", nargs="+", help="folder of a run")
+    report.add_argument(
+        "--out", metavar="FILE", help="the page (default: report.html in the first run's folder)"
+    )
+    report.set_defaults(run=_report)
+
+
+def _add_predict(verbs: Verbs) -> None:
     predict = add_verb(
         verbs, "predict", "what a segmentation makes of images: overlays with a legend",
         "Predicts an image, or all below a folder, as `evaluate` does, and writes OUT/NAME.png for each.",
@@ -70,19 +87,6 @@ def add_looking(verbs: Verbs) -> None:
         help="grey PNG files, classes from 1 on, as the benchmark of ADE20K takes them",
     )
     predict.set_defaults(run=_predict)
-
-    report = add_verb(
-        verbs, "report", "one page of a run, or of several side by side: curves, pictures, settings",
-        "Writes a self-contained HTML page and its numbers as JSON; several runs share their curves, and the table of\n"
-        "settings shows where they differ.",
-        "  fd-scale report runs/digits/distill\n"
-        "  fd-scale report runs/a runs/b --out compared.html",
-    )  # fmt: skip
-    report.add_argument("run_dirs", metavar="RUN", nargs="+", help="folder of a run")
-    report.add_argument(
-        "--out", metavar="FILE", help="the page (default: report.html in the first run's folder)"
-    )
-    report.set_defaults(run=_report)
 
 
 def _diagnose(options: argparse.Namespace) -> None:

@@ -57,7 +57,8 @@ def _add_evaluate(verbs: Verbs) -> None:
     evaluate = add_verb(
         verbs, "evaluate", "metrics of a run's checkpoint, as a table and as JSON",
         "Measures the newest checkpoint of a run, or the one named, on data.evaluation: accuracy, by class too, and\n"
-        "calibration of a classifier; the loss of a distillation. Writes RUN/evaluations/CHECKPOINT.json.",
+        "calibration of a classifier; mIoU of a segmentation; the loss of a distillation. Writes\n"
+        "RUN/evaluations/CHECKPOINT.json.",
         "  fd-scale evaluate runs/digits/finetune\n"
         "  fd-scale evaluate runs/mine/checkpoints/step_00005000 data.evaluation=imagefolder:imagenet-v2\n"
         "  torchrun --nproc-per-node 8 -m fd_scale evaluate runs/mine --real real.json",
