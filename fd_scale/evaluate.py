@@ -6,6 +6,7 @@ import json
 import logging
 import re
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,11 @@ from rich.table import Table
 
 from fd_scale import run_folder
 from fd_scale.checkpoint import newest_checkpoint, read_manifest, verify, write_atomically
-from fd_scale.config import Recipe
+from fd_scale.config import Recipe, to_dict
 from fd_scale.distributed import World
 from fd_scale.engine import saved_weights
 from fd_scale.errors import UserError
-from fd_scale.evaluation import Accuracy, Segmentation, reassessed_labels
+from fd_scale.evaluation import Accuracy, Progress, Segmentation, reassessed_labels
 from fd_scale.finetune import ClassificationTask, SegmentationTask
 from fd_scale.log import console
 from fd_scale.models import dtype_of
@@ -113,6 +114,8 @@ def evaluate_task(
     step = read_manifest(checkpoint)["state"]["step"]
     logger.info("%s: step %d on %s", checkpoint, step, recipe.data.evaluation)
     found: dict[str, Any] = {"step": step, "source": str(recipe.data.evaluation)}
+    file = run / "evaluations" / _file_name(checkpoint, recipe, run)
+    world.on_main(partial(_make, file.parent))
     with torch.no_grad():
         if isinstance(task, ClassificationTask):
             assert task.evaluation is not None, "the recipe names images"
@@ -124,7 +127,10 @@ def evaluate_task(
         elif isinstance(task, SegmentationTask):
             assert task.evaluation is not None, "the recipe names images"
             names = task.evaluation.source.class_names
-            overlap = task.segmentation(task.evaluation, task.module, world)
+            changes = _changes(recipe, run)
+            of = json.dumps([step, task.evaluation.source.fingerprint, str(recipe.data.evaluation), changes])
+            progress = Progress(file=file.with_suffix(".progress"), of=of)
+            overlap = task.segmentation(task.evaluation, task.module, world, progress)
             found |= overlap.to_json(names)
             table = segmentation_table(overlap, names)
         else:
@@ -134,23 +140,44 @@ def evaluate_task(
             for name, value in metrics.items():
                 table.add_row(name, f"{value:.5g}")
     if world.is_main:
-        folder, name = run / "evaluations", _file_name(checkpoint, recipe, run)
         try:
-            folder.mkdir(exist_ok=True)
-            write_atomically(folder / name, json.dumps(found, indent=1))
+            write_atomically(file, json.dumps(found, indent=1))
+            file.with_suffix(".progress").unlink(missing_ok=True)
         except OSError as error:
-            raise run_folder.not_writable(folder, error) from None
+            raise run_folder.not_writable(file.parent, error) from None
         console.print(table)
-        console.print(f"written to {folder / name}", soft_wrap=True)
+        console.print(f"written to {file}", soft_wrap=True)
     return found
 
 
+def _make(folder: Path) -> None:
+    try:
+        folder.mkdir(exist_ok=True)
+    except OSError as error:
+        raise run_folder.not_writable(folder, error) from None
+
+
+def _changes(recipe: Recipe, run: Path) -> dict[str, Any]:
+    """What of an evaluation is other than the run's own: images, size, how they are predicted."""
+    own, now = (run_folder.flat(to_dict(each)) for each in (run_folder.read_recipe(run), recipe))
+    derived = ("model.weights", "segmentation.num_classes", "classification.num_classes")
+    shown = ("data.evaluation", "model.", "segmentation.")
+    return {
+        key: value
+        for key, value in now.items()
+        if key.startswith(shown) and key not in derived and value != own.get(key)
+    }
+
+
 def _file_name(checkpoint: Path, recipe: Recipe, run: Path) -> str:
-    """A file for each checkpoint, and for other images than the run's own one of theirs."""
-    source = str(recipe.data.evaluation)
-    if source == str(run_folder.read_recipe(run).data.evaluation):
-        return f"{checkpoint.name}.json"
-    return f"{checkpoint.name}-{re.sub(r'[^A-Za-z0-9]+', '_', source)[-80:].strip('_')}.json"
+    """A file for each checkpoint, and one for each other way to evaluate it."""
+    changes = _changes(recipe, run)
+    words = [
+        str(value) if key.startswith("data.") else f"{key.split('.')[-1]} {value}"
+        for key, value in changes.items()
+    ]
+    suffix = re.sub(r"[^A-Za-z0-9]+", "_", " ".join(words))[-80:].strip("_")
+    return f"{checkpoint.name}-{suffix}.json" if suffix else f"{checkpoint.name}.json"
 
 
 def accuracy_table(accuracy: Accuracy, class_names: list[str] | None) -> Table:

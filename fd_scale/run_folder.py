@@ -101,7 +101,7 @@ def identity(recipe: Recipe, data_fingerprint: str, stage: int, world_size: int)
     Data and the teacher's weights count by their content, wherever they lie; initial weights have
     done their part when there is a checkpoint.
     """
-    settings = _flat(to_dict(recipe))
+    settings = flat(to_dict(recipe))
     for index, teacher in enumerate(recipe.distill.teachers if recipe.distill is not None else []):
         path = weights_path(teacher.model)
         settings[f"distill.teachers.{index}.model.weights"] = path and weights_sha256(path)
@@ -126,9 +126,10 @@ def identity(recipe: Recipe, data_fingerprint: str, stage: int, world_size: int)
     return kept | facts
 
 
-def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
+def flat(values: Any, prefix: str = "") -> dict[str, Any]:
+    """Returns setting -> value of nested dicts and of lists of dicts, as `distill.teachers.0.share`."""
     if isinstance(values, dict) and values:
-        return {k: v for key, value in values.items() for k, v in _flat(value, f"{prefix}{key}.").items()}
+        return {k: v for key, value in values.items() for k, v in flat(value, f"{prefix}{key}.").items()}
     if isinstance(values, list) and values and isinstance(values[0], dict):
-        return {k: v for i, value in enumerate(values) for k, v in _flat(value, f"{prefix}{i}.").items()}
+        return {k: v for i, value in enumerate(values) for k, v in flat(value, f"{prefix}{i}.").items()}
     return {prefix.rstrip("."): values}

@@ -4,7 +4,7 @@ from fd_scale.evaluation.accuracy import Accuracy, AccuracyCounter, reassessed_l
 from fd_scale.evaluation.dense import Predictor
 from fd_scale.evaluation.loop import EvaluationSet, Forward, evaluated_batches, mean_over_source
 from fd_scale.evaluation.nearest import nearest_neighbours
-from fd_scale.evaluation.segmentation import ConfusionCounter, Segmentation, segmentation_of
+from fd_scale.evaluation.segmentation import ConfusionCounter, Progress, Segmentation, segmentation_of
 
 __all__ = [
     "Accuracy",
@@ -13,6 +13,7 @@ __all__ = [
     "EvaluationSet",
     "Forward",
     "Predictor",
+    "Progress",
     "Segmentation",
     "evaluated_batches",
     "mean_over_source",

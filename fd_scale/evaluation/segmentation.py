@@ -5,14 +5,19 @@ Shape legend: H, W = pixels, K = classes.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from fd_scale.checkpoint import write_atomically
 from fd_scale.data import IGNORED, Batch, evaluation_batches, subset
 from fd_scale.distributed import World
 from fd_scale.errors import UserError
@@ -93,21 +98,52 @@ class ConfusionCounter:
         pairs = truth_HW[counted].long() * self.num_classes + predicted_HW[counted]
         self.matrix += torch.bincount(pairs, minlength=self.num_classes**2).view_as(self.matrix)
 
+    def total(self, world: World) -> npt.NDArray[np.int64]:
+        """Returns the matrix over all ranks, which all call it; exact up to 2^53 pixels."""
+        totals = world.sum(self.matrix.flatten().tolist())
+        return np.array(totals).round().astype(np.int64).reshape(self.num_classes, self.num_classes)
+
     def result(self, world: World) -> Segmentation:
-        """Returns the matrix over all ranks, which all call it; exact up to 2^53 pixels.
+        """Returns the shares over all ranks, which all call it.
 
         Raises:
             UserError: no pixel has a class.
         """
-        totals = world.sum(self.matrix.flatten().tolist())
-        matrix_KK = np.array(totals).round().astype(np.int64).reshape(self.num_classes, self.num_classes)
+        matrix_KK = self.total(world)
         if not matrix_KK.any():
             raise UserError("data.evaluation: no pixel of its masks has a class; check them, or classes.txt")
         return Segmentation(matrix=matrix_KK)
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Progress:
+    """What an evaluation has counted, in a file: a second one of the same begins there."""
+
+    file: Path
+    of: str
+    """What is evaluated, and how; a file of something else is not read."""
+    every: int = 100
+    """Rounds, an image a rank each, from one writing to the next."""
+
+    def read(self) -> tuple[int, list[list[int]] | None]:
+        """Returns how many images are counted, the first ones of the source, and their matrix."""
+        if not self.file.is_file():
+            return 0, None
+        found = json.loads(self.file.read_text(encoding="utf-8"))
+        return (found["num_images"], found["matrix"]) if found["of"] == self.of else (0, None)
+
+    def write(self, num_images: int, matrix_KK: npt.NDArray[np.int64]) -> None:
+        """Replaces the file."""
+        body = {"of": self.of, "num_images": num_images, "matrix": matrix_KK.tolist()}
+        write_atomically(self.file, json.dumps(body))
+
+
 def segmentation_of(
-    evaluation: EvaluationSet, predictor: Predictor, forward: Forward, world: World
+    evaluation: EvaluationSet,
+    predictor: Predictor,
+    forward: Forward,
+    world: World,
+    progress: Progress | None = None,
 ) -> Segmentation:
     """Predicts every image of a source at its own size and counts, on any number of ranks.
 
@@ -119,14 +155,18 @@ def segmentation_of(
         predictor: how an image is predicted.
         forward: the module's, which returns `logits`.
         world: ranks; all call it.
+        progress: where counts are kept on the way; none: nowhere.
     """
 
     def segment(images_BCHW: Tensor) -> Tensor:
         return forward(images_BCHW=images_BCHW)["logits"]
 
     counter = ConfusionCounter(predictor.num_classes, world.device)
-    images = _own_images(evaluation, world)
-    for _ in range(-(-len(evaluation.source) // world.size)):
+    first, matrix = (0, None) if progress is None else world.on_main(progress.read)
+    if matrix is not None and world.is_main:
+        counter.matrix += torch.tensor(matrix, device=world.device)
+    images = _own_images(evaluation, first, world)
+    for round_end in range(first + world.size, len(evaluation.source) + world.size, world.size):
         batch = next(images, None)
         calls = 0 if batch is None else predictor.num_calls(*batch.images.shape[2:])
         most = max(world.gather(calls))
@@ -134,11 +174,14 @@ def segmentation_of(
             counter.add(predictor(batch.images[0], segment), batch.labels[0])
         for _ in range(most - calls):
             segment(torch.zeros(1, 3, predictor.side, predictor.side, device=world.device))
+        if progress is not None and (round_end - first) // world.size % progress.every == 0:
+            total_KK = counter.total(world)
+            world.on_main(partial(progress.write, min(round_end, len(evaluation.source)), total_KK))
     return counter.result(world)
 
 
-def _own_images(evaluation: EvaluationSet, world: World) -> Iterator[Batch]:
-    own = range(world.rank, len(evaluation.source), world.size)
+def _own_images(evaluation: EvaluationSet, first: int, world: World) -> Iterator[Batch]:
+    own = range(first + world.rank, len(evaluation.source), world.size)
     if not own:
         return
     for batch in evaluation_batches(

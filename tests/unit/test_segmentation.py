@@ -1,6 +1,9 @@
 """Heads, pyramid, loss, prediction and metric of a segmentation, against others' code and plain loops."""
 
+import math
+from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,10 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fd_scale.config import ModelConfig, SegmentationConfig
-from fd_scale.data import Batch
+from fd_scale.data import Batch, open_source
+from fd_scale.data.mask_transforms import whole_with_mask
 from fd_scale.distributed import World
 from fd_scale.errors import UserError
-from fd_scale.evaluation import ConfusionCounter, Predictor
+from fd_scale.evaluation import ConfusionCounter, EvaluationSet, Predictor, Progress, segmentation_of
 from fd_scale.evaluation.dense import offsets
 from fd_scale.finetune.segmentation import SegmentationModule
 from fd_scale.finetune.segmentation.heads import NORMS, FCNHead, UPerNetHead
@@ -300,6 +304,37 @@ def test_the_metric_by_hand() -> None:
     assert written["classes"][3] == {"label": 3, "name": "d", "pixels": 0, "iou": None, "acc": None}
     with pytest.raises(UserError, match="no pixel of its masks has a class"):
         ConfusionCounter(2).result(ALONE)
+
+
+def test_an_evaluation_goes_on_where_one_was_killed(write_shapes: Callable[..., str], tmp_path: Path) -> None:
+    images = EvaluationSet(
+        source=open_source(write_shapes(tmp_path / "shapes")), transform=whole_with_mask, batch_size=1, num_workers=0
+    )  # fmt: skip
+    progress = Progress(file=tmp_path / "run.progress", of="this", every=2)
+    segment, settings = network(), predictor()
+    calls: list[int] = []
+
+    def killed_at(last: float) -> Callable[..., dict[str, Tensor]]:
+        calls.clear()
+
+        def forward(images_BCHW: Tensor) -> dict[str, Tensor]:
+            calls.append(1)
+            if len(calls) > last:
+                raise KeyboardInterrupt
+            return {"logits": segment(images_BCHW)}
+
+        return forward
+
+    whole = segmentation_of(images, settings, killed_at(math.inf), ALONE)
+    per_image = [settings.num_calls(*images.source.read(index)[0].size[::-1]) for index in range(8)]
+    assert len(calls) == sum(per_image)
+    with pytest.raises(KeyboardInterrupt):
+        segmentation_of(images, settings, killed_at(sum(per_image[:5])), ALONE, progress)
+    assert progress.read()[0] == 4, "written after every second image"
+    resumed = segmentation_of(images, settings, killed_at(math.inf), ALONE, progress)
+    assert len(calls) == sum(per_image[4:])
+    np.testing.assert_array_equal(resumed.matrix, whole.matrix)
+    assert replace(progress, of="another").read() == (0, None)
 
 
 def test_the_metric_equals_torchmetrics() -> None:

@@ -15,7 +15,7 @@ from fd_scale.config import Recipe
 from fd_scale.data import IGNORED, Batch, Source, TrainLoader, fill_colour
 from fd_scale.distributed import World
 from fd_scale.errors import UserError
-from fd_scale.evaluation import EvaluationSet, Forward, Predictor, Segmentation, segmentation_of
+from fd_scale.evaluation import EvaluationSet, Forward, Predictor, Progress, Segmentation, segmentation_of
 from fd_scale.finetune.classes import agreed_classes
 from fd_scale.finetune.segmentation.module import SegmentationModule
 from fd_scale.finetune.segmentation.pictures import error_map, painted
@@ -83,9 +83,11 @@ class SegmentationTask:
         """Measures mIoU, mean and overall accuracy over the evaluation source."""
         return {} if self.evaluation is None else self.segmentation(self.evaluation, forward, world).metrics
 
-    def segmentation(self, evaluation: EvaluationSet, forward: Forward, world: World) -> Segmentation:
-        """Measures the overlap of predicted and true classes, by class too; all ranks call it."""
-        return segmentation_of(evaluation, self.predictor, forward, world)
+    def segmentation(
+        self, evaluation: EvaluationSet, forward: Forward, world: World, progress: Progress | None = None
+    ) -> Segmentation:
+        """Measures the overlap of predicted and true classes, by class too; see `segmentation_of`."""
+        return segmentation_of(evaluation, self.predictor, forward, world, progress)
 
     def pictures(self, batch: Batch, outputs: dict[str, Tensor]) -> dict[str, np.ndarray]:
         """Input, truth, prediction and error of some images, side by side."""
