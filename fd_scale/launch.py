@@ -12,10 +12,11 @@ from dataclasses import dataclass
 from math import inf
 from pathlib import Path
 
-from fd_scale.config import load_recipe, to_yaml
+from fd_scale.config import load_recipe
 from fd_scale.errors import PREEMPTED, UserError
 from fd_scale.metrics import read_metrics
 from fd_scale.models import resolved
+from fd_scale.run_folder import read_recipe
 
 _STOPPED = (PREEMPTED, -signal.SIGTERM)
 """Codes of a run that was preempted: after a step, or before there was one."""
@@ -75,9 +76,9 @@ class Launcher:
 
 def is_of(run_dir: Path, recipe: str, settings: Sequence[str]) -> bool:
     """True for the folder of a run of this very recipe with these settings, complete or not."""
-    file = run_dir / "recipe.yaml"
-    wanted = to_yaml(resolved(load_recipe(recipe, [f"run_dir={run_dir}", *settings])))
-    return file.is_file() and file.read_text(encoding="utf-8") == wanted
+    wanted = resolved(load_recipe(recipe, [f"run_dir={run_dir}", *settings]))
+    # Read and compared, not as text: a run of an earlier version may lack settings, which have their defaults.
+    return (run_dir / "recipe.yaml").is_file() and read_recipe(run_dir) == wanted
 
 
 def is_evaluated(run_dir: Path, recipe: str, settings: Sequence[str]) -> bool:

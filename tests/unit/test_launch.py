@@ -63,6 +63,9 @@ def test_which_runs_are_complete(tmp_path: Path) -> None:
     assert not is_of(tmp_path, "digits/finetune", settings)
     (tmp_path / "recipe.yaml").write_text(to_yaml(recipe))
     assert is_of(tmp_path, "digits/finetune", settings)
+    without = [line for line in to_yaml(recipe).splitlines() if "erasing" not in line]
+    (tmp_path / "recipe.yaml").write_text("\n".join(without))
+    assert is_of(tmp_path, "digits/finetune", settings), "of a version that had no such setting"
     assert not is_of(tmp_path, "digits/finetune", [*settings, "optim.lr=0.5"])
     for step, complete in ((2, False), (3, True)):
         line = json.dumps({"kind": "evaluation", "step": step, "top1": 0.5})
