@@ -24,41 +24,45 @@ from fd_scale.log import console
 from fd_scale.metrics import read_metrics
 from fd_scale.run_folder import not_writable
 
-METRIC = "top1"
+METRICS = {"classification": "top1", "linear_probe": "top1", "segmentation": "miou"}
+"""Of each task that can be compared."""
 DEFAULT = Launcher()
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Top-1 of each starting point, in 0..1, one value a seed."""
+    """A metric of each starting point, in 0..1, one value a seed."""
 
-    top1: dict[str, list[float]]
+    values: dict[str, list[float]]
+    metric: str = "top1"
 
     @property
     def reference(self) -> str:
         """The starting point that the others are compared with: the first."""
-        return next(iter(self.top1))
+        return next(iter(self.values))
 
     def differences(self, name: str) -> list[float]:
-        """Top-1 of a starting point less the reference's, seed by seed: both saw the same order and crops."""
-        return [own - other for own, other in zip(self.top1[name], self.top1[self.reference], strict=True)]
+        """The metric of a starting point less the reference's, seed by seed: both saw the same order and crops."""
+        return [
+            own - other for own, other in zip(self.values[name], self.values[self.reference], strict=True)
+        ]
 
     def to_json(self) -> dict[str, object]:
         """Returns plain values."""
         return {
             name: {
-                "top1": values, "mean": statistics.mean(values), "sd": _spread(values),
+                self.metric: values, "mean": statistics.mean(values), "sd": _spread(values),
                 "difference": statistics.mean(self.differences(name)), "difference_sd": _spread(self.differences(name)),
             }
-            for name, values in self.top1.items()
+            for name, values in self.values.items()
         }  # fmt: skip
 
     def table(self) -> Table:
         """Means, spread, and paired differences, in points."""
         table = Table(
-            "start", "top-1, mean", "s.d. over seeds", f"less {self.reference}, paired", "each seed"
+            "start", f"{self.metric}, mean", "s.d. over seeds", f"less {self.reference}, paired", "each seed"
         )
-        for name, values in self.top1.items():
+        for name, values in self.values.items():
             spread, pairs = _spread(values), self.differences(name)
             paired = f"{100 * statistics.mean(pairs):+.1f}" + (
                 "" if _spread(pairs) is None else f" (s.d. {100 * (_spread(pairs) or 0):.1f})"
@@ -87,7 +91,7 @@ def compare(
     """Fine-tunes from each starting point with each seed; runs that are complete are not repeated, others go on.
 
     Args:
-        recipe: of task classification or linear_probe, with images to evaluate on.
+        recipe: of a task of `METRICS`, with images to evaluate on.
         starts: name -> settings, such as `model.weights=PATH`; the first is what the others are compared with.
         run_dir: folder of the runs, NAME-SEED each, and of compare.json and compare.png.
         num_seeds: seeds 0 to `num_seeds` - 1.
@@ -107,6 +111,7 @@ def compare(
         raise UserError(f"--start: got {len(starts)}, expected two starting points or more to compare")
     root = Path(run_dir)
     jobs = _jobs(recipe, starts, root, num_seeds, overrides)
+    metric = METRICS[load_recipe(recipe, list(overrides)).task]
     with ThreadPoolExecutor(side_by_side) as pool:
         started = [
             pool.submit(launcher.run, "finetune", recipe, folder, settings)
@@ -116,12 +121,15 @@ def compare(
         try:
             for done in as_completed(started):
                 folder = done.result()
-                console.print(f"{folder}: top-1 {_top1(folder):.1%}", soft_wrap=True, highlight=False)
+                console.print(
+                    f"{folder}: {metric} {_metric(folder, metric):.1%}", soft_wrap=True, highlight=False
+                )
         except UserError:
             pool.shutdown(cancel_futures=True)
             raise
     result = Comparison(
-        {name: [_top1(_folder(root, name, seed)) for seed in range(num_seeds)] for name in starts}
+        {name: [_metric(_folder(root, name, seed), metric) for seed in range(num_seeds)] for name in starts},
+        metric,
     )
     try:
         write_atomically(root / "compare.json", json.dumps(result.to_json(), indent=1))
@@ -147,8 +155,8 @@ def _jobs(
         raise UserError(f"--start: {', '.join(starts)} do not make different folders; choose other names")
     for settings in jobs.values():
         found = load_recipe(recipe, settings)
-        if found.task not in ("classification", "linear_probe") or found.data.evaluation is None:
-            raise UserError(f"{recipe}: expected task classification or linear_probe, with data.evaluation")
+        if found.task not in METRICS or found.data.evaluation is None:
+            raise UserError(f"{recipe}: expected a task of {', '.join(METRICS)}, with data.evaluation")
     return jobs
 
 
@@ -156,18 +164,18 @@ def _folder(root: Path, name: str, seed: int) -> Path:
     return root / f"{name.replace(', ', '-').replace(' ', '-')}-{seed}"
 
 
-def _top1(folder: Path) -> float:
+def _metric(folder: Path, metric: str) -> float:
     lines = read_metrics(folder, "evaluation")
     if not lines or (folder / "preempt").exists():  # a run that is complete removes it
         raise UserError(f"{folder}: the run was stopped before its last step; the same command goes on")
-    return float(lines[-1][METRIC])
+    return float(lines[-1][metric])
 
 
 def _plot(path: Path, root: Path, result: Comparison) -> None:
-    """Training losses, and beside them top-1, where each name stands in the colour of its losses."""
-    height = max(3.6, 1 + 0.26 * len(result.top1))
+    """Training losses, and beside them the metric, where each name stands in the colour of its losses."""
+    height = max(3.6, 1 + 0.26 * len(result.values))
     figure, (curves, points) = plt.subplots(1, 2, figsize=(11, height), constrained_layout=True)
-    for index, (name, values) in enumerate(result.top1.items()):
+    for index, (name, values) in enumerate(result.values.items()):
         for seed in range(len(values)):
             lines = read_metrics(_folder(root, name, seed), "train")
             curves.plot(
@@ -179,8 +187,8 @@ def _plot(path: Path, root: Path, result: Comparison) -> None:
         points.scatter([100 * value for value in values], [index] * len(values), color=f"C{index}")
         points.vlines(100 * statistics.mean(values), index - 0.3, index + 0.3, color=f"C{index}")
     curves.set(title="training loss (nats)", xlabel="optimizer step")
-    points.set(title="top-1 (%), a point each seed", yticks=range(len(result.top1)))
-    for index, label in enumerate(points.set_yticklabels(list(result.top1))):
+    points.set(title=f"{result.metric} (%), a point each seed", yticks=range(len(result.values)))
+    for index, label in enumerate(points.set_yticklabels(list(result.values))):
         label.set_color(f"C{index}")
     points.invert_yaxis()
     for axis in (curves, points):

@@ -51,7 +51,7 @@ def demo(run_dir: str, num_seeds: int) -> dict[str, list[float]]:
     found = compare("digits/finetune", starts, root / "finetune", num_seeds, side_by_side=NUM_RANKS)
     picture = _plot(root / "curves.png", teacher_run, student_run)
     _report(found, root, picture, time.perf_counter() - began)
-    return found.top1
+    return found.values
 
 
 def _plot(path: Path, teacher_run: Path, student_run: Path) -> Path:
@@ -70,7 +70,7 @@ def _plot(path: Path, teacher_run: Path, student_run: Path) -> Path:
 def _report(found: Comparison, root: Path, picture: Path, seconds: float) -> None:
     console.print("Top-1 on 300 test digits after equal fine-tuning:")
     console.print(found.table())
-    teacher, student, scratch = (statistics.mean(values) for values in found.top1.values())
+    teacher, student, scratch = (statistics.mean(values) for values in found.values.values())
     console.print(
         f"The distilled student is {100 * (student - teacher):+.1f} points from its teacher and "
         f"{100 * (student - scratch):+.1f} points from a student that starts from scratch.",

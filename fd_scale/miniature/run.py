@@ -167,7 +167,7 @@ class _Miniature:
             f"miniature/{recipe}", {start.title: start.settings(**overrides) for start in starts}, self.root / recipe,
             num_seeds, [*self.fewer, *settings, *self.overrides], launcher=self.launcher,
             side_by_side=self.study.side_by_side,
-        ).top1  # fmt: skip
+        ).values  # fmt: skip
 
     def _side_by_side(
         self, function: Callable[..., Start], arguments: Iterable[tuple[Any, ...]]

@@ -97,15 +97,14 @@ def test_a_run_that_fails_says_why(recipe: str, tmp_path: Path, capsys: pytest.C
     error = capsys.readouterr().err
     assert "ended with code 2" in error
     assert "/no.safetensors does not exist" in error
-    assert compare.METRIC == "top1"
 
 
 def test_a_run_that_was_stopped_does_not_count(tmp_path: Path) -> None:
     """A preempted run ends well below torchrun, with evaluations of earlier steps."""
     with pytest.raises(UserError, match="stopped before its last step; the same command goes on"):
-        compare._top1(tmp_path)
+        compare._metric(tmp_path, "top1")
     (tmp_path / "metrics.jsonl").write_text('{"kind": "evaluation", "step": 2, "top1": 0.25}\n')
-    assert compare._top1(tmp_path) == 0.25
+    assert compare._metric(tmp_path, "top1") == 0.25
     (tmp_path / "preempt").touch()
     with pytest.raises(UserError, match="stopped before its last step"):
-        compare._top1(tmp_path)
+        compare._metric(tmp_path, "top1")
