@@ -79,6 +79,7 @@ def test_sizes_take_turns_and_failures_are_recorded(job: Job, tmp_path: Path) ->
     )
 
 
+@pytest.mark.slow
 def test_a_size_that_takes_too_long(job: Job, tmp_path: Path) -> None:
     log = tmp_path / "log"
     weak = Job(recipe=job.recipe, weak=True)

@@ -62,7 +62,7 @@ def test_a_mean_over_ranks_is_no_mean_of_means(
         ("distill", 0, 2, 4, "none"),
         ("distill", 2, 2, 8, "none"),
         ("distill", 3, 2, 8, "none"),
-        ("distill", 3, 2, 4, "block"),
+        pytest.param("distill", 3, 2, 4, "block", marks=pytest.mark.slow),
         ("fine-tuning", 0, 1, 16, "none"),
         ("fine-tuning", 1, 2, 4, "none"),
         ("fine-tuning", 3, 2, 8, "none"),
@@ -84,7 +84,7 @@ def test_equals_a_bare_loop(
     assert_same(found, expected)
 
 
-@pytest.mark.parametrize("stage", [0, 1, 3])
+@pytest.mark.parametrize("stage", [0, 1, pytest.param(3, marks=pytest.mark.slow)])
 def test_bf16_follows_fp32(recipe_values: Callable[..., dict[str, Any]], tmp_path: Any, stage: int) -> None:
     found = {}
     for precision, ds_config in (("fp32", "zero0"), ("bf16", f"zero{stage}")):

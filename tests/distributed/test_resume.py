@@ -55,15 +55,20 @@ def checkpoints(run_dir: str | Path) -> list[str]:
 @pytest.mark.parametrize(
     ("step", "where", "victim"),
     [
-        (1, "between steps", 0),
         (5, "between steps", 1),
-        (2, "before the files", 1),
-        (4, "while writing", 0),
-        (4, "while writing", 1),
         (4, "before the manifest", 0),
-        (4, "before the manifest", 1),
-        (4, "before the evaluation", 0),
-        (6, "before the evaluation", 1),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (
+                (1, "between steps", 0),
+                (2, "before the files", 1),
+                (4, "while writing", 0),
+                (4, "while writing", 1),
+                (4, "before the manifest", 1),
+                (4, "before the evaluation", 0),
+                (6, "before the evaluation", 1),
+            )
+        ),
     ],
 )
 def test_sigkill_then_resume_is_exact(

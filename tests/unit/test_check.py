@@ -300,6 +300,7 @@ def test_no_ranks_at_all(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().err == "fd-scale: --ranks: got 0, expected at least 1\n"
 
 
+@pytest.mark.slow
 def test_it_does_not_import_deepspeed() -> None:
     code = "import sys, fd_scale.check; sys.exit('deepspeed' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

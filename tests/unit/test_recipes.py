@@ -1,6 +1,7 @@
 """Every packaged distillation at its full size: it builds, and a step gives every parameter a gradient."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -19,6 +20,10 @@ ADE20K = sorted(
 DISTILLATION = [name for name in IMAGENET if name not in FINE_TUNING]
 
 
+def giants_are_slow(names: list[str]) -> list[Any]:
+    return [pytest.param(name, marks=[pytest.mark.slow] * name.endswith("giant")) for name in names]
+
+
 def without_weights(recipe: Recipe) -> Recipe:
     assert recipe.distill is not None
     teachers = [
@@ -27,7 +32,7 @@ def without_weights(recipe: Recipe) -> Recipe:
     return resolved(replace(recipe, distill=replace(recipe.distill, teachers=teachers)))
 
 
-@pytest.mark.parametrize("name", DISTILLATION)
+@pytest.mark.parametrize("name", giants_are_slow(DISTILLATION))
 def test_a_step_of_shapes(name: str) -> None:
     """On the meta device: all shapes and dtypes of a step, no arithmetic, up to the 3 billion parameters."""
     recipe = without_weights(load_recipe(name))
@@ -69,7 +74,7 @@ def test_the_published_values() -> None:
         assert (recipe.distill.loss, recipe.distill.beta) == ("whitened_smooth_l1", 2.0)
 
 
-@pytest.mark.parametrize("name", FINE_TUNING)
+@pytest.mark.parametrize("name", giants_are_slow(FINE_TUNING))
 def test_a_fine_tuning_step_of_shapes(name: str) -> None:
     """On the meta device, as above; the bias of each block is its own."""
     recipe = load_recipe(name)
@@ -124,7 +129,7 @@ def test_the_published_values_of_fine_tuning() -> None:
         assert recipe.model.overrides["shared_bias"] is False
 
 
-@pytest.mark.parametrize("name", ADE20K)
+@pytest.mark.parametrize("name", giants_are_slow(ADE20K))
 def test_a_segmentation_step_of_shapes(name: str) -> None:
     """On the meta device, as above; SwinV2-G also at the size and window of its test."""
     recipe = load_recipe(name)
