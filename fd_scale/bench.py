@@ -74,7 +74,7 @@ def _in_ranks(num_ranks: int, arguments: list[str]) -> dict[str, Any]:
     return row
 
 
-class _TakingTurns:
+class TakingTurns:
     """Stands in for the loader: hands out batches from memory, and runs a bare step after each of ours.
 
     The time between a batch and the next one is that of the whole loop, with its log lines.
@@ -162,7 +162,7 @@ def _measure(recipe: Recipe, num_steps: int, json_file: str) -> None:
     trainer = api.build_trainer(recipe, world)
     bare_task = api.build_task(recipe, open_source(recipe.data.train))
     bare_task.prepare(world, trainer.loader)
-    turns = _TakingTurns(trainer.loader, BareLoop(bare_task, recipe, world), min(num_steps, 16))
+    turns = TakingTurns(trainer.loader, BareLoop(bare_task, recipe, world), min(num_steps, 16))
     trainer.loader = turns  # type: ignore[assignment]
     trainer.train()
     if world.is_main:

@@ -186,19 +186,26 @@ def bench_finetune(
         "environment": environment(), "recipe": recipe_name, "overrides": list(overrides),
         "ours_ms": turns.ours_ms[WARM_UP_STEPS:], "timm_ms": turns.timm_ms[WARM_UP_STEPS:],
     }  # fmt: skip
-    _show(result, recipe.train.global_batch)
+    show(result, "timm", recipe.train.global_batch)
     if json_file is not None:
         write_atomically(Path(json_file), json.dumps(result, indent=1))
     return result
 
 
-def _show(result: dict[str, Any], images: int) -> None:
-    table = Table("loop", "ms a step, median (deciles)", "images/s", "over timm's")
-    medians = {name: statistics.median(result[f"{name}_ms"]) for name in ("ours", "timm")}
+def show(result: dict[str, Any], peer: str, images: int) -> None:
+    """Prints the times of two loops that took turns.
+
+    Args:
+        result: `ours_ms`, and PEER_ms.
+        peer: name of the other loop.
+        images: of a step.
+    """
+    table = Table("loop", "ms a step, median (deciles)", "images/s", "ratio")
+    medians = {name: statistics.median(result[f"{name}_ms"]) for name in ("ours", peer)}
     for name, median in medians.items():
         p10, *_, p90 = statistics.quantiles(result[f"{name}_ms"], n=10, method="inclusive")
         table.add_row(
             name, f"{median:.1f} ({p10:.1f} to {p90:.1f})", f"{1e3 * images / median:.0f}",
-            f"{median / medians['timm']:.3f}" if name == "ours" else "",
+            f"{median / medians[peer]:.3f}" if name == "ours" else "",
         )  # fmt: skip
     console.print(table)

@@ -11,7 +11,7 @@ from fd_scale.cli.parts import Verbs, add_recipe, add_verb
 def add_bench(verbs: Verbs) -> None:
     """Adds `bench` and what it measures."""
     bench = add_verb(
-        verbs, "bench", "measurements: step, finetune, kernels, giant, scale",
+        verbs, "bench", "measurements: step, finetune, segmentation, kernels, giant, scale",
         "Measures the training step, the kernels, whole steps of SwinV2-G on a GPU, or a recipe's on many.",
         "  fd-scale bench step --json step.json\n"
         "  fd-scale bench finetune miniature/finetune model.weights=null\n"
@@ -43,6 +43,19 @@ def add_bench(verbs: Verbs) -> None:
     finetune.add_argument("--steps", type=int, default=30, help="measured steps of each loop (default: 30)")
     finetune.add_argument("--json", metavar="FILE", help="write the measurements there too")
     finetune.set_defaults(run=_bench_finetune)
+
+    segmentation = add_verb(
+        subjects, "segmentation", "one step of a segmentation, beside Transformers' UPerNet on the same backbone",
+        "Measures in turns steps on the same batches in memory: our trainer with our head, and a bare loop with\n"
+        "Transformers' (extra [hf]), both with BatchNorm.",
+        "  fd-scale bench segmentation ade20k/tiny data.train=ade20k_val:ADEChallengeData2016",
+    )  # fmt: skip
+    add_recipe(segmentation)
+    segmentation.add_argument(
+        "--steps", type=int, default=30, help="measured steps of each loop (default: 30)"
+    )
+    segmentation.add_argument("--json", metavar="FILE", help="write the measurements there too")
+    segmentation.set_defaults(run=_bench_segmentation)
 
     kernels = add_verb(
         subjects, "kernels", "the Triton kernels beside their peers, on a GPU",
@@ -126,6 +139,12 @@ def _bench_finetune(options: argparse.Namespace) -> None:
     from fd_scale.benchmarks.finetune import bench_finetune
 
     bench_finetune(options.recipe, options.overrides, options.steps, options.json)
+
+
+def _bench_segmentation(options: argparse.Namespace) -> None:
+    from fd_scale.benchmarks.segmentation import bench_segmentation
+
+    bench_segmentation(options.recipe, options.overrides, options.steps, options.json)
 
 
 def _bench_kernels(options: argparse.Namespace) -> None:

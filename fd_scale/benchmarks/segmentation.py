@@ -1,0 +1,135 @@
+"""`fd-scale bench segmentation`: our step beside one with Transformers' UPerNet on the same backbone, in turns.
+
+Shape legend: B = images, H, W = pixels, K = classes, h, w = places of a map, R = residual branches.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from fd_scale import api, distributed, log
+from fd_scale.bench import WARM_UP_STEPS, BareLoop, TakingTurns
+from fd_scale.benchmarks.finetune import show
+from fd_scale.checkpoint import write_atomically
+from fd_scale.config import Recipe, load_recipe
+from fd_scale.data import Batch, open_source
+from fd_scale.errors import UserError
+from fd_scale.finetune import SegmentationTask
+from fd_scale.finetune.segmentation.module import cross_entropy_sum
+from fd_scale.models import normalize
+from fd_scale.run_folder import environment
+
+PEER = "transformers"
+
+
+class TransformersUPerNet(nn.Module):
+    """The backbone and pyramid of a segmentation of ours, with the heads of Transformers' UPerNet.
+
+    Args:
+        task: whose module's parts are taken, with `segmentation.norm=batch`, which Transformers has.
+
+    Raises:
+        UserError: Transformers is not installed.
+    """
+
+    def __init__(self, task: SegmentationTask) -> None:
+        super().__init__()
+        try:
+            from transformers import UperNetConfig
+            from transformers.models.upernet.modeling_upernet import UperNetFCNHead, UperNetHead
+        except ImportError as error:
+            raise UserError(f"bench segmentation: {error}; install the extra [hf]") from None
+        self.dtype, self.auxiliary_weight = task.module.dtype, task.module.auxiliary_weight
+        self.backbone, self.pyramid = task.module.backbone, task.module.pyramid
+        settings: dict[str, Any] = {
+            "hidden_size": task.config.channels, "num_labels": task.num_classes, "use_auxiliary_head": True,
+            "auxiliary_channels": task.config.channels // 2, "auxiliary_num_convs": 1,
+        }  # fmt: skip
+        self.head = UperNetHead(UperNetConfig(**settings), self.pyramid.channels)
+        last_but_one = max(len(self.pyramid.channels) - 2, 0)
+        self.auxiliary = UperNetFCNHead(
+            UperNetConfig(**settings), self.pyramid.channels, in_index=last_but_one
+        )
+
+    def forward(
+        self, images_BCHW: Tensor, masks_BHW: Tensor, drop_path_scale_RB: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """Returns sums of both losses, as `SegmentationModule` does."""
+        pixels_BCHW = normalize(images_BCHW, self.backbone.mean, self.backbone.std).to(self.dtype)
+        layers = self.backbone.intermediates(pixels_BCHW, self.pyramid.layers, drop_path_scale_RB)
+        layers[-1] = self.backbone.final_norm()(layers[-1])
+        maps = self.pyramid(layers, *images_BCHW.shape[2:])
+        auxiliary = self.auxiliary_weight * cross_entropy_sum(self.auxiliary(maps), masks_BHW)
+        return {"loss": cross_entropy_sum(self.head(maps), masks_BHW), "auxiliary": auxiliary}
+
+
+class _Peer:
+    """A segmentation as `bench.BareLoop` takes it."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        task = api.build_task(recipe, open_source(recipe.data.train))
+        assert isinstance(task, SegmentationTask), "the recipe's task"
+        self.task = task
+        self.module = TransformersUPerNet(task)
+
+    def counts(self, batch: Batch) -> dict[str, float]:
+        return self.task.counts(batch)
+
+    def inputs(self, batch: Batch) -> dict[str, Any]:
+        return self.task.inputs(batch)
+
+
+def bench_segmentation(
+    recipe_name: str, overrides: Sequence[str], num_steps: int, json_file: str | None
+) -> dict[str, Any]:
+    """Measures steps on batches in memory in this process, the two loops in turns, and prints a table.
+
+    Args:
+        recipe_name: recipe of task segmentation with UPerNet; nothing is evaluated.
+        overrides: settings that replace the recipe's.
+        num_steps: measured steps of each loop, after a warm-up.
+        json_file: where the measurements go too.
+
+    Returns:
+        The measurements: times in ms.
+
+    Raises:
+        UserError: the recipe is of another task or head, or Transformers is not installed.
+    """
+    if num_steps < 2:
+        raise UserError(f"--steps: got {num_steps}, expected at least 2")
+    total = num_steps + WARM_UP_STEPS + 1  # the last step ends in a checkpoint and is not measured
+    with tempfile.TemporaryDirectory() as folder:
+        alone = [
+            f"run_dir={folder}/run", "data.evaluation=null", "train.epochs=null", f"train.steps={total}",
+            "optim.warmup_epochs=0", "optim.warmup_steps=0", "checkpoint.save_every_steps=1000000",
+            "log.images_every_steps=0", "log.every_steps=10",
+        ]  # fmt: skip
+        recipe = load_recipe(recipe_name, [*overrides, *alone])
+        section = recipe.segmentation
+        if section is None or section.head != "upernet" or not section.auxiliary_weight:
+            raise UserError(
+                f"{recipe_name}: bench segmentation expects task segmentation, with segmentation.head=upernet and an "
+                "auxiliary head"
+            )
+        recipe = load_recipe(recipe_name, [*overrides, *alone, "segmentation.norm=batch"])
+        world = distributed.start(recipe.train.device, recipe.train.timeout_s)
+        log.set_up(world.rank)
+        trainer = api.build_trainer(recipe, world)
+        turns = TakingTurns(trainer.loader, BareLoop(_Peer(recipe), recipe, world), min(num_steps, 16))
+        trainer.loader = turns  # type: ignore[assignment]
+        trainer.train()
+    result = {
+        "environment": environment(), "recipe": recipe_name, "overrides": list(overrides),
+        "ours_ms": turns.ours_ms[WARM_UP_STEPS:], f"{PEER}_ms": turns.bare_ms[WARM_UP_STEPS:],
+    }  # fmt: skip
+    show(result, PEER, recipe.train.global_batch)
+    if json_file is not None:
+        write_atomically(Path(json_file), json.dumps(result, indent=1))
+    return result
