@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import re
@@ -29,7 +30,10 @@ logger = logging.getLogger(__name__)
 
 NUM_WORST = 10
 # A segmentation may be measured at another size than it was trained at: Swin V2 has the same weights for any window.
-_OTHER_SIZE = ("model.img_size=", "model.overrides.window_size=")
+_OTHER_SIZE = ("model.img_size", "model.overrides.window_size")
+_PREDICTION = tuple(
+    f"segmentation.{key}" for key in ("inference", "stride", "short_side", "scales", "flip_too")
+)
 
 
 def find_checkpoint(path: Path, world: World) -> tuple[Path, Path]:
@@ -54,9 +58,16 @@ def recipe_of(run: Path, checkpoint: Path, overrides: list[str], images_needed: 
     Raises:
         UserError: as `run_folder.read_recipe`, or there is nothing to evaluate on.
     """
-    other = [setting for setting in overrides if setting.startswith(("model.", "distill.teachers", "task="))]
-    if other and run_folder.read_recipe(run).segmentation is not None:
-        other = [setting for setting in other if not setting.startswith(_OTHER_SIZE)]
+    fixed = ("model.", "distill.teachers", "segmentation.", "task=")
+    own = run_folder.read_recipe(run)
+    free: tuple[str, ...] = ()
+    if own.segmentation is not None:
+        free = _PREDICTION + (_OTHER_SIZE if own.model.name.startswith("swin_v2_") else ())
+    other = [
+        setting
+        for setting in overrides
+        if setting.startswith(fixed) and setting.partition("=")[0] not in free
+    ]
     if other:
         raise UserError(f"{run}: its model is what it was trained as; leave out {' '.join(other)}")
     recipe = run_folder.read_recipe(run, overrides)
@@ -128,7 +139,10 @@ def evaluate_task(
             assert task.evaluation is not None, "the recipe names images"
             names = task.evaluation.source.class_names
             changes = _changes(recipe, run)
-            of = json.dumps([step, task.evaluation.source.fingerprint, str(recipe.data.evaluation), changes])
+            manifest = hashlib.sha256((checkpoint / "manifest.json").read_bytes()).hexdigest()
+            of = json.dumps(
+                [manifest, task.evaluation.source.fingerprint, str(recipe.data.evaluation), changes]
+            )
             progress = Progress(file=file.with_suffix(".progress"), of=of)
             overlap = task.segmentation(task.evaluation, task.module, world, progress)
             found |= overlap.to_json(names)
@@ -160,12 +174,9 @@ def _make(folder: Path) -> None:
 def _changes(recipe: Recipe, run: Path) -> dict[str, Any]:
     """What of an evaluation is other than the run's own: images, size, how they are predicted."""
     own, now = (run_folder.flat(to_dict(each)) for each in (run_folder.read_recipe(run), recipe))
-    derived = ("model.weights", "segmentation.num_classes", "classification.num_classes")
-    shown = ("data.evaluation", "model.", "segmentation.")
+    shown = ("data.evaluation", "train.precision", *_OTHER_SIZE, *_PREDICTION)
     return {
-        key: value
-        for key, value in now.items()
-        if key.startswith(shown) and key not in derived and value != own.get(key)
+        key: now.get(key) for key in {**own, **now} if key.startswith(shown) and now.get(key) != own.get(key)
     }
 
 
@@ -176,8 +187,12 @@ def _file_name(checkpoint: Path, recipe: Recipe, run: Path) -> str:
         str(value) if key.startswith("data.") else f"{key.split('.')[-1]} {value}"
         for key, value in changes.items()
     ]
-    suffix = re.sub(r"[^A-Za-z0-9]+", "_", " ".join(words))[-80:].strip("_")
-    return f"{checkpoint.name}-{suffix}.json" if suffix else f"{checkpoint.name}.json"
+    if not changes:
+        return f"{checkpoint.name}.json"
+    suffix = re.sub(r"[^A-Za-z0-9]+", "_", " ".join(words))[-60:].strip("_")
+    # Words are cut and lose letters: what they stand for tells two files apart.
+    digest = hashlib.sha256(json.dumps(changes, sort_keys=True).encode()).hexdigest()[:8]
+    return f"{checkpoint.name}-{suffix}-{digest}.json"
 
 
 def accuracy_table(accuracy: Accuracy, class_names: list[str] | None) -> Table:

@@ -16,7 +16,7 @@ from fd_scale.config import load_recipe
 from fd_scale.errors import PREEMPTED, UserError
 from fd_scale.metrics import read_metrics
 from fd_scale.models import resolved
-from fd_scale.run_folder import read_recipe
+from fd_scale.run_folder import last_start, read_recipe, weights_of
 
 _STOPPED = (PREEMPTED, -signal.SIGTERM)
 """Codes of a run that was preempted: after a step, or before there was one."""
@@ -75,15 +75,19 @@ class Launcher:
 
 
 def is_of(run_dir: Path, recipe: str, settings: Sequence[str]) -> bool:
-    """True for the folder of a run of this very recipe with these settings, complete or not."""
+    """True for the folder of a run of this very recipe with these settings and weights, complete or not."""
     wanted = resolved(load_recipe(recipe, [f"run_dir={run_dir}", *settings]))
     # Read and compared, not as text: a run of an earlier version may lack settings, which have their defaults.
-    return (run_dir / "recipe.yaml").is_file() and read_recipe(run_dir) == wanted
+    same = (run_dir / "recipe.yaml").is_file() and read_recipe(run_dir) == wanted
+    # The file of a teacher that was trained again has the same name.
+    return same and last_start(run_dir).get("weights") == weights_of(wanted)
 
 
 def is_evaluated(run_dir: Path, recipe: str, settings: Sequence[str]) -> bool:
     """True for such a run, its length in steps, that was evaluated after the last one."""
     lines = read_metrics(run_dir, "evaluation")
+    if (run_dir / "preempt").exists():  # a start clears it
+        return False
     if not lines or lines[-1]["step"] != load_recipe(recipe, list(settings)).train.steps:
         return False
     return is_of(run_dir, recipe, settings)

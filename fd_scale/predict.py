@@ -61,10 +61,14 @@ def predict_images(
     Raises:
         UserError: there are no images, one cannot be decoded, two would be written to one file, or nothing can be.
     """
-    names = class_names or [str(label) for label in range(task.num_classes)]
+    names = class_names
+    if names is None or len(names) != task.num_classes:
+        names = [str(label) for label in range(task.num_classes)]
     root = path if path.is_dir() else path.parent
     targets = {file: (out / file.relative_to(root)).with_suffix(".png") for file in images_below(path)}
-    if len(set(targets.values()) - set(targets)) < len(targets):
+    # Resolved: one folder has many names.
+    places = {target.resolve() for target in targets.values()}
+    if len(places - {file.resolve() for file in targets}) < len(targets):
         raise UserError(
             f"--out {out}: a picture would take the place of an image, or of another picture; name another folder, and "
             "files that differ in more than their suffix"

@@ -100,14 +100,12 @@ def report(run_dirs: Sequence[str], out: str | Path | None) -> Path:
 def _read(folder: Path, all_folders: Sequence[str]) -> Run:
     recipe = run_folder.read_recipe(folder)
     same = [other for other in all_folders if Path(other).name == folder.name]
-    file = folder / "environment.json"
-    starts = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else [{}]
     logs = [path.read_text(encoding="utf-8", errors="replace") for path in folder.glob("logs/rank_0.log")]
     return Run(
         name=folder.name if len(same) == 1 else str(folder),
         folder=folder,
         recipe=dict(_flat(to_dict(recipe))),
-        environment=dict(_flat(starts[-1])),
+        environment=dict(_flat(run_folder.last_start(folder))),
         train=read_metrics(folder, "train"),
         evaluation=read_metrics(folder, "evaluation"),
         checkpoints=read_metrics(folder, "checkpoint"),

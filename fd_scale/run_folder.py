@@ -48,7 +48,9 @@ def create(recipe: Recipe) -> Path:
         write_atomically(folder / "recipe.yaml", to_yaml(recipe))
         file = folder / "environment.json"
         starts = json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
-        write_atomically(file, json.dumps([*starts, environment()], indent=1))
+        write_atomically(
+            file, json.dumps([*starts, environment() | {"weights": weights_of(recipe)}], indent=1)
+        )
     except OSError as error:
         raise not_writable(folder, error) from None
     return folder
@@ -71,6 +73,23 @@ def read_recipe(run_dir: Path, overrides: list[str] | None = None) -> Recipe:
     if not file.is_file():
         raise UserError(f"{run_dir}: no recipe.yaml there; expected the folder of a run (its run_dir)")
     return load_recipe(file, overrides)
+
+
+def weights_of(recipe: Recipe) -> dict[str, str | None]:
+    """Returns the SHA-256 of the weights that a recipe begins with, by setting; none where it names none."""
+    teachers = recipe.distill.teachers if recipe.distill is not None else []
+    models = {"model": recipe.model} | {
+        f"distill.teachers.{index}.model": teacher.model for index, teacher in enumerate(teachers)
+    }
+    paths = {f"{key}.weights": weights_path(model) for key, model in models.items()}
+    return {key: path and weights_sha256(path) for key, path in paths.items()}
+
+
+def last_start(run_dir: Path) -> dict[str, Any]:
+    """Returns what a run said of its last start; empty where there was none."""
+    file = run_dir / "environment.json"
+    starts = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else []
+    return starts[-1] if starts else {}
 
 
 def environment() -> dict[str, Any]:
@@ -103,15 +122,12 @@ def identity(recipe: Recipe, data_fingerprint: str, stage: int, world_size: int)
     """
     settings = flat(to_dict(recipe))
     for index, teacher in enumerate(recipe.distill.teachers if recipe.distill is not None else []):
-        path = weights_path(teacher.model)
-        settings[f"distill.teachers.{index}.model.weights"] = path and weights_sha256(path)
         settings[f"distill.teachers.{index}.model.name"] = model_identity(teacher.model)
     settings["model.name"] = model_identity(recipe.model)
+    settings |= weights_of(recipe)
     free_settings = set(_FREE_SETTINGS)
     if recipe.linear_probe is not None:  # the model stays what it was at the start, and is in no checkpoint
         free_settings -= {"model.weights"}
-        path = weights_path(recipe.model)
-        settings["model.weights"] = path and weights_sha256(path)
     facts = {"data_fingerprint": data_fingerprint, "zero_stage": stage}
     if recipe.distill is not None and recipe.distill.loss == "phi_s":
         # The rounding of a teacher's features would move its close eigenvalues, and with them the target.

@@ -208,13 +208,18 @@ class Shards:
         """Gives a module on the host the weights whose names are its own behind `prefix`, one by one.
 
         Raises:
-            UserError: the checkpoint holds no such weight.
+            UserError: the checkpoint holds no such weight, or one of another shape.
         """
         with torch.no_grad():
             for name, tensor in module.state_dict(keep_vars=True).items():
                 if prefix + name not in self.shapes:
                     raise UserError(
                         f"{self.folder}: the checkpoint holds no {prefix}{name}; name the run it was of"
+                    )
+                if self.shapes[prefix + name] != tensor.shape:
+                    raise UserError(
+                        f"{self.folder}: {prefix}{name} is {tuple(self.shapes[prefix + name])} there, and "
+                        f"{tuple(tensor.shape)} in the model; leave out the settings that change the model"
                     )
                 tensor.copy_(self.read(prefix + name))
 

@@ -149,11 +149,16 @@ def masks_folder(path: str) -> MaskSource:
     """
     file = Path(path) / "classes.txt"
     try:
-        names = file.read_text(encoding="utf-8").splitlines()
+        names = [name.strip() for name in file.read_text(encoding="utf-8-sig").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(
             f"masks:{path}: {file} cannot be read ({error}); expected a class in each line, the first of pixel value 0"
         ) from None
-    return MaskSource(
-        f"masks:{path}", Path(path) / "images", Path(path) / "masks", [name.strip() for name in names]
-    )
+    classes = [name for name in names if name != NO_CLASS]
+    if "" in classes or len(set(classes)) < len(classes):
+        twice = next((name for name in classes if name and classes.count(name) > 1), "")
+        wrong = f"{twice!r} twice" if twice else "an empty line"
+        raise UserError(
+            f"masks:{path}: {file} has {wrong}; expected a class of its own in each line, or {NO_CLASS}"
+        )
+    return MaskSource(f"masks:{path}", Path(path) / "images", Path(path) / "masks", names)

@@ -110,6 +110,10 @@ class Mixture:
             logger.info("labels are not used: the %d sources do not name the same classes", len(sources))
         self.class_names = names if self.labels_agree else None
         self.has_masks = any(source.has_masks for source in sources)
+        if self.has_masks and not all(source.has_masks for source in sources):
+            raise UserError(
+                f"{len(sources)} sources, of which some have masks and some have none; expected one kind"
+            )
         if self.has_masks and not self.labels_agree:
             raise UserError(
                 f"masks of {len(sources)} sources: their classes do not have the same names in the same order; "

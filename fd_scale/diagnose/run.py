@@ -18,13 +18,22 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from rich.table import Table
 from torch import Tensor, nn
 
 from fd_scale import run_folder
 from fd_scale.checkpoint import newest_checkpoint, write_atomically
 from fd_scale.config import ModelConfig
-from fd_scale.data import ImageAlone, Source, evaluation_batches, evaluation_transform, open_source, spread
+from fd_scale.data import (
+    UNLABELLED,
+    Source,
+    View,
+    evaluation_batches,
+    evaluation_transform,
+    open_source,
+    spread,
+)
 from fd_scale.diagnose import plots
 from fd_scale.diagnose.capture import AttentionMap, look_at_attention
 from fd_scale.diagnose.measures import LayerStatistics, feature_statistics, linear_cka, patches_only
@@ -230,6 +239,16 @@ def load_backbone(name: str, img_size: int | None) -> Backbone:
     return model.eval().requires_grad_(False)
 
 
+@dataclass(frozen=True)
+class _WithoutTarget:
+    """A transform that drops what is learned of an image, which may be a mask."""
+
+    view: View
+
+    def __call__(self, image: Image.Image, target: Any) -> tuple[Tensor, int]:
+        return self.view(image), UNLABELLED
+
+
 def _look(
     name: str, model: Backbone, source: Source, size: int, options: Options
 ) -> tuple[_Found, np.ndarray]:
@@ -240,7 +259,7 @@ def _look(
     blocks = [module for module in model.modules() if type(module) in model.block_classes()]
     one.rows = [[] for _ in blocks]
     batches = evaluation_batches(
-        source, ImageAlone(evaluation_transform(size, crop_fraction=1.0)), batch_size=options.batch_size,
+        source, _WithoutTarget(evaluation_transform(size, crop_fraction=1.0)), batch_size=options.batch_size,
         rank=0, world_size=1, num_workers=0,
     )  # fmt: skip
     for batch in batches:

@@ -127,15 +127,23 @@ class Progress:
 
     def read(self) -> tuple[int, list[list[int]] | None]:
         """Returns how many images are counted, the first ones of the source, and their matrix."""
-        if not self.file.is_file():
+        try:
+            found = json.loads(self.file.read_text(encoding="utf-8"))
+        except (OSError, ValueError):  # none, or one that somebody cut
             return 0, None
-        found = json.loads(self.file.read_text(encoding="utf-8"))
         return (found["num_images"], found["matrix"]) if found["of"] == self.of else (0, None)
 
     def write(self, num_images: int, matrix_KK: npt.NDArray[np.int64]) -> None:
-        """Replaces the file."""
+        """Replaces the file.
+
+        Raises:
+            UserError: it cannot be written.
+        """
         body = {"of": self.of, "num_images": num_images, "matrix": matrix_KK.tolist()}
-        write_atomically(self.file, json.dumps(body))
+        try:
+            write_atomically(self.file, json.dumps(body))
+        except OSError as error:
+            raise UserError(f"{self.file} cannot be written ({error.strerror}); make room for it") from None
 
 
 def segmentation_of(

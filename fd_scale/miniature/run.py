@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -54,7 +55,7 @@ def miniature(
         minutes: after them runs are preempted; none: never.
 
     Returns:
-        A row for each starting point, which results.json, results.md and results.png in `run_dir` hold too.
+        A row for each starting point, which results.json and results.png in `run_dir` hold too.
 
     Raises:
         OutOfTimeError: the minutes were not enough; the next call goes on.
@@ -155,6 +156,7 @@ class _Miniature:
         settings = [*settings, *self.study.of(recipe), *self.overrides]
         run, out = self.root / folder, self.root / f"{folder}-export"
         if not (out.exists() and is_of(run, named, settings)):
+            shutil.rmtree(out, ignore_errors=True)  # it says that the run is complete
             self.launcher.run(verb, named, run, settings)
             api.export(run, out)
             console.print(f"{run}: trained", soft_wrap=True, highlight=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import hashlib
 import json
 import re
@@ -63,8 +64,15 @@ def weights_files(path: str) -> list[Path]:
 
 def weights_sha256(path: str) -> str:
     """Returns the SHA-256 of the weights' file, or of index and shards in a row, in hexadecimal."""
+    facts = ((file, file.stat()) for file in weights_files(path))
+    return _sha256(tuple((file, fact.st_size, fact.st_mtime_ns) for file, fact in facts))
+
+
+@functools.lru_cache(maxsize=8)
+def _sha256(files: tuple[tuple[Path, int, int], ...]) -> str:
+    """A start asks for it more than once, and giants take seconds; a file that changes has another time."""
     digest = hashlib.sha256()
-    for file in weights_files(path):
+    for file, _, _ in files:
         with file.open("rb") as stream:
             hashlib.file_digest(stream, lambda: digest)
     return digest.hexdigest()

@@ -45,13 +45,13 @@ class MaskedModule(nn.Module):
         super().__init__()
         self.dtype = dtype
         self.backbone = build_model(model)
-        rows, columns = self.backbone.grid_size(img_size, img_size)
-        self.grid, self.side = (rows, columns), img_size // rows
-        if rows * self.side != img_size or rows != columns:
+        _, self.side = self.backbone.layer_shapes()[-1]
+        if img_size % self.side:
             raise UserError(
-                f"model.img_size: {img_size} px are not a whole number of {rows} x {columns} cells; choose a multiple "
-                "of the model's stride"
+                f"model.img_size: {img_size} px are not a whole number of cells of {self.side} px, what an output "
+                f"token covers; choose a multiple of {self.side}"
             )
+        self.grid = (img_size // self.side, img_size // self.side)
         self.mask_cell = nn.Parameter(torch.zeros(3, self.side, self.side))
         self.to_pixels = nn.Linear(self.backbone.num_features, 3 * self.side**2)
 

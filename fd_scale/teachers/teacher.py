@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fd_scale.config import TeacherConfig
+from fd_scale.errors import UserError
 from fd_scale.models import Backbone, build_model, cls_and_patches, normalize, resolved_model
 from fd_scale.models.position_bias import ContinuousPositionBias
 from fd_scale.placement import WHOLE, Placement
@@ -58,6 +59,11 @@ class Teacher:
         self.model.to(dtype).eval().requires_grad_(False)
         self.targets = _probe(config, self.img_size)
         self.drop_path_rates = self.model.drop_path_rates if config.drop_path else ()
+        if config.drop_path and not any(self.drop_path_rates):
+            raise UserError(
+                f"distill.teachers.drop_path: {config.model.name} has no branch that can be dropped; set its "
+                "model.overrides.drop_path_rate, or drop_path to false"
+            )
         self.run: Callable[..., list[Tensor]] = _Targets(self.model, config)
 
     def to(self, device: torch.device) -> None:

@@ -86,9 +86,9 @@ def test_evaluate_gives_the_metrics_of_the_run(values: Values) -> None:
         ["model.img_size=32", "model.overrides.window_size=8", "segmentation.flip_too=true"],
     )[0]
     names = sorted(path.name for path in (Path(run["run_dir"]) / "evaluations").iterdir())
-    assert names == [
-        "step_00000002-img_size_32_window_size_8_flip_too_True.json", "step_00000002.json",
-    ], "a file for each way, and nothing of the way there"  # fmt: skip
+    assert len(names) == 2, "a file for each way, and nothing of the way there"
+    assert names[0].startswith("step_00000002-img_size_32_window_size_8_flip_too_True-")
+    assert names[1] == "step_00000002.json"
     assert other["pixels"] == found["pixels"]
     assert other["miou"] != found["miou"]
 

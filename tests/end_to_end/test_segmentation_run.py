@@ -11,6 +11,7 @@ from PIL import Image
 
 from fd_scale import api, cli
 from fd_scale.config import build_recipe
+from fd_scale.diagnose.run import Options, diagnose
 from fd_scale.errors import UserError
 from fd_scale.finetune.segmentation.pictures import colours
 from fd_scale.metrics import read_metrics
@@ -45,7 +46,9 @@ def test_it_learns_the_shapes_by_heart(run: Path) -> None:
     )  # 0.93 where this was written; of few pixels, other roundings make another number
 
 
-def test_predict_paints_what_evaluate_measures(run: Path, tmp_path: Path) -> None:
+def test_predict_paints_what_evaluate_measures(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     found = api.evaluate(run)
     images = run.parent / "shapes/images"
     cli.main(["predict", str(run), str(images), "--out", str(tmp_path / "out")])
@@ -71,8 +74,10 @@ def test_predict_paints_what_evaluate_measures(run: Path, tmp_path: Path) -> Non
     counted_from_1 = np.asarray(Image.open(mask)).astype(int)
     assert (counted_from_1 == truth + 1)[truth != 255].mean() > 0.9
     before = (images / "2.png").read_bytes()
-    with pytest.raises(UserError, match="would take the place of an image"):
-        api.predict(run, images, images)
+    monkeypatch.chdir(images.parent)
+    for out in (images, Path("images"), Path("masks/../images")):
+        with pytest.raises(UserError, match="would take the place of an image"):
+            api.predict(run, images, out)
     assert (images / "2.png").read_bytes() == before
     with pytest.raises(UserError, match="no image there"):
         api.predict(run, tmp_path / "nowhere", tmp_path / "out")
@@ -84,3 +89,26 @@ def test_it_is_reported(run: Path) -> None:
     assert "image_truth_prediction_error, step 400" in page
     assert "evaluation: miou" in page
     assert json.loads((run / "report.json").read_text())[0]["final"]["miou"] > 0.85
+
+
+@pytest.mark.parametrize(
+    "setting",
+    ["segmentation.norm=batch", "segmentation.channels=8", "segmentation.head=linear", "model.name=test_vit"],
+)
+def test_what_a_model_is_cannot_be_changed(run: Path, setting: str) -> None:
+    with pytest.raises(UserError, match=f"its model is what it was trained as; leave out {setting}"):
+        api.evaluate(run, [setting])
+
+
+def test_each_way_to_evaluate_has_a_file(run: Path) -> None:
+    """Also where the words of two are cut to the same."""
+    long = [f"segmentation.scales={[1.0 + index / 100 for index in range(20)]}", "segmentation.flip_too=true"]
+    for size in (24, 32):
+        api.evaluate(run, [f"model.img_size={size}", *long])
+    assert len(list((run / "evaluations").glob("*flip_too_True-*.json"))) == 2
+
+
+def test_its_images_are_looked_at(run: Path, tmp_path: Path) -> None:
+    """A diagnosis of a run takes the run's images; their masks are nothing to it."""
+    options = Options(num_images=2, batch_size=2)
+    assert diagnose([str(run)], tmp_path, options)["num_images"] == 2

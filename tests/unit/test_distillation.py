@@ -325,6 +325,10 @@ def test_a_teacher_drops_paths_where_it_is_to(recipe_of: Callable[..., Recipe]) 
     torch.testing.assert_close(task.evaluation_inputs(given)["targets"], whole)
     spared = DistillationTask(recipe_of(student=student, teachers=[config | {"drop_path": False}]), None)
     assert spared._teachers_scales(given) == [None]
+    with pytest.raises(
+        UserError, match=r"distill\.teachers\.drop_path: .* has no branch that can be dropped"
+    ):
+        DistillationTask(recipe_of(teachers=[{"model": TEACHER, "drop_path": True}]), None)
     with pytest.raises(UserError, match=r"distill\.teachers\.drop_path: .* last feature map alone"):
         recipe_of(teachers=[config | {"target": "pooled"}])
 
@@ -370,5 +374,5 @@ def test_any_timm_model_is_a_student(recipe_of: Callable[..., Recipe]) -> None:
     assert task.counts(batch()) == {"loss": 16 * 5}
     loss = task.module(**task.inputs(batch()))["loss"]
     loss.backward()
-    assert float(loss) > 0
+    assert float(loss.detach()) > 0
     assert all(parameter.grad is not None for parameter in task.module.parameters())

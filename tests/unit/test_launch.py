@@ -6,11 +6,14 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from fd_scale.config import load_recipe, to_yaml
 from fd_scale.errors import UserError
 from fd_scale.launch import Launcher, OutOfTimeError, is_evaluated, is_of
 from fd_scale.models import resolved
+from fd_scale.run_folder import create
 
 
 @pytest.fixture
@@ -62,6 +65,8 @@ def test_which_runs_are_complete(tmp_path: Path) -> None:
     recipe = resolved(load_recipe("digits/finetune", [*settings, f"run_dir={tmp_path}"]))
     assert not is_of(tmp_path, "digits/finetune", settings)
     (tmp_path / "recipe.yaml").write_text(to_yaml(recipe))
+    assert not is_of(tmp_path, "digits/finetune", settings), "of which weights, is not said"
+    (tmp_path / "environment.json").write_text(json.dumps([{}, {"weights": {"model.weights": None}}]))
     assert is_of(tmp_path, "digits/finetune", settings)
     without = [line for line in to_yaml(recipe).splitlines() if "erasing" not in line]
     (tmp_path / "recipe.yaml").write_text("\n".join(without))
@@ -72,3 +77,15 @@ def test_which_runs_are_complete(tmp_path: Path) -> None:
         (tmp_path / "metrics.jsonl").write_text(f"{line}\n")
         assert is_evaluated(tmp_path, "digits/finetune", settings) == complete
     assert not is_evaluated(tmp_path, "digits/finetune", [*settings, "seed=7"])
+    (tmp_path / "preempt").touch()
+    assert not is_evaluated(tmp_path, "digits/finetune", settings), "a start removes it"
+
+
+def test_other_weights_of_one_name_make_another_run(tmp_path: Path) -> None:
+    weights, run = tmp_path / "a.safetensors", tmp_path / "run"
+    settings = ["train.steps=3", "train.epochs=null", "optim.warmup_epochs=0", f"model.weights={weights}"]
+    for number in (0.0, 1.0):
+        save_file({"x": torch.full((1,), number)}, weights)
+        assert not is_of(run, "digits/finetune", settings)
+        create(resolved(load_recipe("digits/finetune", [*settings, f"run_dir={run}"])))
+        assert is_of(run, "digits/finetune", settings)

@@ -97,6 +97,19 @@ def test_pictures(module: MaskedModule, images: torch.Tensor, hidden: torch.Tens
     assert torch.equal(whole, image), "a model that tells all pixels"
 
 
+def test_a_size_that_is_no_number_of_cells_is_refused() -> None:
+    """A stage of 100 px rounds up to 4 x 4 tokens, which cover 32 px each."""
+    shape = {
+        "patch_size": 4,
+        "embed_dim": 16,
+        "depths": [1, 1, 1, 1],
+        "num_heads": [1, 1, 1, 1],
+        "window_size": 4,
+    }
+    with pytest.raises(UserError, match=r"100 px are not a whole number of cells of 32 px"):
+        MaskedModule(ModelConfig(name="swin_v2_tiny", img_size=100, overrides=shape), 100, torch.float32)
+
+
 @pytest.mark.parametrize("ratio", [0.05, 0.95])
 def test_a_ratio_that_hides_nothing_or_all_is_refused(
     make_recipe: Callable[..., Recipe], ratio: float

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from fd_scale.config import SourceConfig
 from fd_scale.data import open_source, subset
 from fd_scale.data.decode import DecodeError, decode_mask
 from fd_scale.data.masks import ade20k_names
@@ -95,6 +96,36 @@ def test_a_mask_that_does_not_fit_names_its_file(tmp_path: Path, write_shapes: W
     (tmp_path / "masks/3.png").unlink()
     with pytest.raises(DecodeError, match=r"masks/3.png cannot be read"):
         source.read(3)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [("ground\ndisc\nsquare\n\n", "an empty line"), ("ground\ndisc\nground\n", "'ground' twice")],
+)
+def test_a_list_of_classes_that_is_none(
+    tmp_path: Path, write_shapes: WriteShapes, text: str, words: str
+) -> None:
+    spec = write_shapes(tmp_path / "shapes", count=1)
+    (tmp_path / "shapes/classes.txt").write_text(text)
+    with pytest.raises(UserError, match=f"classes.txt has {words}; expected a class of its own in each line"):
+        open_source(spec)
+
+
+def test_a_byte_order_mark_is_no_part_of_a_class(tmp_path: Path, write_shapes: WriteShapes) -> None:
+    spec = write_shapes(tmp_path / "shapes", count=1)
+    (tmp_path / "shapes/classes.txt").write_text("-\ndisc\nsquare\n", encoding="utf-8-sig")
+    assert open_source(spec).class_names == ["disc", "square"]
+
+
+def test_masks_and_labels_are_not_mixed(tmp_path: Path, write_shapes: WriteShapes) -> None:
+    spec = write_shapes(tmp_path / "shapes", count=2)
+    for name in ("disc", "ground", "square"):
+        (tmp_path / "labelled" / name).mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / "labelled" / name / "0.png")
+    (tmp_path / "shapes/classes.txt").write_text("disc\nground\nsquare\n")
+    mixed = [SourceConfig(source=spec), SourceConfig(source=f"imagefolder:{tmp_path}/labelled")]
+    with pytest.raises(UserError, match="some have masks and some have none; expected one kind"):
+        open_source(mixed)
 
 
 def test_folders_that_are_refused(tmp_path: Path, write_shapes: WriteShapes) -> None:
