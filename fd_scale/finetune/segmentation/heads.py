@@ -30,16 +30,19 @@ class BatchNorm(nn.BatchNorm2d):
     running_var: Tensor
 
     def forward(self, x: Tensor) -> Tensor:
-        x_BDhw = x.float()
-        mean_D, var_D = self.running_mean, self.running_var
-        if self.training:
-            # A plan on the meta device may be made by one rank of several.
-            ranks = dist.get_world_size() if dist.is_initialized() and not x.is_meta else 1
-            mean_D = _mean_over_ranks(x_BDhw.mean((0, 2, 3)), ranks)
-            var_D = _mean_over_ranks((x_BDhw - mean_D[:, None, None]).square().mean((0, 2, 3)), ranks)
-            self._remember(mean_D.detach(), var_D.detach(), ranks * x[:, 0].numel())
-        scale_D = self.weight.float() * (var_D + self.eps).rsqrt()
-        shift_D = self.bias.float() - mean_D * scale_D
+        x_BDhw, weight_D, bias_D = x.float(), self.weight.float(), self.bias.float()
+        # A plan on the meta device may be made by one rank of several.
+        ranks = dist.get_world_size() if dist.is_initialized() and not x.is_meta else 1
+        if ranks == 1 or not self.training:
+            return F.batch_norm(
+                x_BDhw, self.running_mean, self.running_var, weight_D, bias_D, self.training,
+                self.momentum or 0.0, self.eps,
+            ).to(x.dtype)  # fmt: skip
+        mean_D = _mean_over_ranks(x_BDhw.mean((0, 2, 3)), ranks)
+        var_D = _mean_over_ranks((x_BDhw - mean_D[:, None, None]).square().mean((0, 2, 3)), ranks)
+        self._remember(mean_D.detach(), var_D.detach(), ranks * x[:, 0].numel())
+        scale_D = weight_D * (var_D + self.eps).rsqrt()
+        shift_D = bias_D - mean_D * scale_D
         return (x_BDhw * scale_D[:, None, None] + shift_D[:, None, None]).to(x.dtype)
 
     def _remember(self, mean_D: Tensor, var_D: Tensor, count: int) -> None:
@@ -60,7 +63,7 @@ class BatchNorm(nn.BatchNorm2d):
 
 
 def _mean_over_ranks(x_D: Tensor, ranks: int) -> Tensor:
-    return x_D if ranks == 1 else all_reduce(x_D) / ranks
+    return all_reduce(x_D) / ranks
 
 
 def group_norm(channels: int) -> nn.Module:
