@@ -26,6 +26,8 @@ from fd_scale.run_folder import not_writable
 
 METRICS = {"classification": "top1", "linear_probe": "top1", "segmentation": "miou"}
 """Of each task that can be compared."""
+NAMES = {"top1": "top-1", "miou": "mIoU"}
+"""Of the metrics, as people write them."""
 DEFAULT = Launcher()
 
 
@@ -60,7 +62,11 @@ class Comparison:
     def table(self) -> Table:
         """Means, spread, and paired differences, in points."""
         table = Table(
-            "start", f"{self.metric}, mean", "s.d. over seeds", f"less {self.reference}, paired", "each seed"
+            "start",
+            f"{NAMES[self.metric]}, mean",
+            "s.d. over seeds",
+            f"less {self.reference}, paired",
+            "each seed",
         )
         for name, values in self.values.items():
             spread, pairs = _spread(values), self.differences(name)
@@ -122,7 +128,9 @@ def compare(
             for done in as_completed(started):
                 folder = done.result()
                 console.print(
-                    f"{folder}: {metric} {_metric(folder, metric):.1%}", soft_wrap=True, highlight=False
+                    f"{folder}: {NAMES[metric]} {_metric(folder, metric):.1%}",
+                    soft_wrap=True,
+                    highlight=False,
                 )
         except UserError:
             pool.shutdown(cancel_futures=True)
@@ -187,7 +195,7 @@ def _plot(path: Path, root: Path, result: Comparison) -> None:
         points.scatter([100 * value for value in values], [index] * len(values), color=f"C{index}")
         points.vlines(100 * statistics.mean(values), index - 0.3, index + 0.3, color=f"C{index}")
     curves.set(title="training loss (nats)", xlabel="optimizer step")
-    points.set(title=f"{result.metric} (%), a point each seed", yticks=range(len(result.values)))
+    points.set(title=f"{NAMES[result.metric]} (%), a point each seed", yticks=range(len(result.values)))
     for index, label in enumerate(points.set_yticklabels(list(result.values))):
         label.set_color(f"C{index}")
     points.invert_yaxis()

@@ -145,6 +145,20 @@ class _TakingTurns:
         return time.perf_counter()
 
 
+def settings_alone(folder: str, num_steps: int) -> list[str]:
+    """Returns settings of a run that takes steps and does nothing besides.
+
+    Args:
+        folder: of the run.
+        num_steps: of the run, which ends in a checkpoint.
+    """
+    return [
+        f"run_dir={folder}/run", "data.evaluation=null", "train.epochs=null", f"train.steps={num_steps}",
+        "optim.warmup_epochs=0", "optim.warmup_steps=0", "checkpoint.save_every_steps=1000000",
+        "log.images_every_steps=0", "log.every_steps=10",
+    ]  # fmt: skip
+
+
 def bench_finetune(
     recipe_name: str, overrides: Sequence[str], num_steps: int, json_file: str | None
 ) -> dict[str, Any]:
@@ -166,11 +180,7 @@ def bench_finetune(
         raise UserError(f"--steps: got {num_steps}, expected at least 2")
     total = num_steps + WARM_UP_STEPS + 1  # the last step ends in a checkpoint and is not measured
     with tempfile.TemporaryDirectory() as folder:
-        alone = [
-            f"run_dir={folder}/run", "data.evaluation=null", "train.epochs=null", f"train.steps={total}",
-            "optim.warmup_epochs=0", "optim.warmup_steps=0", "checkpoint.save_every_steps=1000000",
-            "log.images_every_steps=0", "log.every_steps=10",
-        ]  # fmt: skip
+        alone = settings_alone(folder, total)
         recipe = load_recipe(recipe_name, [*overrides, *alone])
         if recipe.task != "classification":
             raise UserError(

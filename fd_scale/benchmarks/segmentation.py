@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fd_scale import api, distributed, log
 from fd_scale.bench import WARM_UP_STEPS, BareLoop, TakingTurns
-from fd_scale.benchmarks.finetune import show
+from fd_scale.benchmarks.finetune import settings_alone, show
 from fd_scale.checkpoint import write_atomically
 from fd_scale.config import Recipe, load_recipe
 from fd_scale.data import Batch, open_source
@@ -106,11 +106,7 @@ def bench_segmentation(
         raise UserError(f"--steps: got {num_steps}, expected at least 2")
     total = num_steps + WARM_UP_STEPS + 1  # the last step ends in a checkpoint and is not measured
     with tempfile.TemporaryDirectory() as folder:
-        alone = [
-            f"run_dir={folder}/run", "data.evaluation=null", "train.epochs=null", f"train.steps={total}",
-            "optim.warmup_epochs=0", "optim.warmup_steps=0", "checkpoint.save_every_steps=1000000",
-            "log.images_every_steps=0", "log.every_steps=10",
-        ]  # fmt: skip
+        alone = settings_alone(folder, total)
         recipe = load_recipe(recipe_name, [*overrides, *alone])
         section = recipe.segmentation
         if section is None or section.head != "upernet" or not section.auxiliary_weight:

@@ -71,6 +71,11 @@ def add_bench(verbs: Verbs) -> None:
     kernels.add_argument("--plot", metavar="FILE", help="draw what was measured")
     kernels.set_defaults(run=_bench_kernels)
 
+    _add_bench_giant(subjects)
+    _add_bench_scale(subjects)
+
+
+def _add_bench_giant(subjects: Verbs) -> None:
     giant = add_verb(
         subjects, "giant", "whole steps of SwinV2-G and -B on one GPU, beside timm and FSDP2",
         "Measures whole distillation steps on one GPU: time, MFU, memory beside the plan's; random weights, no data.\n"
@@ -90,7 +95,6 @@ def add_bench(verbs: Verbs) -> None:
     )
     giant.add_argument("--report", action="store_true", help="measure nothing; print the newest file's table")
     giant.set_defaults(run=_bench_giant)
-    _add_bench_scale(subjects)
 
 
 def _add_bench_scale(subjects: Verbs) -> None:
