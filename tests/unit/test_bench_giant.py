@@ -159,3 +159,9 @@ def test_cells_are_recipes() -> None:
         [teacher] = recipe.distill.teachers
         assert teacher.model.name == recipe.model.name
         assert recipe.train.global_batch == cell.micro_batch
+
+
+def test_the_report_of_the_documented_folder() -> None:
+    """As docs/measurements.md has it: every file there is one of records, whichever is the newest."""
+    for file in sorted((Path(__file__).parents[2] / "docs/measurements").glob("*.json")):
+        assert Records.read(file).by_cell, file
