@@ -25,6 +25,8 @@ REQUIREMENTS = [
     "pillow",
     "matplotlib",
     "scipy",
+    "pycocotools",
+    "faster-coco-eval",
 ]
 EXTRAS = {
     "demo": ["scikit-learn"],
@@ -32,6 +34,7 @@ EXTRAS = {
     "dev": [
         "codespell",
         "mypy",
+        "playwright",
         "pre-commit",
         "pytest",
         "pytest-timeout",
