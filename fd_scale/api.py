@@ -29,7 +29,7 @@ from fd_scale.data import (
     spread,
     training_transform,
 )
-from fd_scale.diagnose.landscape import Plane, landscape_of
+from fd_scale.diagnose.landscape import Grid, landscape_of
 from fd_scale.distill import DistillationTask
 from fd_scale.distributed import Preemption, World
 from fd_scale.engine import Engine, Partition
@@ -115,20 +115,21 @@ def evaluate(path: str | Path, overrides: Sequence[str] = (), real: str | None =
 
 
 def landscape(
-    path: str | Path, plane: Plane, overrides: Sequence[str] = (), num_images: int = 256
+    path: str | Path, grid: Grid, overrides: Sequence[str] = (), num_images: int = 256
 ) -> dict[str, Any]:
-    """Measures the loss on a plane around a checkpoint's weights; all ranks call it and share the images.
+    """Measures the loss on a line or plane through a checkpoint's weights; all ranks call it and share the images.
 
-    A second call for the same plane of the same weights goes on where the first one stopped.
+    A second call for the same grid around the same weights goes on where the first one stopped.
 
     Args:
         path: folder of a run of distillation, masked images or classification, or one of its checkpoints.
-        plane: the points.
+        grid: the places.
         overrides: `key=value` settings that replace the recipe's, e.g. `data.evaluation=imagefolder:PATH`.
         num_images: evenly spread ones of `data.evaluation`.
 
     Returns:
-        What is in RUN/diagnosis/landscape.json too: `rows` of the metrics, `top_eigenvalue`.
+        What is in RUN/diagnosis/landscape.json (of a line: landscape_line.json) too: `rows` of the metrics,
+        `top_eigenvalue`.
 
     Raises:
         UserError: there is no whole checkpoint, or the images do not fit it.
@@ -141,7 +142,7 @@ def landscape(
             f"{run}: no landscape of task {recipe.task}; expected a distillation, masked images or a classification"
         )
     restore(task, recipe, checkpoint, world)
-    return landscape_of(task, recipe, checkpoint, plane, num_images, world)
+    return landscape_of(task, recipe, checkpoint, grid, num_images, world)
 
 
 def _to_evaluate(recipe: Recipe) -> tuple[Task, Recipe, World]:

@@ -35,14 +35,19 @@ def add_looking(verbs: Verbs) -> None:
 
     landscape = add_verb(
         verbs, "landscape", "the loss around a run's trained weights, and its largest curvature",
-        "Measures the loss (and accuracy) on a plane of two filter-normalised directions, and the Hessian's largest\n"
-        "eigenvalue, into RUN/diagnosis; under torchrun ranks share the images. The same command goes on.",
+        "Measures the loss (and accuracy) on a plane of two filter-normalised directions, or a line of one, and the\n"
+        "Hessian's largest eigenvalue, into RUN/diagnosis; under torchrun ranks share the images. The same command\n"
+        "goes on.",
         "  fd-scale landscape runs/digits/finetune --points 21\n"
+        "  fd-scale landscape runs/digits/finetune --directions 1 --points 51\n"
         "  fd-scale landscape runs/mine/checkpoints/step_00005000 data.evaluation=imagefolder:photos",
     )  # fmt: skip
     landscape.add_argument("run_dir", metavar="RUN", help="folder of a run, or one of its checkpoints")
     landscape.add_argument(
         "overrides", nargs="*", metavar="key=value", help="settings that replace the recipe's"
+    )
+    landscape.add_argument(
+        "--directions", type=int, choices=(1, 2), default=2, help="a line or a plane (default: 2)"
     )
     landscape.add_argument("--points", type=int, default=11, help="along each direction, odd (default: 11)")
     landscape.add_argument(
@@ -100,11 +105,12 @@ def _diagnose(options: argparse.Namespace) -> None:
 
 def _landscape(options: argparse.Namespace) -> None:
     from fd_scale import api
-    from fd_scale.diagnose.landscape import Plane
+    from fd_scale.diagnose.landscape import Grid
 
-    plane = Plane(points=options.points, span=options.span, seed=options.seed)
-    found = api.landscape(options.run_dir, plane, options.overrides, options.num_images)
-    middle = found["rows"][plane.points // 2][plane.points // 2]
+    grid = Grid(directions=options.directions, points=options.points, span=options.span, seed=options.seed)
+    found = api.landscape(options.run_dir, grid, options.overrides, options.num_images)
+    rows = found["rows"]
+    middle = rows[len(rows) // 2][grid.points // 2]
     print(f"loss {middle['loss']:.5g}; largest eigenvalue of the Hessian {found['top_eigenvalue']:.5g}")
 
 

@@ -1,4 +1,4 @@
-"""How flat a minimum is: the loss on a plane around the trained weights, and the Hessian's largest eigenvalue.
+"""How flat a minimum is: the loss on a line or plane through the trained weights, and the Hessian's top eigenvalue.
 
 Shape legend: F = filters of a weight (its first dimension), K = points along a direction.
 """
@@ -20,6 +20,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from fd_kernels.dispatch import implementation
+from matplotlib.axes import Axes
 from torch import Tensor, nn
 
 from fd_scale.checkpoint import read_manifest, write_atomically
@@ -37,26 +38,41 @@ Metrics = dict[str, float]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plane:
-    """Which plane, and how finely it is seen."""
+class Grid:
+    """Where the loss is seen: places on a line or a plane through the trained weights."""
 
+    directions: int = 2
+    """1: a line; 2: a plane, whose first direction is the line's."""
     points: int = 11
-    """K, along each of two directions; odd, so that the middle is the trained weights."""
+    """K, along each direction; odd, so that the middle is the trained weights."""
     span: float = 1.0
     """From the middle to an edge, in lengths of the weights' filters."""
     seed: int = 0
     """Of the directions."""
 
     def __post_init__(self) -> None:
+        if self.directions not in (1, 2):
+            raise UserError(f"--directions: got {self.directions}, expected 1, a line, or 2, a plane")
         if self.points < 3 or self.points % 2 == 0:
             raise UserError(f"--points: got {self.points}, expected an odd number of 3 or more")
         if not (math.isfinite(self.span) and self.span > 0):
             raise UserError(f"--span: got {self.span}, expected a positive number")
 
     @property
-    def places(self) -> np.ndarray:
+    def along(self) -> np.ndarray:
         """Coordinates along a direction."""
         return np.linspace(-self.span, self.span, self.points)
+
+    @property
+    def places(self) -> list[tuple[float, float]]:
+        """Coordinates along both directions, row by row; a row is one place along the second direction."""
+        second = self.along.tolist() if self.directions == 2 else [0.0]
+        return [(x, y) for y in second for x in self.along.tolist()]
+
+    @property
+    def name(self) -> str:
+        """Of the files."""
+        return "landscape" if self.directions == 2 else "landscape_line"
 
 
 def filter_normalised(parameters: Sequence[Tensor], generator: torch.Generator) -> list[Tensor]:
@@ -85,43 +101,41 @@ def filter_normalised(parameters: Sequence[Tensor], generator: torch.Generator) 
 
 
 @torch.no_grad()
-def surface(
+def measured(
     parameters: Sequence[nn.Parameter],
     metrics: Callable[[], Metrics],
-    plane: Plane,
-    done: list[list[Metrics]],
-    after_row: Callable[[list[list[Metrics]]], None],
-) -> list[list[Metrics]]:
-    """Measures at each point of a plane; the weights are what they were afterwards.
+    grid: Grid,
+    done: list[Metrics],
+    after_place: Callable[[list[Metrics]], None],
+) -> list[Metrics]:
+    """Measures at each place of a grid; the weights are what they were afterwards.
 
     Args:
         parameters: what is moved.
         metrics: measures at the present weights; all ranks call it.
-        plane: the points.
-        done: rows of an earlier call, which are not measured again.
-        after_row: called with all rows after each new one.
+        grid: the places.
+        done: measurements of an earlier call, the first ones, which are not taken again.
+        after_place: called with all of them after each new one.
 
     Returns:
-        K rows of K measurements; the row is the place along the second direction.
+        A measurement for each of `grid.places`.
     """
-    generator = torch.Generator().manual_seed(plane.seed)
-    first, second = (filter_normalised(parameters, generator) for _ in range(2))
+    generator = torch.Generator().manual_seed(grid.seed)
+    first = filter_normalised(parameters, generator)
+    second = filter_normalised(parameters, generator) if grid.directions == 2 else first
     trained = [parameter.detach().clone() for parameter in parameters]
-    rows = list(done)
+    found = list(done)
     try:
-        for y in plane.places[len(rows) :]:
-            row = []
-            for x in plane.places:
-                for parameter, start, a, b in zip(parameters, trained, first, second, strict=True):
-                    parameter.copy_(start + float(x) * a + float(y) * b)
-                row.append(metrics())
-            rows.append(row)
-            after_row(rows)
-            logger.info("landscape: row %d of %d", len(rows), plane.points)
+        for x, y in grid.places[len(found) :]:
+            for parameter, start, a, b in zip(parameters, trained, first, second, strict=True):
+                parameter.copy_(start + x * a + y * b)
+            found.append(metrics())
+            after_place(found)
+            logger.info("landscape: place %d of %d", len(found), len(grid.places))
     finally:
         for parameter, start in zip(parameters, trained, strict=True):
             parameter.copy_(start)
-    return rows
+    return found
 
 
 def top_eigenvalue(
@@ -172,20 +186,20 @@ class Evaluated(Protocol):
 
 
 def landscape_of(
-    task: Evaluated, recipe: Recipe, checkpoint: Path, plane: Plane, num_images: int, world: World
+    task: Evaluated, recipe: Recipe, checkpoint: Path, grid: Grid, num_images: int, world: World
 ) -> dict[str, Any]:
-    """Measures the plane and the largest eigenvalue of a task at a checkpoint, and writes both as it goes.
+    """Measures a grid and the largest eigenvalue of a task at a checkpoint, and writes both as it goes.
 
     Args:
         task: with the checkpoint's weights, in eval mode on the device.
         recipe: the task's.
         checkpoint: whose run gets the files.
-        plane: the points.
+        grid: the places.
         num_images: evenly spread ones of the evaluation source; the eigenvalue is of the first batch of them.
         world: ranks, which share the images.
 
     Returns:
-        What landscape.json holds.
+        What landscape.json holds, or of a line landscape_line.json.
 
     Raises:
         UserError: too few images, or nothing can be written.
@@ -195,28 +209,28 @@ def landscape_of(
         raise UserError(f"--num-images: got {num_images}, expected at least 1")
     task.evaluation = replace(task.evaluation, source=spread(task.evaluation.source, num_images))
     folder = checkpoint.parent.parent / "diagnosis"
-    file = folder / "landscape.json"
+    file = folder / f"{grid.name}.json"
     step = read_manifest(checkpoint)["state"]["step"]
-    key = asdict(plane) | {"step": step, "images": str(recipe.data.evaluation), "num_images": num_images}
+    key = asdict(grid) | {"step": step, "images": str(recipe.data.evaluation), "num_images": num_images}
     parameters = [each for each in task.module.parameters() if each.requires_grad]
     batch = next(iter(_batches(task.evaluation, world)))
     more = {"top_eigenvalue": top_eigenvalue(lambda: _loss(task, batch), parameters)}
     logger.info("landscape: the Hessian's largest eigenvalue is %.4g", more["top_eigenvalue"])
-    done = read_rows(file, key)
+    done = world.on_main(lambda: read_places(file, key))
 
-    def keep(rows: list[list[Metrics]]) -> None:
+    def keep(found: list[Metrics]) -> None:
         if world.is_main:
-            write_rows(file, key, rows, more)
+            write_places(file, key, found, more)
 
     try:
         folder.mkdir(exist_ok=True)
-        rows = surface(parameters, lambda: task.evaluate(task.module, world), plane, done, keep)
-        keep(rows)
+        found = measured(parameters, lambda: task.evaluate(task.module, world), grid, done, keep)
+        keep(found)
         if world.is_main:
-            draw(rows, plane, folder)
+            draw(found, grid, folder)
     except OSError as error:
         raise not_writable(folder, error) from None
-    return {"of": key, "rows": rows} | more
+    return {"of": key, "rows": _rows(found, grid.points)} | more
 
 
 def _batches(evaluation: EvaluationSet, world: World) -> Any:
@@ -240,34 +254,51 @@ def _loss(task: Evaluated, batch: Batch) -> Tensor:
     return torch.stack(terms).sum()
 
 
-def read_rows(file: Path, key: dict[str, Any]) -> list[list[Metrics]]:
-    """Returns the rows of an earlier call for the same plane of the same weights; none: there are none."""
+def read_places(file: Path, key: dict[str, Any]) -> list[Metrics]:
+    """Returns what an earlier call measured on the same grid around the same weights; nothing: there was none."""
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return []
-    rows: list[list[Metrics]] = found["rows"]
-    return rows if found["of"] == key else []
+    return [place for row in found["rows"] for place in row] if found["of"] == key else []
 
 
-def write_rows(file: Path, key: dict[str, Any], rows: list[list[Metrics]], more: dict[str, Any]) -> None:
+def write_places(file: Path, key: dict[str, Any], found: list[Metrics], more: dict[str, Any]) -> None:
     """Writes what is measured so far."""
-    write_atomically(file, json.dumps({"of": key, "rows": rows} | more, indent=1))
+    body = {"of": key, "rows": _rows(found, key["points"])} | more
+    write_atomically(file, json.dumps(body, indent=1))
 
 
-def draw(rows: list[list[Metrics]], plane: Plane, folder: Path) -> None:
-    """Contours of the loss, and cuts through the middle along both directions."""
-    loss_KK = np.array([[point["loss"] for point in row] for row in rows])
-    figure, (contours, cuts) = plt.subplots(1, 2, figsize=(9, 3.8), constrained_layout=True)
-    finite = np.where(np.isfinite(loss_KK), loss_KK, np.nan)
-    drawn = contours.contourf(plane.places, plane.places, finite, levels=20, cmap="viridis")
-    figure.colorbar(drawn, ax=contours)
-    contours.plot(0, 0, marker="+", color="white")
-    contours.set(title="loss around the trained weights", xlabel="first direction", ylabel="second")
-    middle = plane.points // 2
-    cuts.plot(plane.places, loss_KK[middle], marker="o", markersize=3, label="first direction")
-    cuts.plot(plane.places, loss_KK[:, middle], marker="o", markersize=3, label="second direction")
-    cuts.set(title="cuts through the middle", xlabel="in lengths of the weights", ylabel="loss")
-    cuts.grid(alpha=0.3)
-    cuts.legend()
-    save(figure, folder, "landscape")
+def _rows(found: list[Metrics], points: int) -> list[list[Metrics]]:
+    return [found[start : start + points] for start in range(0, len(found), points)]
+
+
+def draw(found: list[Metrics], grid: Grid, folder: Path) -> None:
+    """Cuts through the middle, of a plane contours, too; of the loss and, where there is one, the top-1 accuracy."""
+    measures = [key for key in ("loss", "top1") if key in found[0]]
+    kinds = 1 if grid.directions == 1 else 2
+    figure, axes = plt.subplots(
+        len(measures), kinds, figsize=(4.5 * kinds, 3.8 * len(measures)), squeeze=False, constrained_layout=True
+    )  # fmt: skip
+    for measure, panels in zip(measures, axes, strict=True):
+        values_KK = np.array([place[measure] for place in found]).reshape(-1, grid.points)
+        middle = len(values_KK) // 2
+        cuts = panels[-1]
+        cuts.plot(grid.along, values_KK[middle], marker="o", markersize=3, label="first direction")
+        if grid.directions == 2:
+            cuts.plot(
+                grid.along, values_KK[:, grid.points // 2], marker="o", markersize=3, label="second direction"
+            )
+            cuts.legend()
+            _contours(panels[0], values_KK, grid, measure)
+        cuts.set(title="through the trained weights", xlabel="in lengths of the weights", ylabel=measure)
+        cuts.grid(alpha=0.3)
+    save(figure, folder, grid.name)
+
+
+def _contours(axis: Axes, values_KK: np.ndarray, grid: Grid, measure: str) -> None:
+    finite_KK = np.where(np.isfinite(values_KK), values_KK, np.nan)
+    drawn = axis.contourf(grid.along, grid.along, finite_KK, levels=20, cmap="viridis")
+    axis.figure.colorbar(drawn, ax=axis)
+    axis.plot(0, 0, marker="+", color="white")
+    axis.set(title=f"{measure} around the trained weights", xlabel="first direction", ylabel="second")

@@ -16,7 +16,7 @@ from fd_scale import api, checkpoint, distributed, log, traffic
 from fd_scale.checkpoint import Checkpoints, TrainState
 from fd_scale.config import Recipe, build_recipe, load_recipe, to_dict
 from fd_scale.data import Batch, open_source
-from fd_scale.diagnose.landscape import Plane
+from fd_scale.diagnose.landscape import Grid
 from fd_scale.engine import Engine
 from fd_scale.errors import UserError
 from fd_scale.finetune.linear_probe import probed_backbone
@@ -61,7 +61,7 @@ def initial_backbone(values: dict[str, Any]) -> dict[str, np.ndarray]:
 
 def landscape(run_dir: str, points: int) -> dict[str, Any]:
     """The loss around a run's weights, over all of its evaluation images."""
-    return api.landscape(run_dir, Plane(points=points, span=0.5), num_images=10**6)
+    return api.landscape(run_dir, Grid(points=points, span=0.5), num_images=10**6)
 
 
 def evaluate(path: str, overrides: list[str]) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """The loss landscape: of a quadratic, whose surface and curvature are known."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -8,12 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from fd_scale.diagnose.landscape import (
-    Plane,
+    Grid,
+    draw,
     filter_normalised,
-    read_rows,
-    surface,
+    measured,
+    read_places,
     top_eigenvalue,
-    write_rows,
+    write_places,
 )
 from fd_scale.errors import UserError
 
@@ -43,32 +45,43 @@ def test_directions_are_as_long_as_the_filters() -> None:
     assert torch.equal(convolution, again)
 
 
-def test_surface_of_a_quadratic_and_its_second_half() -> None:
+@pytest.mark.parametrize("directions", [1, 2])
+def test_places_around_a_quadratic_and_their_second_half(directions: int) -> None:
     weights, matrix, loss = quadratic()
     before = [weight.detach().clone() for weight in weights]
-    plane = Plane(points=5, span=0.5, seed=3)
+    grid = Grid(directions=directions, points=5, span=0.5, seed=3)
     written: list[int] = []
-    rows = surface(
-        weights, lambda: {"loss": float(loss())}, plane, [], lambda rows: written.append(len(rows))
+    found = measured(
+        weights, lambda: {"loss": float(loss())}, grid, [], lambda found: written.append(len(found))
     )
-    assert written == [1, 2, 3, 4, 5]
+    assert written == list(range(1, 5**directions + 1))
     assert all(torch.equal(a, b) for a, b in zip(weights, before, strict=True))
     generator = torch.Generator().manual_seed(3)
     first, second = (torch.cat([d.flatten() for d in filter_normalised(before, generator)]) for _ in range(2))
     start = torch.cat([weight.flatten() for weight in before])
-    for y, row in zip((-0.5, -0.25, 0.0, 0.25, 0.5), rows, strict=True):
-        for x, point in zip((-0.5, -0.25, 0.0, 0.25, 0.5), row, strict=True):
-            at = start + x * first + y * second
-            assert point["loss"] == pytest.approx(float(0.5 * at @ matrix @ at), rel=1e-4, abs=1e-4)
-    resumed = surface(weights, lambda: {"loss": float(loss())}, plane, rows[:3], lambda rows: None)
-    assert resumed == rows
+    along = (-0.5, -0.25, 0.0, 0.25, 0.5)
+    places = [(x, y) for y in (along if directions == 2 else [0.0]) for x in along]
+    for (x, y), place in zip(places, found, strict=True):
+        at = start + x * first + y * second
+        assert place["loss"] == pytest.approx(float(0.5 * at @ matrix @ at), rel=1e-4, abs=1e-4)
+    resumed = measured(weights, lambda: {"loss": float(loss())}, grid, found[:3], lambda found: None)
+    assert resumed == found
+
+
+@pytest.mark.parametrize("directions", [1, 2])
+def test_loss_and_accuracy_are_drawn(directions: int, tmp_path: Path) -> None:
+    grid = Grid(directions=directions, points=3)
+    draw([{"loss": x**2 + y**2, "top1": 1 - x**2} for x, y in grid.places], grid, tmp_path)
+    words = (tmp_path / f"{grid.name}.svg").read_text()
+    assert all(f"<!-- {word} -->" in words for word in ("loss", "top1", "in lengths of the weights"))
+    assert ("<!-- first direction -->" in words) == (directions == 2)
 
 
 def test_the_weights_come_back_after_an_error() -> None:
     weights, _, _ = quadratic()
     before = [weight.detach().clone() for weight in weights]
     with pytest.raises(ZeroDivisionError):
-        surface(weights, lambda: {"loss": 1 / 0}, Plane(points=3), [], lambda rows: None)
+        measured(weights, lambda: {"loss": 1 / 0}, Grid(points=3), [], lambda rows: None)
     assert all(torch.equal(a, b) for a, b in zip(weights, before, strict=True))
 
 
@@ -78,15 +91,18 @@ def test_largest_eigenvalue() -> None:
     assert top_eigenvalue(loss, [*weights, unused], num_steps=100) == pytest.approx(5.0, rel=1e-3)
 
 
-def test_rows_of_another_plane_are_not_taken(tmp_path: Path) -> None:
-    file, rows = tmp_path / "landscape.json", [[{"loss": 1.0}]]
-    assert read_rows(file, {"points": 3}) == []
-    write_rows(file, {"points": 3}, rows, {"top_eigenvalue": 2.0})
-    assert read_rows(file, {"points": 3}) == rows
-    assert read_rows(file, {"points": 5}) == []
+def test_places_of_another_grid_are_not_taken(tmp_path: Path) -> None:
+    file, found = tmp_path / "landscape.json", [{"loss": float(place)} for place in range(5)]
+    assert read_places(file, {"points": 3}) == []
+    write_places(file, {"points": 3}, found, {"top_eigenvalue": 2.0})
+    assert [len(row) for row in json.loads(file.read_text())["rows"]] == [3, 2]
+    assert read_places(file, {"points": 3}) == found
+    assert read_places(file, {"points": 5}) == []
 
 
-@pytest.mark.parametrize("changes", [{"points": 4}, {"points": 1}, {"span": 0.0}, {"span": float("nan")}])
-def test_bad_planes(changes: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    "changes", [{"points": 4}, {"points": 1}, {"span": 0.0}, {"span": float("nan")}, {"directions": 3}]
+)
+def test_bad_grids(changes: dict[str, Any]) -> None:
     with pytest.raises(UserError, match="expected"):
-        Plane(**changes)
+        Grid(**changes)
