@@ -91,8 +91,12 @@ def recipe_of(run: Path, checkpoint: Path, overrides: list[str], images_needed: 
         head = saved_weights(checkpoint).shapes["head.weight"]
         recipe = replace(recipe, classification=replace(recipe.classification, num_classes=head[0]))
     if recipe.segmentation is not None:
-        head = saved_weights(checkpoint).shapes["head.classifier.weight"]
-        recipe = replace(recipe, segmentation=replace(recipe.segmentation, num_classes=head[0]))
+        shapes = saved_weights(checkpoint).shapes
+        if recipe.segmentation.head == "mask2former":
+            num_classes = shapes["head.class_predictor.weight"][0] - 1  # one is of no object
+        else:
+            num_classes = shapes["head.classifier.weight"][0]
+        recipe = replace(recipe, segmentation=replace(recipe.segmentation, num_classes=num_classes))
     return recipe
 
 

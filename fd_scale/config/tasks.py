@@ -175,15 +175,20 @@ class LinearProbeConfig:
 class SegmentationConfig:
     """Semantic segmentation: a class for each pixel of images with masks."""
 
-    head: Literal["upernet", "linear"] = "upernet"
-    """`upernet`: pyramid pooling and a feature pyramid (arXiv 1807.10221); `linear`: one linear layer on all maps."""
+    head: Literal["upernet", "linear", "mask2former"] = "upernet"
+    """`upernet`: pyramid pooling and a feature pyramid (arXiv 1807.10221); `linear`: one linear layer on all maps;
+    `mask2former`: queries with a class and a mask each (arXiv 2112.01527), Transformers' code."""
+    frozen: bool = False
+    """Whether the backbone stays as it is, without drop path: a probe of its features."""
     num_classes: int | None = None
     """Classes that the source must have; none: as many as it has. `plan` needs it where the data are elsewhere."""
     layers: list[int] | None = None
     """Four blocks of a ViT that feed the head, from 0 or from -1 backwards; none: at 1/4, 2/4, 3/4 and 4/4 of its
     depth. A hierarchical model gives all of its stages."""
     channels: int = 512
-    """Width of the UPerNet head; the auxiliary head has half of it."""
+    """Width of the UPerNet head, whose auxiliary head has half of it, or of Mask2Former (256 in its paper)."""
+    num_queries: int = 100
+    """Of Mask2Former."""
     auxiliary_weight: float = 0.4
     """Factor of the loss of an auxiliary head on the last layer but one; 0: no such head."""
     norm: Literal["batch", "group"] = "group"
@@ -213,6 +218,10 @@ class SegmentationConfig:
         check("num_classes", self.num_classes is None or 2 <= self.num_classes <= 253, "2 to 253")
         check("layers", self.layers is None or len(self.layers) == 4, "four layers, or none")
         check("channels", self.channels > 1 and self.channels % 2 == 0, "an even number above 0")
+        check("num_queries", self.num_queries > 0, "1 or more")
+        if self.head == "mask2former":
+            check("channels", self.channels % 32 == 0, "a multiple of 32, of Mask2Former")
+            check("auxiliary_weight", self.auxiliary_weight == 0, "0: each layer of Mask2Former has a loss")
         check("auxiliary_weight", 0 <= self.auxiliary_weight < inf, "0 or more")
         check("resize", 0 < self.resize[0] <= self.resize[1] < inf, "0 < smallest <= largest")
         check("max_class_share", 0 < self.max_class_share <= 1, "a number above 0, at most 1")

@@ -137,6 +137,7 @@ def test_every_setting_is_described() -> None:
         ("optim.layer_decay", 0.0), ("optim.layer_decay", 1.1), ("linear_probe.lr_factors", []),
         ("linear_probe.lr_factors", [1.0, 0.0]),
         ("segmentation.num_classes", 1), ("segmentation.layers", [1, 2]), ("segmentation.channels", 3),
+        ("segmentation.num_queries", 0),
         ("segmentation.auxiliary_weight", -0.1), ("segmentation.resize", [2.0, 0.5]),
         ("segmentation.max_class_share", 0.0), ("segmentation.stride", 1.1), ("segmentation.short_side", -1),
         ("segmentation.scales", []),
@@ -164,7 +165,7 @@ def test_every_limit_is_in_the_table_above() -> None:
         "distill.teachers.0.drop_path",
         "distill.loss", "contrastive.jitter",
         "classification.head_init_scale", "log.profile", "train.compile", "data.interpolation", "data.rand_augment",
-        "optim.schedule", "segmentation.head", "segmentation.norm", "segmentation.photometric",
+        "optim.schedule", "segmentation.head", "segmentation.frozen", "segmentation.norm", "segmentation.photometric",
         "segmentation.inference", "segmentation.flip_too",
     }  # fmt: skip
     assert tested | free == leaves(Recipe)

@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fd_scale.config import ModelConfig, SegmentationConfig
-from fd_scale.data import Batch, open_source
+from fd_scale.data import IGNORED, Batch, open_source
 from fd_scale.data.mask_transforms import whole_with_mask
 from fd_scale.distributed import World
 from fd_scale.errors import UserError
@@ -124,23 +125,110 @@ def test_batch_norm_equals_torch() -> None:
     assert ours(x.bfloat16()).dtype == torch.bfloat16
 
 
+def mask2former(num_classes: int, queries: int = 7) -> Any:
+    """A head of random weights over four maps of a batch of two, and the maps."""
+    module = pytest.importorskip("fd_scale.finetune.segmentation.mask2former", reason="needs the extra [hf]")
+    torch.manual_seed(0)
+    widths, sides = [8, 16, 32, 64], [16, 8, 4, 2]
+    maps = [torch.randn(2, width, side, side) for width, side in zip(widths, sides, strict=True)]
+    return module, module.Mask2FormerHead(widths, 32, queries, num_classes), maps
+
+
+def test_mask2former_is_transformers_behind_our_maps() -> None:
+    """The whole model of Transformers with our weights and our maps in place of its backbone's."""
+    module, head, maps = mask2former(num_classes=5)
+    from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation
+
+    config = head.config.to_dict() | {"backbone_config": {"model_type": "swin", "embed_dim": 8, "depths": [1] * 4,
+        "num_heads": [1] * 4, "out_features": [f"stage{stage}" for stage in range(1, 5)]}}  # fmt: skip
+    theirs = Mask2FormerForUniversalSegmentation(Mask2FormerConfig(**config)).eval()
+    names = {"pixel_decoder": "model.pixel_level_module.decoder", "transformer": "model.transformer_module"}
+    copied = {}
+    for name, tensor in head.state_dict().items():
+        part, _, rest = name.partition(".")
+        copied[f"{names.get(part, part)}.{rest}"] = tensor
+    missing, unexpected = theirs.load_state_dict(copied, strict=False)
+    assert unexpected == []
+    assert all(name.startswith("model.pixel_level_module.encoder.") for name in missing)
+    theirs.model.pixel_level_module.encoder.forward = lambda *_, **__: SimpleNamespace(feature_maps=maps)
+
+    masks = torch.randint(0, 4, (2, 64, 64), dtype=torch.uint8)  # of five classes four
+    masks[1, :32] = IGNORED
+    masks[1, 32:] = 3
+    layers = head.eval()(maps)
+    found = head.loss_sum(layers, masks, [11, 12])
+    expected, scores = 0.0, []
+    for index, seed in enumerate((11, 12)):
+        of_image = [map_BDhw[index : index + 1] for map_BDhw in maps]
+        theirs.model.pixel_level_module.encoder.forward = lambda *_, given=of_image, **__: SimpleNamespace(
+            feature_maps=given
+        )
+        present = [label for label in range(5) if (masks[index] == label).any()]
+        torch.manual_seed(seed)
+        outputs = theirs(
+            torch.zeros(1, 3, 64, 64),
+            mask_labels=[torch.stack([(masks[index] == label).float() for label in present])],
+            class_labels=[torch.tensor(present)],
+        )
+        expected += float(outputs.loss.detach())
+        probabilities = outputs.class_queries_logits.softmax(2)[0, :, :5]
+        scores.append(
+            (probabilities.mT @ outputs.masks_queries_logits[0].sigmoid().flatten(1)).view(5, 16, 16)
+        )
+    # fp32; images alone in place of a batch: matrix products in another order.
+    assert found.item() == pytest.approx(expected, rel=1e-5)
+    torch.testing.assert_close(
+        module.class_scores(layers[-1]).exp(), torch.stack(scores), rtol=1e-4, atol=1e-6
+    )
+
+
+def test_mask2former_draws_points_by_image_and_leaves_the_global_generator() -> None:
+    _, head, maps = mask2former(num_classes=5)
+    masks = torch.randint(0, 5, (2, 64, 64), dtype=torch.uint8)
+    layers = head(maps)
+    before = torch.get_rng_state()
+    both = float(head.loss_sum(layers, masks, [3, 4]))
+    assert torch.equal(torch.get_rng_state(), before)
+    swapped = [{name: part.flip(0) for name, part in layer.items()} for layer in layers]
+    assert float(head.loss_sum(swapped, masks.flip(0), [4, 3])) == pytest.approx(both, rel=1e-6)
+    assert float(head.loss_sum(layers, masks, [5, 4])) != pytest.approx(both, rel=1e-6)
+    masks[0] = IGNORED
+    alone = head.loss_sum(layers, masks, [3, 4])
+    rest = [{name: part[1:] for name, part in layer.items()} for layer in layers]
+    assert float(alone) == pytest.approx(float(head.loss_sum(rest, masks[1:], [4])), rel=1e-6)
+
+
+@pytest.mark.parametrize("head", ["upernet", "linear", "mask2former"])
+def test_a_frozen_backbone_stays_as_it_is(head: Any) -> None:
+    torch.manual_seed(0)
+    config = replace(CONFIG, head=head, channels=32, auxiliary_weight=0.0, frozen=True)
+    module = SegmentationModule(MODELS["swin"], config, 5, torch.float32)
+    images = torch.randint(0, 256, (1, 3, 32, 32), dtype=torch.uint8)
+    masks = torch.randint(0, 5, (1, 32, 32), dtype=torch.uint8)
+    module(images, masks, point_seeds=[0])["loss"].backward()
+    learning = {name.split(".")[0] for name, each in module.named_parameters() if each.grad is not None}
+    assert learning == {"head", "pyramid"}
+
+
 @pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("head", ["upernet", "linear"])
+@pytest.mark.parametrize("head", ["upernet", "linear", "mask2former"])
 def test_every_parameter_learns(name: str, head: Any) -> None:
     """Swin and ViT, ours and timm's: logits at a fourth of the size, and a gradient for every parameter."""
     torch.manual_seed(0)
     model = MODELS[name]
-    module = SegmentationModule(model, replace(CONFIG, head=head), 5, torch.float32)
+    config = CONFIG if head != "mask2former" else replace(CONFIG, channels=32, auxiliary_weight=0.0)
+    config = replace(config, head=head)
+    module = SegmentationModule(model, config, 5, torch.float32)
     side = model.size
     images = torch.randint(0, 256, (2, 3, side, side), dtype=torch.uint8)
     masks = torch.randint(0, 5, (2, side, side), dtype=torch.uint8)
-    outputs = module(images, masks)
+    outputs = module(images, masks, point_seeds=[1, 2])
     finest = module.pyramid.sides[0] // (4 if "vit" in name else 1)
     assert outputs["logits"].shape == (2, 5, side // finest, side // finest)
-    (outputs["loss"] + outputs["auxiliary"]).backward()
+    sum(value for name, value in outputs.items() if name != "logits").backward()
     without = [key for key, parameter in module.named_parameters() if parameter.grad is None]
     assert without == []
-    assert torch.equal(module.eval()(images)["logits"], module(images, masks)["logits"])
+    assert torch.equal(module.eval()(images)["logits"], module(images)["logits"])
 
 
 def test_the_maps_are_the_layers() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from fd_scale.config import Recipe
 from fd_scale.data import IGNORED, Batch, Source, TrainLoader, fill_colour
@@ -20,6 +20,7 @@ from fd_scale.finetune.classes import agreed_classes
 from fd_scale.finetune.segmentation.module import SegmentationModule
 from fd_scale.finetune.segmentation.pictures import error_map, painted
 from fd_scale.models import Backbone, drop_path_scale, dtype_of, learning_rate_scales, undecayed_parameters
+from fd_scale.randomness import hash64
 
 NUM_PICTURES = 4
 
@@ -53,7 +54,11 @@ class SegmentationTask:
             recipe.train.activation_checkpointing, recipe.train.checkpointing_period
         )
         self.predictor = predictor_of(recipe, self.num_classes, backbone)
-        self.undecayed = undecayed_parameters(self.module)
+        self.undecayed = undecayed_parameters(self.module) | {
+            f"head.{name}.weight"
+            for name, part in self.module.head.named_modules()
+            if isinstance(part, nn.Embedding)
+        }
         self.lr_scales = learning_rate_scales(self.module, recipe.optim.layer_decay)
 
     def prepare(self, world: World, loader: TrainLoader) -> None:
@@ -69,15 +74,24 @@ class SegmentationTask:
             )
 
     def counts(self, batch: Batch) -> dict[str, float]:
-        """Both losses go over the pixels with a class."""
+        """Cross entropies go over the pixels with a class, the loss of Mask2Former over the images with one."""
+        if self.module.gives_queries:
+            return {"loss": float((batch.labels != IGNORED).flatten(1).any(1).sum())}
         pixels = float((batch.labels != IGNORED).sum())
         return {"loss": pixels} | ({"auxiliary": pixels} if self.config.auxiliary_weight else {})
 
     def inputs(self, batch: Batch) -> dict[str, Any]:
-        """Draws drop path."""
-        rates = self.module.backbone.drop_path_rates
-        scale = drop_path_scale(rates, self.seed, batch.positions, batch.images.device)
-        return {"images_BCHW": batch.images, "masks_BHW": batch.labels, "drop_path_scale_RB": scale}
+        """Draws drop path, of a backbone that is trained, and seeds of Mask2Former's points."""
+        given: dict[str, Any] = {"images_BCHW": batch.images, "masks_BHW": batch.labels}
+        if not self.config.frozen:
+            rates = self.module.backbone.drop_path_rates
+            given["drop_path_scale_RB"] = drop_path_scale(
+                rates, self.seed, batch.positions, batch.images.device
+            )
+        if self.module.gives_queries:
+            seeds = hash64(self.seed, "points", batch.positions.numpy()) >> np.uint64(1)
+            given["point_seeds"] = seeds.tolist()
+        return given
 
     def evaluate(self, forward: Forward, world: World) -> dict[str, float]:
         """Measures mIoU, mean and overall accuracy over the evaluation source."""
