@@ -66,6 +66,7 @@ def test_mask2former_trains_alike_on_two_ranks(values: Values) -> None:
     pytest.importorskip("transformers", reason="needs the extra [hf]")
     head = {"head": "mask2former", "channels": 32, "num_queries": 5, "auxiliary_weight": 0.0}
     changes = {"segmentation": head, "model": VIT, "train__steps": 2, "train__global_batch": 4}
+    changes["data__evaluation"] = None
     alone = values("alone", train__micro_batch=4, **changes)
     together = values("together", train__ds_config="zero3", train__micro_batch=1, **changes)
     run_ranks(cases.train, 1, alone)
@@ -74,7 +75,6 @@ def test_mask2former_trains_alike_on_two_ranks(values: Values) -> None:
     # As above; a point that is at the border of the most uncertain ones may be another one.
     np.testing.assert_allclose(found[:, 0], expected[:, 0], rtol=1e-4)
     assert len(set(expected[:, 0])) == 2
-    assert run_ranks(cases.evaluate, 1, together["run_dir"], [])[0]["pixels"] > 0, "its checkpoint is read"
 
 
 def test_a_frozen_backbone_is_kept_in_parts_and_in_checkpoints(values: Values) -> None:
