@@ -11,7 +11,7 @@ from fd_scale.cli.parts import Verbs, add_recipe, add_verb
 def add_bench(verbs: Verbs) -> None:
     """Adds `bench` and what it measures."""
     bench = add_verb(
-        verbs, "bench", "measurements: step, finetune, segmentation, kernels, giant, scale",
+        verbs, "bench", "measurements: step, finetune, segmentation, prediction, kernels, giant, scale",
         "Measures the training step, the kernels, whole steps of SwinV2-G on a GPU, or a recipe's on many.",
         "  fd-scale bench step --json step.json\n"
         "  fd-scale bench finetune miniature/finetune model.weights=null\n"
@@ -57,6 +57,8 @@ def add_bench(verbs: Verbs) -> None:
     segmentation.add_argument("--json", metavar="FILE", help="write the measurements there too")
     segmentation.set_defaults(run=_bench_segmentation)
 
+    _add_bench_prediction(subjects)
+
     kernels = add_verb(
         subjects, "kernels", "the Triton kernels beside their peers, on a GPU",
         "Measures the kernels beside eager, compiled, SDPA and FlexAttention; goes on where the last call stopped.\n"
@@ -73,6 +75,23 @@ def add_bench(verbs: Verbs) -> None:
 
     _add_bench_giant(subjects)
     _add_bench_scale(subjects)
+
+
+def _add_bench_prediction(subjects: Verbs) -> None:
+    prediction = add_verb(
+        subjects, "prediction", "images a second and peak memory of a segmentation's prediction, by size",
+        "Predicts square images of noise at their own size with random weights, as the recipe says: by windows, in\n"
+        "several sizes, mirrored. Reads no data.",
+        "  fd-scale bench prediction ade20k/swin_v2_giant --sides 640 896 4096\n"
+        "  fd-scale bench prediction ade20k/tiny segmentation.flip_too=true --sides 640",
+    )  # fmt: skip
+    add_recipe(prediction)
+    prediction.add_argument(
+        "--sides", type=int, nargs="+", default=[640, 896, 4096], help="in pixels (default: 640 896 4096)"
+    )
+    prediction.add_argument("--repeats", type=int, default=3, help="measured images of each (default: 3)")
+    prediction.add_argument("--json", metavar="FILE", help="write the measurements there too")
+    prediction.set_defaults(run=_bench_prediction)
 
 
 def _add_bench_giant(subjects: Verbs) -> None:
@@ -149,6 +168,12 @@ def _bench_segmentation(options: argparse.Namespace) -> None:
     from fd_scale.benchmarks.segmentation import bench_segmentation
 
     bench_segmentation(options.recipe, options.overrides, options.steps, options.json)
+
+
+def _bench_prediction(options: argparse.Namespace) -> None:
+    from fd_scale.benchmarks.prediction import bench_prediction
+
+    bench_prediction(options.recipe, options.overrides, options.sides, options.repeats, options.json)
 
 
 def _bench_kernels(options: argparse.Namespace) -> None:

@@ -75,12 +75,20 @@ class Predictor:
 
     def num_calls(self, height: int, width: int) -> int:
         """Returns how often an image of this size calls its `segment`."""
-        calls = 0
+        return sum(rows * -(-columns // self.batch_size) for rows, columns in self._windows(height, width))
+
+    def num_windows(self, height: int, width: int) -> int:
+        """Returns in how many windows an image of this size is predicted."""
+        return sum(rows * columns for rows, columns in self._windows(height, width))
+
+    def _windows(self, height: int, width: int) -> Iterator[tuple[int, int]]:
+        """Rows and columns of windows of each view."""
         for size, _ in self._views(height, width):
-            window = self.window(*size)
-            columns = len(offsets(size[1], window[1], self.stride))
-            calls += len(offsets(size[0], window[0], self.stride)) * -(-columns // self.batch_size)
-        return calls
+            rows, columns = (
+                len(offsets(length, window, self.stride))
+                for length, window in zip(size, self.window(*size), strict=True)
+            )
+            yield rows, columns
 
     def _views(self, height: int, width: int) -> Iterator[tuple[tuple[int, int], bool]]:
         """Height and width of each view, and whether it is mirrored."""

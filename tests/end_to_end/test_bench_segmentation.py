@@ -43,6 +43,37 @@ def test_both_loops_are_measured(recipe: Path, tmp_path: Path, capsys: pytest.Ca
     assert "expects task segmentation" in capsys.readouterr().err
 
 
+def test_prediction_is_measured_by_size(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out.json"
+    settings = ["segmentation.num_classes=3", "segmentation.short_side=24"]
+    cli.main(
+        [
+            "bench",
+            "prediction",
+            str(recipe),
+            *settings,
+            "--sides",
+            "60",
+            "24",
+            "--repeats",
+            "2",
+            "--json",
+            str(out),
+        ]
+    )
+    found = json.loads(out.read_text())
+    assert list(found["sides"]) == ["24", "60"]
+    assert all(len(each["seconds"]) == 2 and each["peak_gib"] > 0 for each in found["sides"].values())
+    # At their own size: windows of 24 px, 16 apart, the last one at the end.
+    assert [each["windows"] for each in found["sides"].values()] == [1, 4 * 4]
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        cli.main(["bench", "prediction", str(recipe)])
+    assert "segmentation.num_classes" in capsys.readouterr().err
+
+
 def test_the_peer_has_as_many_parameters_and_trains_them(recipe: Path) -> None:
     pytest.importorskip("transformers", reason="needs the extra [hf]")
     loaded = api.load_recipe(recipe, ["segmentation.norm=batch", "model.overrides.drop_path_rate=0.0"])
