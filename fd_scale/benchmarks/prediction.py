@@ -40,7 +40,8 @@ def bench_prediction(
         json_file: where the measurements go too.
 
     Returns:
-        The measurements; of each side, `windows`, `seconds` of each image and `peak_gib` of the process, or of the GPU, so far.
+        The measurements; of each side, `windows`, `seconds` of each image and `peak_gib` of the process, or of the GPU,
+        so far.
 
     Raises:
         UserError: the recipe is of another task, or does not say how many classes there are.
