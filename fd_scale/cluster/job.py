@@ -56,10 +56,14 @@ def run_dir_of(arguments: list[str]) -> Path:
     options = parsed(arguments)
     if hasattr(options, "recipe"):
         return Path(load_recipe(options.recipe, options.overrides).run_dir).absolute()
-    folder = Path(options.run_dir).absolute()
-    return (
-        folder.parent.parent if (folder / "manifest.json").is_file() else folder
-    )  # a checkpoint is named too
+    if hasattr(options, "models"):
+        folder = Path(options.out or options.models[0].removeprefix("teacher:")).absolute()
+        if options.out is None and not folder.is_dir():
+            raise UserError(f"{options.models[0]} is no run, so there is no default: give --out DIR")
+    else:
+        folder = Path(options.run_dir).absolute()
+    # A checkpoint is named too.
+    return folder.parent.parent if (folder / "manifest.json").is_file() else folder
 
 
 def main(arguments: list[str]) -> None:

@@ -46,7 +46,8 @@ def test_chain_and_array(
         Path(files[name]).write_text(json.dumps(values_in(tmp_path / name, task, **quick, **measured)))
     ds_config = tmp_path / "mine.json"
     shutil.copy(ROOT / "ds_configs" / "zero0.json", ds_config)
-    then = (f"train.ds_config={ds_config}", "--sbatch=--hold", "--then", files["tuned"], "--then", "evaluate")
+    then = (f"train.ds_config={ds_config}", "--sbatch=--hold", "--then", files["tuned"])
+    then += ("--then", "evaluate", "--then", "diagnose")
     chain, said = submitted(cluster, files["student"], "--nodes=1", *then, cwd=tmp_path)
     assert f"follow:  tail -F {tmp_path}/student/slurm-{chain[0]}.out" in said
     # The job runs the copy: what is changed in it shows, and what becomes of recipe and JSON does not.
@@ -79,6 +80,7 @@ def test_chain_and_array(
         (chain[0], "student"),
         (chain[1], "tuned"),
         (chain[2], "tuned"),
+        (chain[3], "tuned"),
         (f"{array}_0", "swept"),
         (f"{array}_1", "swept"),
     ):
@@ -92,6 +94,8 @@ def test_chain_and_array(
     evaluation = json.loads((tmp_path / "tuned/evaluations/step_00000004.json").read_text())
     lines = map(json.loads, (tmp_path / "tuned/metrics.jsonl").read_text().splitlines())
     assert [line["top1"] for line in lines if line["kind"] == "evaluation"] == [evaluation["top1"]]
+    looked = json.loads((tmp_path / "tuned/diagnosis/diagnosis.json").read_text())
+    assert [len(model["layers"]) for model in looked["models"]] == [3]
     assert losses(tmp_path / "swept-seed-0") == losses(tmp_path / "here")
     assert losses(tmp_path / "swept-seed-1") == losses(tmp_path / "seed-1-here")
     assert losses(tmp_path / "seed-1-here") != losses(tmp_path / "here")

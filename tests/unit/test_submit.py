@@ -216,3 +216,19 @@ def test_what_a_batch_script_asks(
     monkeypatch.setattr(job, "lead_s", lambda run_dir: 400)
     job.main(["distill", "digits/distill"])
     assert "told 400 s before its end, and is told 300 s" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["evaluate", "RUN"], "RUN"),
+        (["diagnose", "teacher:RUN", "vit_tiny_patch16_224@none"], "RUN"),
+        (["diagnose", "vit_tiny_patch16_224@none", "--out", "RUN/looked", "--images", "digits:test"], "RUN/looked"),
+    ],
+)  # fmt: skip
+def test_the_folder_that_a_command_works_in(arguments: list[str], expected: str, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    given = [argument.replace("RUN", str(tmp_path / "run")) for argument in arguments]
+    assert str(job.run_dir_of(given)) == expected.replace("RUN", str(tmp_path / "run"))
+    with pytest.raises(UserError, match="give --out DIR"):
+        job.run_dir_of(["diagnose", "vit_tiny_patch16_224@none"])
