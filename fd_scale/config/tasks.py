@@ -232,3 +232,24 @@ class SegmentationConfig:
             len(self.scales) > 0 and 0 < min(self.scales) <= max(self.scales) < inf,
             "positive numbers",
         )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DetectionConfig:
+    """Boxes and masks of the objects in an image."""
+
+    scale_range: tuple[float, float] = (0.1, 2.0)
+    """Large-scale jitter: size of a randomly resized training image, as a factor of the largest one that fits into
+    model.img_size; then a square of that side is cut, or filled up."""
+    photometric: bool = False
+    """Whether brightness, contrast, saturation and hue of training images change at random."""
+    copy_paste: float = 0.0
+    """Probability that objects of another training image are pasted into one."""
+
+    def __post_init__(self) -> None:
+        def check(name: str, holds: bool, expected: str) -> None:
+            require(holds, f"detection.{name}", getattr(self, name), expected)
+
+        low, high = self.scale_range
+        check("scale_range", 0 < low <= high < inf, "0 < smallest <= largest")
+        check("copy_paste", 0 <= self.copy_paste <= 1, "a number in 0..1")

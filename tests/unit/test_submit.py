@@ -13,6 +13,7 @@ import pytest
 
 from fd_scale import cli
 from fd_scale.cluster import job, pinned
+from fd_scale.errors import UserError
 
 
 @pytest.fixture

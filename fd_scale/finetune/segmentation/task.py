@@ -76,13 +76,13 @@ class SegmentationTask:
     def counts(self, batch: Batch) -> dict[str, float]:
         """Cross entropies go over the pixels with a class, the loss of Mask2Former over the images with one."""
         if self.module.gives_queries:
-            return {"loss": float((batch.labels != IGNORED).flatten(1).any(1).sum())}
-        pixels = float((batch.labels != IGNORED).sum())
+            return {"loss": float((batch.classes != IGNORED).flatten(1).any(1).sum())}
+        pixels = float((batch.classes != IGNORED).sum())
         return {"loss": pixels} | ({"auxiliary": pixels} if self.config.auxiliary_weight else {})
 
     def inputs(self, batch: Batch) -> dict[str, Any]:
         """Draws drop path, of a backbone that is trained, and seeds of Mask2Former's points."""
-        given: dict[str, Any] = {"images_BCHW": batch.images, "masks_BHW": batch.labels}
+        given: dict[str, Any] = {"images_BCHW": batch.images, "masks_BHW": batch.classes}
         if not self.config.frozen:
             rates = self.module.backbone.drop_path_rates
             given["drop_path_scale_RB"] = drop_path_scale(
@@ -105,7 +105,7 @@ class SegmentationTask:
 
     def pictures(self, batch: Batch, outputs: dict[str, Tensor]) -> dict[str, np.ndarray]:
         """Input, truth, prediction and error of some images, side by side."""
-        images_BCHW, masks_BHW = batch.images[:NUM_PICTURES], batch.labels[:NUM_PICTURES]
+        images_BCHW, masks_BHW = batch.images[:NUM_PICTURES], batch.classes[:NUM_PICTURES]
         logits_BKHW = F.interpolate(
             outputs["logits"][:NUM_PICTURES], size=images_BCHW.shape[2:], mode="bilinear"
         )
