@@ -23,6 +23,63 @@ NO_CLASS = "-"
 _UNKNOWN = 254  # a value that stands for no class; of real classes there are at most 254
 
 
+class MaskValues:
+    """What the pixel values of masks mean.
+
+    Args:
+        kind: of the source, as the user writes it.
+        values: for the values 0, 1, ... the name of the class, or `NO_CLASS`. 255 is always ignored.
+
+    Raises:
+        UserError: there are too few or too many classes.
+    """
+
+    def __init__(self, kind: str, values: Sequence[str]) -> None:
+        self.class_names = [name for name in values if name != NO_CLASS]
+        num_classes = len(self.class_names)
+        if not 2 <= num_classes < _UNKNOWN or len(values) > IGNORED:
+            raise UserError(f"{kind}: {num_classes} classes; expected 2 to {_UNKNOWN - 1}")
+        self.class_of_value = np.full(256, _UNKNOWN, dtype=np.uint8)
+        self.class_of_value[IGNORED] = IGNORED
+        classes = iter(range(num_classes))
+        for value, name in enumerate(values):
+            self.class_of_value[value] = IGNORED if name == NO_CLASS else next(classes)
+
+    @property
+    def identity(self) -> list[str]:
+        """What tells them from others."""
+        return [*self.class_names, self.class_of_value.tobytes().hex()]
+
+    def mask(self, data: bytes, image: Image.Image, where: str) -> Image.Image:
+        """Decodes a mask: 8-bit grey, the class of each pixel.
+
+        Args:
+            data: its file.
+            image: whose mask it is.
+            where: what a person needs to find it.
+
+        Raises:
+            DecodeError: as of `decode_mask`, or it does not fit the image or the classes.
+        """
+        try:
+            mask_HW = decode_mask(data)
+        except DecodeError as error:
+            raise DecodeError(f"its mask {where}: {error}") from error
+        if mask_HW.shape != (image.height, image.width):
+            raise DecodeError(
+                f"its mask {where} is {mask_HW.shape[1]} x {mask_HW.shape[0]} px, and the image "
+                f"{image.width} x {image.height}"
+            )
+        classes_HW = self.class_of_value[mask_HW]
+        if (classes_HW == _UNKNOWN).any():
+            value = int(mask_HW[classes_HW == _UNKNOWN].min())
+            raise DecodeError(
+                f"its mask {where} has the value {value}, which is none of the {len(self.class_names)} classes, and "
+                f"not {IGNORED}, ignored"
+            )
+        return Image.fromarray(classes_HW)
+
+
 class MaskSource:
     """Image files below a folder and, below another one, their masks as PNG files of the same names.
 
@@ -30,7 +87,7 @@ class MaskSource:
         kind: of the source, as the user writes it.
         images: folder of the images.
         masks: folder of the masks.
-        values: for the pixel values 0, 1, ... of a mask, the name of the class, or `NO_CLASS`. 255 is always ignored.
+        values: what the pixel values of a mask mean, see `MaskValues`.
 
     Raises:
         UserError: there are no images, one has no mask, or there are too few or too many classes.
@@ -42,15 +99,9 @@ class MaskSource:
         for folder in (images, masks):
             if not folder.is_dir():
                 raise UserError(f"{kind}: {folder} is not a folder; check the path, or what is below it")
-        self.class_names = [name for name in values if name != NO_CLASS]
+        self.values = MaskValues(kind, values)
+        self.class_names = self.values.class_names
         self.num_classes = len(self.class_names)
-        if not 2 <= self.num_classes < _UNKNOWN or len(values) > IGNORED:
-            raise UserError(f"{kind}: {self.num_classes} classes; expected 2 to {_UNKNOWN - 1}")
-        self.class_of_value = np.full(256, _UNKNOWN, dtype=np.uint8)
-        self.class_of_value[IGNORED] = IGNORED
-        classes = iter(range(self.num_classes))
-        for value, name in enumerate(values):
-            self.class_of_value[value] = IGNORED if name == NO_CLASS else next(classes)
         self.images, self.masks = images, masks
         names = sorted(walk_images(images))
         if not names:
@@ -75,7 +126,7 @@ class MaskSource:
         sizes = [
             f"{name} {file_size(self.images / name)} {file_size(self._mask_file(name))}" for name in names
         ]
-        return content_hash([*self.class_names, self.class_of_value.tobytes().hex(), *sizes])
+        return content_hash([*self.values.identity, *sizes])
 
     def __len__(self) -> int:
         return len(self.names_N)
@@ -98,23 +149,7 @@ class MaskSource:
         except OSError as error:
             raise DecodeError(f"{error.filename} cannot be read: {error.strerror}") from error
         image = decode(image_bytes)
-        try:
-            mask_HW = decode_mask(mask_bytes)
-        except DecodeError as error:
-            raise DecodeError(f"its mask {file}: {error}") from error
-        if mask_HW.shape != (image.height, image.width):
-            raise DecodeError(
-                f"its mask {file} is {mask_HW.shape[1]} x {mask_HW.shape[0]} px, and the image "
-                f"{image.width} x {image.height}"
-            )
-        classes_HW = self.class_of_value[mask_HW]
-        if (classes_HW == _UNKNOWN).any():
-            value = int(mask_HW[classes_HW == _UNKNOWN].min())
-            raise DecodeError(
-                f"its mask {file} has the value {value}, which is none of the {self.num_classes} classes, and not "
-                f"{IGNORED}, ignored"
-            )
-        return image, Image.fromarray(classes_HW)
+        return image, self.values.mask(mask_bytes, image, str(file))
 
 
 def ade20k_training(path: str) -> MaskSource:
@@ -142,23 +177,30 @@ def ade20k_names() -> list[str]:
 def masks_folder(path: str) -> MaskSource:
     """Opens a folder of one's own: `images`, `masks` and `classes.txt`.
 
-    A line of the list names the class of a pixel value, the first one of value 0; `-` means that the value is ignored.
+    Raises:
+        UserError: as of `MaskSource` and `listed_classes`.
+    """
+    root, kind = Path(path), f"masks:{path}"
+    return MaskSource(kind, root / "images", root / "masks", listed_classes(kind, root / "classes.txt"))
+
+
+def listed_classes(kind: str, file: Path) -> list[str]:
+    """Reads the name of the class of each pixel value, the first one of value 0; `-`: the value is ignored.
 
     Raises:
-        UserError: as of `MaskSource`, or there is no such list.
+        UserError: there is no such list, or it has an empty line or a class twice.
     """
-    file = Path(path) / "classes.txt"
     try:
         names = [name.strip() for name in file.read_text(encoding="utf-8-sig").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(
-            f"masks:{path}: {file} cannot be read ({error}); expected a class in each line, the first of pixel value 0"
+            f"{kind}: {file} cannot be read ({error}); expected a class in each line, the first of pixel value 0"
         ) from None
     classes = [name for name in names if name != NO_CLASS]
     if "" in classes or len(set(classes)) < len(classes):
         twice = next((name for name in classes if name and classes.count(name) > 1), "")
         wrong = f"{twice!r} twice" if twice else "an empty line"
         raise UserError(
-            f"masks:{path}: {file} has {wrong}; expected a class of its own in each line, or {NO_CLASS}"
+            f"{kind}: {file} has {wrong}; expected a class of its own in each line, or {NO_CLASS}"
         )
-    return MaskSource(f"masks:{path}", Path(path) / "images", Path(path) / "masks", names)
+    return names

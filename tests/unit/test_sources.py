@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from fd_scale.data import sources
+from fd_scale.data import parquet
 from fd_scale.data.decode import DecodeError
 from fd_scale.data.sources import Source, open_source
 from fd_scale.errors import UserError
@@ -126,7 +126,7 @@ def test_corrupt_file_in_a_folder(class_folders: Path) -> None:
 
 @pytest.mark.parametrize("cache_bytes", [0, 10**6], ids=["row group by row group", "in memory"])
 def test_parquet_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache_bytes: int) -> None:
-    monkeypatch.setattr(sources, "PARQUET_CACHE_BYTES", cache_bytes)
+    monkeypatch.setattr(parquet, "CACHE_BYTES", cache_bytes)
     write_parquet(
         tmp_path / "train-00000-of-00002.parquet", [png(i) for i in range(8)], [0, 1] * 4, ["x", "y"]
     )
