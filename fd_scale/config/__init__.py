@@ -32,6 +32,7 @@ from fd_scale.config.sections import (
 from fd_scale.config.tasks import (
     ClassificationConfig,
     ContrastiveConfig,
+    DetectionConfig,
     DistillConfig,
     LinearProbeConfig,
     MaskedConfig,
@@ -49,6 +50,7 @@ __all__ = [
     "ClassificationConfig",
     "ContrastiveConfig",
     "DataConfig",
+    "DetectionConfig",
     "DistillConfig",
     "LinearProbeConfig",
     "LogConfig",

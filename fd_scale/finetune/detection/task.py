@@ -1,0 +1,112 @@
+"""What the trainer needs to know of the detection of objects.
+
+Shape legend: B = images, C = channels of an image, H, W = pixels, N = objects, R = boxes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fd_scale.config import Recipe
+from fd_scale.data import IGNORED, Batch, Source, TrainLoader
+from fd_scale.data.instances import Detections, Instances
+from fd_scale.distributed import World
+from fd_scale.evaluation import EvaluationSet, Forward
+from fd_scale.finetune.classes import agreed_classes
+from fd_scale.finetune.detection.boxes import NMS_IOU, suppressed
+from fd_scale.finetune.detection.module import DetectionModule
+from fd_scale.finetune.detection.pictures import drawn, truth_of
+from fd_scale.finetune.detection.views import Viewer
+from fd_scale.models import drop_path_scale, dtype_of, learning_rate_scales, undecayed_parameters
+from fd_scale.randomness import hash64
+
+NUM_PICTURES = 4
+SHOWN_SCORE = 0.3
+
+
+class DetectionTask:
+    """A box, a class and a mask for each object.
+
+    Args:
+        recipe: with its section, resolved.
+        evaluation: whole images to measure on; none: there are none.
+        source: training images; none: the recipe says how many classes there are.
+
+    Raises:
+        UserError: sources and settings do not agree, or the model does not give the layers.
+    """
+
+    best_metric = ("box_ap", +1)
+
+    def __init__(self, recipe: Recipe, evaluation: EvaluationSet | None, source: Source | None) -> None:
+        assert recipe.detection is not None, "a recipe of task detection has its section"
+        self.config = recipe.detection
+        self.num_classes = agreed_classes(
+            recipe, self.config.num_classes, source, None if evaluation is None else evaluation.source, least=1
+        )
+        self.seed = recipe.seed
+        self.evaluation = evaluation
+        dtype = dtype_of(recipe.train.precision)
+        self.module = DetectionModule(recipe.model, self.config, self.num_classes, dtype)
+        backbone = self.module.backbone
+        backbone.set_activation_checkpointing(
+            recipe.train.activation_checkpointing, recipe.train.checkpointing_period
+        )
+        self.viewer = Viewer(recipe, backbone)
+        self.undecayed = undecayed_parameters(self.module)
+        self.lr_scales = learning_rate_scales(self.module, recipe.optim.layer_decay)
+
+    def prepare(self, world: World, loader: TrainLoader) -> None:
+        """There is nothing beside the module."""
+
+    def counts(self, batch: Batch) -> dict[str, float]:
+        """Losses are means over an image's samples: they go over images; masks over those with one to learn."""
+        assert isinstance(batch.labels, list), "a batch of objects"
+        images = float(len(batch.labels))
+        with_masks = float(sum(_has_mask_to_learn(objects) for objects in batch.labels))
+        found = {"rpn_class": images, "rpn_box": images}
+        if self.config.semantic_classes:
+            size = self.module.semantic_size(*batch.images.shape[2:])
+            found["semantic"] = float(
+                sum((places_of(objects, size) != IGNORED).sum().item() for objects in batch.labels)
+            )
+        for stage in range(1, len(self.module.heads.stages) + 1):
+            found |= {f"class_{stage}": images, f"box_{stage}": images}
+            if self.config.masks:
+                found[f"mask_{stage}"] = with_masks
+        return found
+
+    def inputs(self, batch: Batch) -> dict[str, Any]:
+        """Draws drop path, and the keys of what boxes are learned from."""
+        device = batch.images.device
+        rates = self.module.backbone.drop_path_rates
+        keys_B = hash64(self.seed, "sampled boxes", batch.positions.numpy()).view(np.int64)
+        return {
+            "images_BCHW": batch.images,
+            "targets": batch.labels,
+            "keys_B": torch.from_numpy(keys_B).to(device, non_blocking=True),
+            "drop_path_scale_RB": drop_path_scale(rates, self.seed, batch.positions, device),
+        }
+
+    def detect(self, image_CHW: Tensor, forward: Forward) -> Detections:
+        """Returns what is found in an image, uint8, by one call of the module's forward."""
+        return Detections(**forward(views=self.viewer(image_CHW)))
+
+    def pictures(self, batch: Batch, outputs: dict[str, Tensor]) -> dict[str, np.ndarray]:
+        """Truth, and boxes of the last stage, of some images, side by side."""
+        assert isinstance(batch.labels, list), "a batch of objects"
+        rows = []
+        for image_CHW, objects, boxes_R4, scores_R, labels_R in zip(
+            batch.images[:NUM_PICTURES], batch.labels, outputs["boxes"], outputs["scores"], outputs["labels"],
+            strict=False,
+        ):  # fmt: skip
+            kept_R = suppressed(boxes_R4, scores_R, labels_R, NMS_IOU)
+            kept_R = kept_R[scores_R[kept_R] >= SHOWN_SCORE]
+            boxes_N4 = boxes_R4[kept_R]
+            found = Detections(boxes_N4, scores_R[kept_R], labels_R[kept_R], boxes_N4.new_zeros(len(kept_R), 0, 0))
+            rows.append(np.concatenate([drawn(image_CHW, truth_of(objects, image_CHW)), drawn(image_CHW, found)], axis=1))
+        return {"truth_prediction": np.stack(rows)}
