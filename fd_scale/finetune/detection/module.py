@@ -6,6 +6,7 @@ boxes, N = detections, K, S = classes of objects and of places, m = side of a ma
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -124,6 +125,11 @@ class DetectionModule(nn.Module):
             loss = semantic_error(semantic_logits_BShw, [objects.semantic_HW for objects in targets])
             outputs["semantic"] = SEMANTIC_WEIGHT * loss
         return outputs | self.heads.losses(features, proposals, targets, keys_B)
+
+    def semantic_size(self, height: int, width: int) -> tuple[int, int]:
+        """Rows and columns of the map of the places' classes, for images of so many pixels."""
+        stride = self.strides[min(FUSED_LEVEL, len(self.strides) - 1)]
+        return math.ceil(height / stride), math.ceil(width / stride)
 
     def _maps(
         self, images_BCHW: Tensor, drop_path_scale_RB: Tensor | None = None

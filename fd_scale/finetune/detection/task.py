@@ -18,8 +18,8 @@ from fd_scale.distributed import World
 from fd_scale.evaluation import EvaluationSet, Forward
 from fd_scale.finetune.classes import agreed_classes
 from fd_scale.finetune.detection.boxes import NMS_IOU, suppressed
-from fd_scale.finetune.detection.module import DetectionModule
-from fd_scale.finetune.detection.pictures import drawn, truth_of
+from fd_scale.finetune.detection.module import DetectionModule, at_places
+from fd_scale.finetune.detection.pictures import with_detections, with_truth
 from fd_scale.finetune.detection.views import Viewer
 from fd_scale.models import drop_path_scale, dtype_of, learning_rate_scales, undecayed_parameters
 from fd_scale.randomness import hash64
@@ -48,6 +48,7 @@ class DetectionTask:
         self.num_classes = agreed_classes(
             recipe, self.config.num_classes, source, None if evaluation is None else evaluation.source, least=1
         )
+        self.class_names = None if source is None else source.class_names
         self.seed = recipe.seed
         self.evaluation = evaluation
         dtype = dtype_of(recipe.train.precision)
@@ -71,9 +72,8 @@ class DetectionTask:
         found = {"rpn_class": images, "rpn_box": images}
         if self.config.semantic_classes:
             size = self.module.semantic_size(*batch.images.shape[2:])
-            found["semantic"] = float(
-                sum((places_of(objects, size) != IGNORED).sum().item() for objects in batch.labels)
-            )
+            maps = [objects.semantic_HW for objects in batch.labels if objects.semantic_HW.numel()]
+            found["semantic"] = float(sum(int((at_places(map_HW, *size) != IGNORED).sum()) for map_HW in maps))
         for stage in range(1, len(self.module.heads.stages) + 1):
             found |= {f"class_{stage}": images, f"box_{stage}": images}
             if self.config.masks:
@@ -100,13 +100,20 @@ class DetectionTask:
         """Truth, and boxes of the last stage, of some images, side by side."""
         assert isinstance(batch.labels, list), "a batch of objects"
         rows = []
+        found = (outputs[name][:NUM_PICTURES] for name in ("boxes", "scores", "labels"))
         for image_CHW, objects, boxes_R4, scores_R, labels_R in zip(
-            batch.images[:NUM_PICTURES], batch.labels, outputs["boxes"], outputs["scores"], outputs["labels"],
-            strict=False,
-        ):  # fmt: skip
-            kept_R = suppressed(boxes_R4, scores_R, labels_R, NMS_IOU)
-            kept_R = kept_R[scores_R[kept_R] >= SHOWN_SCORE]
-            boxes_N4 = boxes_R4[kept_R]
-            found = Detections(boxes_N4, scores_R[kept_R], labels_R[kept_R], boxes_N4.new_zeros(len(kept_R), 0, 0))
-            rows.append(np.concatenate([drawn(image_CHW, truth_of(objects, image_CHW)), drawn(image_CHW, found)], axis=1))
+            batch.images[:NUM_PICTURES], batch.labels[:NUM_PICTURES], *found, strict=True
+        ):
+            kept_N = suppressed(boxes_R4, scores_R, labels_R, NMS_IOU)
+            no_masks_Nmm = boxes_R4.new_zeros(len(kept_N), 0, 0)
+            detections = Detections(boxes_R4[kept_N], scores_R[kept_N], labels_R[kept_N], no_masks_Nmm)
+            pair = (
+                with_truth(image_CHW, objects, self.class_names),
+                with_detections(image_CHW, detections, self.class_names, SHOWN_SCORE),
+            )
+            rows.append(np.concatenate(pair, axis=1))
         return {"truth_prediction": np.stack(rows)}
+
+
+def _has_mask_to_learn(objects: Instances) -> bool:
+    return objects.has_masks and not bool(objects.crowd_N.all())
