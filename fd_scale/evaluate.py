@@ -29,11 +29,14 @@ from fd_scale.trainer import Task
 logger = logging.getLogger(__name__)
 
 NUM_WORST = 10
-# A segmentation may be measured at another size than it was trained at: Swin V2 has the same weights for any window.
+# Whole images may be measured at another size than was trained at: Swin V2 has the same weights for any window.
 _OTHER_SIZE = ("model.img_size", "model.overrides.window_size")
-_PREDICTION = tuple(
-    f"segmentation.{key}" for key in ("inference", "stride", "short_side", "scales", "flip_too")
-)
+# Of tasks with classes: the weight with a row for each of them, and how many more rows it has.
+_CLASSIFIERS = {
+    "classification": ("head.weight", 0),
+    "segmentation": ("head.classifier.weight", 0),
+    "detection": ("heads.box_heads.0.classes.weight", 1),
+}
 
 
 def find_checkpoint(path: Path, world: World) -> tuple[Path, Path]:
@@ -58,11 +61,11 @@ def recipe_of(run: Path, checkpoint: Path, overrides: list[str], images_needed: 
     Raises:
         UserError: as `run_folder.read_recipe`, or there is nothing to evaluate on.
     """
-    fixed = ("model.", "distill.teachers", "segmentation.", "task=")
+    fixed = ("model.", "distill.teachers", "segmentation.", "detection.", "task=")
     own = run_folder.read_recipe(run)
-    free: tuple[str, ...] = ()
-    if own.segmentation is not None:
-        free = _PREDICTION + (_OTHER_SIZE if own.model.name.startswith("swin_v2_") else ())
+    free = run_folder.PREDICTION_SETTINGS
+    if own.targets != "labels" and own.model.name.startswith("swin_v2_"):
+        free += _OTHER_SIZE
     other = [
         setting
         for setting in overrides
@@ -87,12 +90,11 @@ def recipe_of(run: Path, checkpoint: Path, overrides: list[str], images_needed: 
             "metrics.jsonl"
         )
     recipe = replace(recipe, model=replace(recipe.model, weights=None))
-    if recipe.classification is not None:
-        head = saved_weights(checkpoint).shapes["head.weight"]
-        recipe = replace(recipe, classification=replace(recipe.classification, num_classes=head[0]))
-    if recipe.segmentation is not None:
-        head = saved_weights(checkpoint).shapes["head.classifier.weight"]
-        recipe = replace(recipe, segmentation=replace(recipe.segmentation, num_classes=head[0]))
+    if recipe.task in _CLASSIFIERS:
+        weight, more = _CLASSIFIERS[recipe.task]
+        num_classes = saved_weights(checkpoint).shapes[weight][0] - more
+        section = replace(getattr(recipe, recipe.task), num_classes=num_classes)
+        recipe = replace(recipe, **{recipe.task: section})
     return recipe
 
 
@@ -174,7 +176,7 @@ def _make(folder: Path) -> None:
 def _changes(recipe: Recipe, run: Path) -> dict[str, Any]:
     """What of an evaluation is other than the run's own: images, size, how they are predicted."""
     own, now = (run_folder.flat(to_dict(each)) for each in (run_folder.read_recipe(run), recipe))
-    shown = ("data.evaluation", "train.precision", *_OTHER_SIZE, *_PREDICTION)
+    shown = ("data.evaluation", "train.precision", *_OTHER_SIZE, *run_folder.PREDICTION_SETTINGS)
     return {
         key: now.get(key) for key in {**own, **now} if key.startswith(shown) and now.get(key) != own.get(key)
     }

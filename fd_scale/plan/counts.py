@@ -22,9 +22,10 @@ from torch.utils.flop_counter import flop_registry
 from fd_scale import distributed
 from fd_scale.config import ModelConfig, Recipe
 from fd_scale.data import Batch, Source
+from fd_scale.data.instances import Instances
 from fd_scale.distill import DistillationTask
 from fd_scale.errors import UserError
-from fd_scale.finetune import ClassificationTask, SegmentationTask
+from fd_scale.finetune import FineTuningTask, fine_tuning_task
 from fd_scale.models import Backbone, dtype_of, resolved
 from fd_scale.pretrain import ContrastiveTask, MaskedTask
 from fd_scale.teachers import Teacher
@@ -36,7 +37,7 @@ class NotCountedError(UserError):
     """A model that cannot be followed on the meta device: no plan of it can be made."""
 
 
-Task = DistillationTask | ContrastiveTask | MaskedTask | ClassificationTask | SegmentationTask
+Task = DistillationTask | ContrastiveTask | MaskedTask | FineTuningTask
 
 # What is kept is a line in the images of a micro-batch, from two on: one alone saves copies. What is worked with is a
 # maximum of lines: between these two sizes its chord lies above it.
@@ -113,7 +114,7 @@ def count(recipe: Recipe, source: Source | None = None) -> Counts:
 
     Args:
         recipe: any task; weights are not read.
-        source: training images, which classification and segmentation ask for their number of classes.
+        source: training images, which fine-tuning asks for its number of classes.
 
     Raises:
         UserError: a model cannot be built.
@@ -379,16 +380,14 @@ def _build(recipe: Recipe, source: Source | None) -> Task:
         raise UserError(
             "plan: a linear probe trains a few classifiers on features that are computed once; no plan of it"
         )
-    section = recipe.classification or recipe.segmentation
-    assert section is not None, "there are six tasks"
+    section = recipe.classification or recipe.segmentation or recipe.detection
+    assert section is not None, "there are seven tasks"
     if source is None and section.num_classes is None:
         raise UserError(
             f"data.train: {recipe.data.train} cannot be opened here, and how many classes it has is not known; set "
             f"{recipe.task}.num_classes, or plan where the data is"
         )
-    if recipe.segmentation is not None:
-        return SegmentationTask(recipe, None, source)
-    return ClassificationTask(recipe, None, source)
+    return fine_tuning_task(recipe, None, source)
 
 
 def _batch(recipe: Recipe, size: int) -> Batch:
@@ -396,10 +395,24 @@ def _batch(recipe: Recipe, size: int) -> Batch:
     pixels = (3, recipe.model.size, recipe.model.size)
     with torch.device("meta"):
         images = torch.zeros(size, *views, *pixels, dtype=torch.uint8)
-        labels = torch.zeros(size, dtype=torch.int64)
+        labels: Tensor | list[Instances] = torch.zeros(size, dtype=torch.int64)
         if recipe.segmentation is not None:
             labels = torch.zeros(size, *pixels[1:], dtype=torch.uint8)
+        if recipe.detection is not None:
+            labels = [_objects(recipe.model.size)] * size
     return Batch(images, labels, torch.arange(size), 0)
+
+
+def _objects(side: int) -> Instances:
+    """As many as an image of COCO has on average. What depends on how many match takes the most that can."""
+    count = 7
+    return Instances(
+        boxes_N4=torch.zeros(count, 4),
+        labels_N=torch.zeros(count, dtype=torch.int64),
+        crowd_N=torch.zeros(count, dtype=torch.bool),
+        masks_NHw=torch.zeros(count, side, -(-side // 8), dtype=torch.uint8),
+        semantic_HW=torch.zeros(side, side, dtype=torch.uint8),
+    )
 
 
 def _without_weights(recipe: Recipe) -> Recipe:

@@ -66,13 +66,12 @@ class DetectionTask:
 
     def counts(self, batch: Batch) -> dict[str, float]:
         """Losses are means over an image's samples: they go over images; masks over those with one to learn."""
-        assert isinstance(batch.labels, list), "a batch of objects"
-        images = float(len(batch.labels))
-        with_masks = float(sum(_has_mask_to_learn(objects) for objects in batch.labels))
+        images = float(len(batch.instances))
+        with_masks = float(sum(_has_mask_to_learn(objects) for objects in batch.instances))
         found = {"rpn_class": images, "rpn_box": images}
         if self.config.semantic_classes:
             size = self.module.semantic_size(*batch.images.shape[2:])
-            maps = [objects.semantic_HW for objects in batch.labels if objects.semantic_HW.numel()]
+            maps = [objects.semantic_HW for objects in batch.instances if objects.semantic_HW.numel()]
             found["semantic"] = float(sum(int((at_places(map_HW, *size) != IGNORED).sum()) for map_HW in maps))
         for stage in range(1, len(self.module.heads.stages) + 1):
             found |= {f"class_{stage}": images, f"box_{stage}": images}
@@ -87,7 +86,7 @@ class DetectionTask:
         keys_B = hash64(self.seed, "sampled boxes", batch.positions.numpy()).view(np.int64)
         return {
             "images_BCHW": batch.images,
-            "targets": batch.labels,
+            "targets": batch.instances,
             "keys_B": torch.from_numpy(keys_B).to(device, non_blocking=True),
             "drop_path_scale_RB": drop_path_scale(rates, self.seed, batch.positions, device),
         }
@@ -98,11 +97,10 @@ class DetectionTask:
 
     def pictures(self, batch: Batch, outputs: dict[str, Tensor]) -> dict[str, np.ndarray]:
         """Truth, and boxes of the last stage, of some images, side by side."""
-        assert isinstance(batch.labels, list), "a batch of objects"
         rows = []
         found = (outputs[name][:NUM_PICTURES] for name in ("boxes", "scores", "labels"))
         for image_CHW, objects, boxes_R4, scores_R, labels_R in zip(
-            batch.images[:NUM_PICTURES], batch.labels[:NUM_PICTURES], *found, strict=True
+            batch.images[:NUM_PICTURES], batch.instances[:NUM_PICTURES], *found, strict=True
         ):
             kept_N = suppressed(boxes_R4, scores_R, labels_R, NMS_IOU)
             no_masks_Nmm = boxes_R4.new_zeros(len(kept_N), 0, 0)
