@@ -267,7 +267,7 @@ def build_trainer(
         ds_config.read(recipe.train.ds_config), recipe, world.size, world.device.type
     )
     source = open_source(recipe.data.train) if source is None else source
-    require_targets("data.train", recipe.data.train, source, recipe.segmentation is not None)
+    require_targets("data.train", recipe.data.train, source, recipe.targets)
     loader = _loader(recipe, source, engine_config["train_micro_batch_size_per_gpu"], world)
     num_steps = recipe.train.steps or round((recipe.train.epochs or 0) * loader.steps_per_epoch)
     if num_steps < 1:
@@ -387,7 +387,7 @@ def build_task(
     evaluation = None
     if recipe.data.evaluation is not None:
         images = open_source(recipe.data.evaluation)
-        require_targets("data.evaluation", recipe.data.evaluation, images, recipe.segmentation is not None)
+        require_targets("data.evaluation", recipe.data.evaluation, images, recipe.targets)
         evaluation = _evaluation_set(recipe, images)
     if recipe.linear_probe is not None:
         assert source is not None, "a trainer builds it"

@@ -180,7 +180,7 @@ def _written(sources: str | list[SourceConfig]) -> str:
 
 def _training_data(subject: _Subject) -> str:
     source = subject.source
-    require_targets("data.train", subject.recipe.data.train, source, subject.recipe.segmentation is not None)
+    require_targets("data.train", subject.recipe.data.train, source, subject.recipe.targets)
     found = f"{_written(subject.recipe.data.train)}: {len(source)} images, {source.num_classes} classes"
     try:
         image, _ = source.read(0)
@@ -194,7 +194,7 @@ def _evaluation_data(subject: _Subject) -> str:
     if recipe.data.evaluation is None:
         return "none: metrics are those of training alone"
     source = open_source(recipe.data.evaluation)
-    require_targets("data.evaluation", recipe.data.evaluation, source, recipe.segmentation is not None)
+    require_targets("data.evaluation", recipe.data.evaluation, source, recipe.targets)
     batches = evaluation_batches(
         source,
         measuring_transform(recipe),

@@ -1,6 +1,7 @@
 """Fixtures and options shared by all tests."""
 
 import copy
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -27,6 +28,7 @@ SECTIONS: dict[str, dict[str, Any]] = {
     "classification": {"head_init_scale": 1.0},
     "linear_probe": {"lr_factors": [0.1, 1.0, 10.0]},
     "segmentation": {"channels": 16},
+    "detection": {},
 }
 
 FINE_TUNING: dict[str, Any] = {
@@ -117,6 +119,54 @@ def write_shapes() -> Callable[..., str]:
             Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(folder / f"images/{index}.png")
             Image.fromarray(mask).save(folder / f"masks/{index}.png")
         return f"masks:{folder}"
+
+    return write
+
+
+@pytest.fixture
+def write_objects(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., str]:
+    """Returns a function that writes images of coloured squares and discs as COCO has them, and names them as a source.
+
+    Squares are polygons, discs are runs; of all images but the last, which has none, each has two or three objects;
+    every third one has a crowd. Category ids are 3 and 7. Indexes lie in the test's own folder.
+    """
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+    def write(folder: Path, count: int = 8, seed: int = 0) -> str:
+        rng = np.random.default_rng(seed)
+        (folder / "images").mkdir(parents=True)
+        images, annotations = [], []
+        for index in range(count):
+            height, width = (int(side) for side in rng.integers(40, 73, size=2))
+            pixels = np.full((height, width, 3), (60, 120, 60), dtype=np.int64)
+            images.append(
+                {"id": 10 * index + 5, "file_name": f"{index}.png", "height": height, "width": width}
+            )
+            for position in range(0 if index == count - 1 else 2 + index % 2):
+                side = int(rng.integers(10, 20))
+                left, top = int(rng.integers(width - side)), int(rng.integers(height - side))
+                rows, columns = np.ogrid[:height, :width]
+                inside = (abs(rows - top - side / 2 + 0.5) < side / 2) & (
+                    abs(columns - left - side / 2 + 0.5) < side / 2
+                )
+                segmentation: Any = [[left, top, left + side, top, left + side, top + side, left, top + side]]
+                if disc := position % 2 == 1:
+                    inside = (rows - top - side / 2) ** 2 + (columns - left - side / 2) ** 2 < (side / 2) ** 2
+                    edges = np.flatnonzero(np.diff(inside.T.ravel(), prepend=False, append=False))
+                    counts = np.diff(edges, prepend=0, append=inside.size).tolist()
+                    segmentation = {"size": [height, width], "counts": counts}
+                pixels[inside] = (220, 60, 40) if disc else (50, 70, 210)
+                annotations.append({
+                    "id": 100 * index + position, "image_id": 10 * index + 5, "category_id": 7 if disc else 3,
+                    "bbox": [left, top, side, side], "area": int(inside.sum()),
+                    "iscrowd": int(index % 3 == 0 and disc), "segmentation": segmentation,
+                })  # fmt: skip
+            pixels += rng.integers(-20, 21, size=pixels.shape)
+            Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(folder / f"images/{index}.png")
+        categories = [{"id": 7, "name": "disc"}, {"id": 3, "name": "square"}]
+        values = {"images": images, "annotations": annotations, "categories": categories}
+        (folder / "instances.json").write_text(json.dumps(values))
+        return f"instances:{folder}"
 
     return write
 

@@ -27,7 +27,7 @@ from fd_scale.benchmarks.cells import FSDP2, PEERS, TIMM_COMPILED
 from fd_scale.benchmarks.peers import TimmPair, shard_and_compile
 from fd_scale.checkpoint import write_atomically
 from fd_scale.config import Recipe, load_recipe
-from fd_scale.data import Batch, TrainLoader, training_transform
+from fd_scale.data import Batch, Targets, TrainLoader, training_transform
 from fd_scale.data.base import UNLABELLED
 from fd_scale.distill import DistillationTask
 from fd_scale.distributed import World
@@ -47,7 +47,7 @@ Sent = Callable[[], float]
 class Noise:
     """A source of images that are nowhere: noise, 224 px."""
 
-    has_masks = False
+    targets: Targets = "labels"
     class_names: list[str] | None = None
     num_classes = 0
     fingerprint = "noise"

@@ -11,7 +11,7 @@ from fd_scale.cli.parts import Verbs, add_recipe, add_verb
 def add_bench(verbs: Verbs) -> None:
     """Adds `bench` and what it measures."""
     bench = add_verb(
-        verbs, "bench", "measurements: step, finetune, segmentation, kernels, giant, scale",
+        verbs, "bench", "measurements: step, finetune, segmentation, annotations, kernels, giant, scale",
         "Measures the training step, the kernels, whole steps of SwinV2-G on a GPU, or a recipe's on many.",
         "  fd-scale bench step --json step.json\n"
         "  fd-scale bench finetune miniature/finetune model.weights=null\n"
@@ -56,6 +56,18 @@ def add_bench(verbs: Verbs) -> None:
     )
     segmentation.add_argument("--json", metavar="FILE", help="write the measurements there too")
     segmentation.set_defaults(run=_bench_segmentation)
+
+    annotations = add_verb(
+        subjects, "annotations", "COCO's annotations to the index that a detection reads: time and memory",
+        "Writes annotations of the size of COCO's training part, converts and opens them; takes 1 GiB of disk.",
+        "  fd-scale bench annotations",
+    )  # fmt: skip
+    annotations.add_argument("--images", type=int, default=118_287, help="how many (default: 118287, COCO's)")
+    annotations.add_argument(
+        "--objects", type=int, default=860_001, help="how many (default: 860001, COCO's)"
+    )
+    annotations.add_argument("--json", metavar="FILE", help="write the measurements there too")
+    annotations.set_defaults(run=_bench_annotations)
 
     kernels = add_verb(
         subjects, "kernels", "the Triton kernels beside their peers, on a GPU",
@@ -143,6 +155,12 @@ def _bench_finetune(options: argparse.Namespace) -> None:
     from fd_scale.benchmarks.finetune import bench_finetune
 
     bench_finetune(options.recipe, options.overrides, options.steps, options.json)
+
+
+def _bench_annotations(options: argparse.Namespace) -> None:
+    from fd_scale.benchmarks.annotations import bench_annotations
+
+    bench_annotations(options.images, options.objects, options.json)
 
 
 def _bench_segmentation(options: argparse.Namespace) -> None:

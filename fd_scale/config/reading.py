@@ -28,6 +28,7 @@ from fd_scale.config.sections import (
 from fd_scale.config.tasks import (
     ClassificationConfig,
     ContrastiveConfig,
+    DetectionConfig,
     DistillConfig,
     LinearProbeConfig,
     MaskedConfig,
@@ -44,6 +45,7 @@ _SECTIONS: dict[str, Any] = {
     "distill.teachers.0": TeacherConfig, "contrastive": ContrastiveConfig, "masked": MaskedConfig,
     "classification": ClassificationConfig, "linear_probe": LinearProbeConfig,
     "segmentation": SegmentationConfig,
+    "detection": DetectionConfig,
 }  # fmt: skip
 
 

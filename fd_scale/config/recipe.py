@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, get_args
 
 from fd_scale.config.sections import (
     TEACHER,
@@ -18,6 +18,7 @@ from fd_scale.config.sections import (
 from fd_scale.config.tasks import (
     ClassificationConfig,
     ContrastiveConfig,
+    DetectionConfig,
     DistillConfig,
     LinearProbeConfig,
     MaskedConfig,
@@ -25,14 +26,17 @@ from fd_scale.config.tasks import (
 )
 from fd_scale.errors import UserError
 
-TASKS = ("distill", "contrastive", "masked", "classification", "linear_probe", "segmentation")
+Task = Literal[
+    "distill", "contrastive", "masked", "classification", "linear_probe", "segmentation", "detection"
+]
+TASKS: tuple[str, ...] = get_args(Task)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Recipe:
     """All that defines a run."""
 
-    task: Literal["distill", "contrastive", "masked", "classification", "linear_probe", "segmentation"]
+    task: Task
     """What is trained; the section of the same name holds its settings."""
     run_dir: str
     """Folder of the run: made where absent, resumed where it holds a checkpoint."""
@@ -51,6 +55,7 @@ class Recipe:
     classification: ClassificationConfig | None = None
     linear_probe: LinearProbeConfig | None = None
     segmentation: SegmentationConfig | None = None
+    detection: DetectionConfig | None = None
 
     def __post_init__(self) -> None:
         for name in TASKS:
@@ -74,7 +79,7 @@ class Recipe:
                 "source; remove data.evaluation"
             )
         plain = self.data.interpolation == "bilinear" and not (self.data.rand_augment or self.data.erasing)
-        if self.task in ("contrastive", "linear_probe", "segmentation") and not plain:
+        if self.task in ("contrastive", "linear_probe", "segmentation", "detection") and not plain:
             raise UserError(
                 f"data.interpolation, data.rand_augment, data.erasing: task {self.task} cuts its views otherwise; "
                 "remove them"
@@ -96,3 +101,10 @@ class Recipe:
             raise UserError(
                 "optim.warmup_epochs: the run's length is in steps; set optim.warmup_steps instead"
             )
+
+    @property
+    def targets(self) -> Literal["labels", "masks", "instances"]:
+        """What the task learns of an image, if it learns any of that; `data.Source.targets` must be the same."""
+        if self.segmentation is not None:
+            return "masks"
+        return "labels" if self.detection is None else "instances"

@@ -246,6 +246,13 @@ class DetectionConfig:
     """Classes of places (COCO-stuff: 183) whose branch helps boxes and masks of `htc`; 0: no such branch."""
     global_attention: bool = False
     """Whether the places of a hierarchical model's last stage attend to each other before the pyramid, as in HTC++."""
+    scale_range: tuple[float, float] = (0.1, 2.0)
+    """Large-scale jitter: size of a randomly resized training image, as a factor of the largest one that fits into
+    model.img_size; then a square of that side is cut, or filled up."""
+    photometric: bool = False
+    """Whether brightness, contrast, saturation and hue of training images change at random."""
+    copy_paste: float = 0.0
+    """Probability that objects of another training image are pasted into one."""
     score_threshold: float = 0.05
     """A detection's least probability."""
     max_detections: int = 100
@@ -273,6 +280,9 @@ class DetectionConfig:
             len(self.scales) > 0 and 0 < min(self.scales) <= max(self.scales) < inf,
             "positive numbers",
         )
+        low, high = self.scale_range
+        check("scale_range", 0 < low <= high < inf, "0 < smallest <= largest")
+        check("copy_paste", 0 <= self.copy_paste <= 1, "a number in 0..1")
         if self.semantic_classes and self.head != "htc":
             raise UserError(
                 f"detection.semantic_classes: classes of places help head htc alone, head is {self.head}; set it to 0, or "

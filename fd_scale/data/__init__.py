@@ -1,9 +1,11 @@
 """Images from disk to batches: sources, decoding, transforms, and a loader that resumes exactly."""
 
-from fd_scale.data.base import IGNORED, UNLABELLED, Source
+from fd_scale.data.base import IGNORED, UNLABELLED, ObjectSource, Source, Targets, object_source
+from fd_scale.data.instances import Detections, Instances
 from fd_scale.data.loader import Batch, TrainLoader, evaluation_batches
 from fd_scale.data.mask_transforms import fill_colour
 from fd_scale.data.mixture import spread, subset
+from fd_scale.data.objects import Objects
 from fd_scale.data.sources import open_source, require_targets
 from fd_scale.data.transforms import (
     ImageAlone,
@@ -20,8 +22,13 @@ __all__ = [
     "IGNORED",
     "UNLABELLED",
     "Batch",
+    "Detections",
     "ImageAlone",
+    "Instances",
+    "ObjectSource",
+    "Objects",
     "Source",
+    "Targets",
     "TrainLoader",
     "Transform",
     "View",
@@ -30,6 +37,7 @@ __all__ = [
     "evaluation_transform",
     "fill_colour",
     "measuring_transform",
+    "object_source",
     "open_source",
     "require_targets",
     "spread",

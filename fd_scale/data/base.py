@@ -6,20 +6,23 @@ import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol, cast
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
 from fd_scale import hub
+from fd_scale.data.objects import Objects
 from fd_scale.errors import UserError
 
 UNLABELLED = -1
 """Label of an image without one."""
 IGNORED = 255
 """Class of a pixel without one."""
-Target = int | Image.Image
+Targets = Literal["labels", "masks", "instances"]
+"""What is known of an image: one label, a class for each pixel, or the objects in it."""
+Target = int | Image.Image | Objects
 IMAGE_SUFFIXES = frozenset(
     {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".jp2", ".avif"}
 )
@@ -37,8 +40,8 @@ class Source(Protocol):
         """Name of each label, or None where the data set does not tell."""
 
     @property
-    def has_masks(self) -> bool:
-        """Whether the target of a sample is a mask, a class for each pixel, and not one label."""
+    def targets(self) -> Targets:
+        """What the target of every sample is."""
 
     @property
     def num_classes(self) -> int:
@@ -63,11 +66,36 @@ class Source(Protocol):
         """Returns the image, 8-bit RGB, and its target.
 
         That is its label, `UNLABELLED` (-1) where it has none; or a mask of the image's size, 8-bit grey, of classes
-        and `IGNORED` (255).
+        and `IGNORED` (255); or its objects.
 
         Raises:
-            DecodeError: the image cannot be decoded, or its mask does not fit it.
+            DecodeError: the image cannot be decoded, or its mask or its objects do not fit it.
         """
+
+
+class ObjectSource(Source, Protocol):
+    """A source whose targets are instances."""
+
+    @property
+    def category_ids(self) -> list[int]:
+        """Of each label, the number that the data set's own files give it."""
+
+    @property
+    def is_annotated(self) -> bool:
+        """Whether any image has an object."""
+
+    @property
+    def has_outlines(self) -> bool:
+        """Whether objects have outlines, polygons or masks, and not boxes alone."""
+
+    def objects(self, sample_id: int) -> Objects:
+        """Returns what `read` does beside the image, without reading that."""
+
+
+def object_source(source: Source) -> ObjectSource:
+    """Returns a source of instances, or of parts of such, by its own type."""
+    assert source.targets == "instances", source.targets
+    return cast(ObjectSource, source)
 
 
 def data_files(kind: str, path: str) -> list[str]:

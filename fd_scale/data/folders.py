@@ -13,7 +13,7 @@ import numpy.typing as npt
 from PIL import Image
 from scipy.io import loadmat
 
-from fd_scale.data.base import IMAGE_SUFFIXES, UNLABELLED, content_hash
+from fd_scale.data.base import IMAGE_SUFFIXES, UNLABELLED, Targets, content_hash
 from fd_scale.data.decode import DecodeError, decode
 from fd_scale.errors import UserError
 
@@ -30,7 +30,7 @@ class FileSource:
         classes: their names; empty: there are no labels.
     """
 
-    has_masks = False
+    targets: Targets = "labels"
 
     def __init__(self, root: Path, names: Sequence[str], labels: Sequence[int], classes: list[str]) -> None:
         self.root = root

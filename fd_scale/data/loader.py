@@ -19,10 +19,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from fd_scale.data.base import Source
 from fd_scale.data.decode import DecodeError
+from fd_scale.data.instances import Instances
 from fd_scale.data.order import order
 from fd_scale.data.transforms import Transform
 from fd_scale.errors import UserError
@@ -39,19 +41,37 @@ _MIN_JUDGED_SAMPLES = 1000
 class Batch(NamedTuple):
     """A micro-batch of one rank."""
 
-    images: torch.Tensor
+    images: Tensor
     """uint8 (B, 3, H, W), or (B, 2, 3, H, W) from a transform that makes two views."""
-    labels: torch.Tensor
-    """int64 (B,), -1 where a sample has none; or masks, uint8 (B, H, W), 255 where a pixel has no class."""
-    positions: torch.Tensor
+    labels: Tensor | list[Instances]
+    """int64 (B,), -1 where a sample has none; or masks, uint8 (B, H, W), 255 where a pixel has no class; or what is
+    known of the objects of each image."""
+    positions: Tensor
     """int64 (B,): step * global_batch + row in a training stream, the sample id in an evaluation."""
     num_bad: int
     """How many samples could not be decoded and were replaced by others."""
 
     def to(self, device: torch.device | str) -> "Batch":
         """Returns images and labels on a device (from pinned memory without waiting), positions on the host."""
-        images, labels = (tensor.to(device, non_blocking=True) for tensor in self[:2])
-        return self._replace(images=images, labels=labels)
+        images = self.images.to(device, non_blocking=True)
+        if isinstance(self.labels, Tensor):
+            return self._replace(images=images, labels=self.labels.to(device, non_blocking=True))
+        moved = [
+            Instances(*(tensor.to(device, non_blocking=True) for tensor in each)) for each in self.labels
+        ]
+        return self._replace(images=images, labels=moved)
+
+    @property
+    def classes(self) -> Tensor:
+        """The labels, where they are a tensor: of images, or of pixels."""
+        assert isinstance(self.labels, Tensor), "a task of images or pixels has no objects"
+        return self.labels
+
+    @property
+    def instances(self) -> list[Instances]:
+        """The labels, where they are objects."""
+        assert isinstance(self.labels, list), "a detection has objects"
+        return self.labels
 
 
 class _BadSample(NamedTuple):
@@ -75,7 +95,8 @@ class _Reader:
     num_replacements: int
 
     def load(self, positions: range, epoch: int, sample_ids: npt.NDArray[np.int64]) -> _Loaded:
-        images, labels, bad = [], [], []
+        images, bad = [], []
+        labels: list[Any] = []
         num_bad = 0
         augment_seeds = hash64(self.seed, "augment", epoch, sample_ids)
         with torch.random.fork_rng(devices=[]):
@@ -93,9 +114,10 @@ class _Reader:
                 num_bad += candidate != sample_id
                 pixels, label = self.transform(image, target)
                 images.append(pixels)
-                labels.append(torch.as_tensor(label))
-        batch = Batch(torch.stack(images), torch.stack(labels), torch.tensor(positions), num_bad)
-        return batch, bad
+                labels.append(label if isinstance(label, Instances) else torch.as_tensor(label))
+        # Images have their own number of objects each, which do not stack.
+        together = labels if self.source.targets == "instances" else torch.stack(labels)
+        return Batch(torch.stack(images), together, torch.tensor(positions), num_bad), bad
 
     def _candidates(self, epoch: int, sample_id: int) -> Iterator[int]:
         yield sample_id

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from fd_scale.data.base import IGNORED, IMAGE_SUFFIXES, UNLABELLED, content_hash
+from fd_scale.data.base import IGNORED, IMAGE_SUFFIXES, UNLABELLED, Targets, content_hash
 from fd_scale.data.decode import DecodeError, decode, decode_mask
 from fd_scale.data.folders import file_size, walk_images
 from fd_scale.errors import UserError
@@ -36,7 +36,7 @@ class MaskSource:
         UserError: there are no images, one has no mask, or there are too few or too many classes.
     """
 
-    has_masks = True
+    targets: Targets = "masks"
 
     def __init__(self, kind: str, images: Path, masks: Path, values: Sequence[str]) -> None:
         for folder in (images, masks):

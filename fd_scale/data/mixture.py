@@ -9,7 +9,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from fd_scale.data.base import UNLABELLED, Source, Target, content_hash
+from fd_scale.data.base import UNLABELLED, Source, Target, content_hash, object_source
+from fd_scale.data.objects import Objects
 from fd_scale.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -28,7 +29,7 @@ class Subset:
         self.sample_ids_N = sample_ids_N
         self.class_names = source.class_names
         self.num_classes = source.num_classes
-        self.has_masks = source.has_masks
+        self.targets = source.targets
 
     def all_labels(self) -> npt.NDArray[np.int64]:
         """See `Source`."""
@@ -50,6 +51,25 @@ class Subset:
 
     def read(self, sample_id: int) -> tuple[Image.Image, Target]:
         return self.source.read(int(self.sample_ids_N[sample_id]))
+
+    @property
+    def category_ids(self) -> list[int]:
+        """See `ObjectSource`."""
+        return object_source(self.source).category_ids
+
+    @property
+    def is_annotated(self) -> bool:
+        """See `ObjectSource`."""
+        return any(len(self.objects(sample_id).ids_N) for sample_id in range(len(self)))
+
+    @property
+    def has_outlines(self) -> bool:
+        """See `ObjectSource`."""
+        return object_source(self.source).has_outlines
+
+    def objects(self, sample_id: int) -> Objects:
+        """See `ObjectSource`."""
+        return object_source(self.source).objects(int(self.sample_ids_N[sample_id]))
 
 
 def subset(source: Source, sample_ids: Sequence[int]) -> Source:
@@ -109,15 +129,15 @@ class Mixture:
         if not self.labels_agree:
             logger.info("labels are not used: the %d sources do not name the same classes", len(sources))
         self.class_names = names if self.labels_agree else None
-        self.has_masks = any(source.has_masks for source in sources)
-        if self.has_masks and not all(source.has_masks for source in sources):
+        self.targets = sources[0].targets
+        if kinds := {source.targets for source in sources} - {self.targets}:
             raise UserError(
-                f"{len(sources)} sources, of which some have masks and some have none; expected one kind"
+                f"{len(sources)} sources, of which one has {self.targets} and one {kinds.pop()}; expected one kind"
             )
-        if self.has_masks and not self.labels_agree:
+        if self.targets != "labels" and not self.labels_agree:
             raise UserError(
-                f"masks of {len(sources)} sources: their classes do not have the same names in the same order; "
-                "expected sources of one list of classes"
+                f"{self.targets} of {len(sources)} sources: their classes do not have the same names in the same "
+                "order; expected sources of one list of classes"
             )
         self.num_classes = sources[0].num_classes if self.labels_agree else 0
 
@@ -155,6 +175,26 @@ class Mixture:
         source, inner_id = self._find(sample_id)
         image, label = source.read(inner_id)
         return image, label if self.labels_agree else UNLABELLED
+
+    @property
+    def category_ids(self) -> list[int]:
+        """See `ObjectSource`: those of the first source."""
+        return object_source(self.sources[0]).category_ids
+
+    @property
+    def is_annotated(self) -> bool:
+        """See `ObjectSource`."""
+        return any(object_source(source).is_annotated for source in self.sources)
+
+    @property
+    def has_outlines(self) -> bool:
+        """See `ObjectSource`: whether all of them have."""
+        return all(object_source(source).has_outlines for source in self.sources)
+
+    def objects(self, sample_id: int) -> Objects:
+        """See `ObjectSource`."""
+        source, inner_id = self._find(sample_id)
+        return object_source(source).objects(inner_id)
 
     def _find(self, sample_id: int) -> tuple[Source, int]:
         index = int(np.searchsorted(self._ends, sample_id, side="right"))

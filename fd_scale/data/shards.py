@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from fd_scale.data.base import IMAGE_SUFFIXES, UNLABELLED, content_hash, data_files
+from fd_scale.data.base import IMAGE_SUFFIXES, UNLABELLED, Targets, content_hash, data_files
 from fd_scale.data.decode import DecodeError, decode
 from fd_scale.errors import UserError
 
@@ -48,7 +48,7 @@ class TarSource:
     Nothing is unpacked. A process opens the shards it reads from for itself.
     """
 
-    has_masks = False
+    targets: Targets = "labels"
     class_names: list[str] | None = None
 
     def __init__(self, path: str) -> None:

@@ -16,7 +16,15 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from fd_scale.config import SourceConfig, as_list
-from fd_scale.data.base import UNLABELLED, Source, content_hash, data_files
+from fd_scale.data.base import UNLABELLED, Source, Targets, content_hash, data_files, object_source
+from fd_scale.data.coco import (
+    coco_test_dev,
+    coco_training,
+    coco_validation,
+    instances_folder,
+    objects365_training,
+    objects365_validation,
+)
 from fd_scale.data.decode import DecodeError, decode
 from fd_scale.data.folders import ImageFolderSource, ImageNetValidation
 from fd_scale.data.masks import ade20k_training, ade20k_validation, masks_folder
@@ -42,7 +50,10 @@ def open_source(sources: str | list[SourceConfig]) -> Source:
             "parquet:PATH", files in the layout of the Hugging Face hub;
             "tar:PATH", shards in the layout of webdataset;
             "ade20k_train:PATH", "ade20k_val:PATH", a part of ADEChallengeData2016, with masks;
-            "masks:PATH", folders `images` and `masks` with one tree of names, and the list `classes.txt`.
+            "masks:PATH", folders `images` and `masks` with one tree of names, and the list `classes.txt`;
+            "coco_train:PATH", "coco_val:PATH", "coco_test_dev:PATH", a part of COCO 2017, with instances;
+            "objects365_train:PATH", "objects365_val:PATH", a part of Objects365 v2;
+            "instances:PATH", a folder `images` and `instances.json` in COCO's format.
             parquet and tar take a file, a folder, a glob, a range in braces or hf://datasets/...
 
     Returns:
@@ -57,27 +68,38 @@ def open_source(sources: str | list[SourceConfig]) -> Source:
     return opened[0] if weights == [1] else Mixture(opened, weights)
 
 
-def require_targets(key: str, sources: str | list[SourceConfig], source: Source, masks: bool) -> None:
-    """Refuses a source with masks where labels are wanted, and the other way round.
+# Of masks and instances: the task that learns them, and sources that have them.
+_LEARNED = {
+    "masks": ("segmentation", "ade20k_train:PATH, ade20k_val:PATH or masks:PATH"),
+    "instances": ("detection", "coco_train:PATH, coco_val:PATH, objects365_train:PATH or instances:PATH"),
+}
+
+
+def require_targets(key: str, sources: str | list[SourceConfig], source: Source, wanted: Targets) -> None:
+    """Refuses a source that has other targets than a task learns.
 
     Args:
         key: the setting, `data.train` or `data.evaluation`.
         sources: what it names.
         source: the same, opened.
-        masks: whether masks are wanted.
+        wanted: `Recipe.targets` of the task.
 
     Raises:
-        UserError: it has the other kind of target.
+        UserError: it has another kind of target; or training images have no object.
     """
-    if source.has_masks and not masks:
+    if source.targets != wanted:
+        if wanted != "labels":
+            task, expected = _LEARNED[wanted]
+            raise UserError(
+                f"{key}: {sources} has no {wanted}, which task {task} learns; expected {expected}"
+            )
         raise UserError(
-            f"{key}: {sources} has masks, which only task segmentation learns; name its images, "
-            "imagefolder:PATH/images, or another source"
+            f"{key}: {sources} has {source.targets}, which only task {_LEARNED[source.targets][0]} learns; name its "
+            "images, imagefolder:PATH/images, or another source"
         )
-    if masks and not source.has_masks:
+    if wanted == "instances" and key == "data.train" and not object_source(source).is_annotated:
         raise UserError(
-            f"{key}: {sources} has no masks, which task segmentation learns; expected ade20k_train:PATH, "
-            "ade20k_val:PATH or masks:PATH"
+            f"{key}: {sources} has no annotations, of {len(source)} images; expected at least one object"
         )
 
 
@@ -98,7 +120,7 @@ def _open(config: SourceConfig) -> Source:
 class DigitsSource:
     """scikit-learn's digits, 1797 images of 8 x 8 pixels; every 6th image is in the test part."""
 
-    has_masks = False
+    targets: Targets = "labels"
 
     def __init__(self, split: str) -> None:
         if split not in ("train", "test"):
@@ -148,7 +170,7 @@ class ParquetSource:
     reads a whole row group for a sample.
     """
 
-    has_masks = False
+    targets: Targets = "labels"
 
     def __init__(self, path: str) -> None:
         self.paths = data_files("parquet", path)
@@ -281,10 +303,16 @@ def _hub_class_names(schema: pa.Schema, label_column: str | None) -> list[str] |
 _KINDS: dict[str, Callable[[str], Source]] = {
     "ade20k_train": ade20k_training,
     "ade20k_val": ade20k_validation,
+    "coco_test_dev": coco_test_dev,
+    "coco_train": coco_training,
+    "coco_val": coco_validation,
     "digits": DigitsSource,
     "imagefolder": ImageFolderSource,
     "imagenet_val": ImageNetValidation,
+    "instances": instances_folder,
     "masks": masks_folder,
+    "objects365_train": objects365_training,
+    "objects365_val": objects365_validation,
     "parquet": ParquetSource,
     "tar": TarSource,
 }

@@ -85,8 +85,8 @@ def _features(
     parts = []
     for batch in evaluated_batches(images, world):
         features_BD = F.normalize(features(batch).float(), dim=-1)
-        labelled_B = batch.labels != UNLABELLED
-        parts.append((features_BD[labelled_B], batch.labels[labelled_B]))
+        labelled_B = batch.classes != UNLABELLED
+        parts.append((features_BD[labelled_B], batch.classes[labelled_B]))
     features_ND, labels_N = (torch.cat(part) for part in zip(*parts, strict=True))
     return features_ND, labels_N
 

@@ -179,7 +179,7 @@ def segmentation_of(
         calls = 0 if batch is None else predictor.num_calls(*batch.images.shape[2:])
         most = max(world.gather(calls))
         if batch is not None:
-            counter.add(predictor(batch.images[0], segment), batch.labels[0])
+            counter.add(predictor(batch.images[0], segment), batch.classes[0])
         for _ in range(most - calls):
             segment(torch.zeros(1, 3, predictor.side, predictor.side, device=world.device))
         if progress is not None and (round_end - first) // world.size % progress.every == 0:

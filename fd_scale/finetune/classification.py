@@ -133,14 +133,14 @@ class ClassificationTask:
 
     def counts(self, batch: Batch) -> dict[str, float]:
         """The loss goes over labelled images."""
-        return {"loss": float((batch.labels != UNLABELLED).sum())}
+        return {"loss": float((batch.classes != UNLABELLED).sum())}
 
     def inputs(self, batch: Batch) -> dict[str, Any]:
         """Mixes; draws drop path."""
         scale = drop_path_scale(self.rates, self.seed, batch.positions, batch.images.device)
-        inputs = {"images_BCHW": batch.images, "labels_B": batch.labels, "drop_path_scale_RB": scale}
+        inputs = {"images_BCHW": batch.images, "labels_B": batch.classes, "drop_path_scale_RB": scale}
         if self.mixing:
-            mixed = self.mixing(batch.images, batch.labels, batch.positions)
+            mixed = self.mixing(batch.images, batch.classes, batch.positions)
             inputs |= {
                 "images_BCHW": mixed.images, "partner_labels_B": mixed.partner_labels, "weight_B": mixed.weights,
             }  # fmt: skip
@@ -148,7 +148,7 @@ class ClassificationTask:
 
     def evaluation_inputs(self, batch: Batch) -> dict[str, Any]:
         """As `inputs`, with nothing drawn: no mixing, no drop path."""
-        return {"images_BCHW": batch.images, "labels_B": batch.labels}
+        return {"images_BCHW": batch.images, "labels_B": batch.classes}
 
     def evaluate(self, forward: Forward, world: World) -> dict[str, float]:
         """Measures accuracy and cross entropy (nats) over the evaluation source."""
@@ -172,7 +172,7 @@ class ClassificationTask:
         counter = AccuracyCounter(self.module.head.out_features, reassessed)
         for batch in evaluated_batches(evaluation, world):
             outputs = forward(**self.evaluation_inputs(batch))
-            counter.add(outputs["logits"], batch.labels, batch.positions.tolist())
+            counter.add(outputs["logits"], batch.classes, batch.positions.tolist())
         return counter.result(world)
 
     def pictures(self, batch: Batch, outputs: dict[str, Tensor]) -> dict[str, np.ndarray]:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from fd_scale.checkpoint import write_atomically
 from fd_scale.config import Recipe
-from fd_scale.data import UNLABELLED, Batch, Source, TrainLoader
+from fd_scale.data import UNLABELLED, Batch, Source, Targets, TrainLoader
 from fd_scale.distributed import World
 from fd_scale.errors import UserError
 from fd_scale.evaluation import AccuracyCounter, EvaluationSet, Forward, evaluated_batches
@@ -52,7 +52,7 @@ class FeatureSource:
         folder: where `compute` puts the features; nothing is read from it before.
     """
 
-    has_masks = False
+    targets: Targets = "labels"
 
     def __init__(self, images: Source, folder: Path) -> None:
         self.images = images
@@ -275,11 +275,11 @@ class LinearProbeTask:
 
     def counts(self, batch: Batch) -> dict[str, float]:
         """The loss goes over labelled images."""
-        return {"loss": float((batch.labels != UNLABELLED).sum())}
+        return {"loss": float((batch.classes != UNLABELLED).sum())}
 
     def inputs(self, batch: Batch) -> dict[str, Any]:
         """Features and labels."""
-        return {"features_BD": batch.images, "labels_B": batch.labels}
+        return {"features_BD": batch.images, "labels_B": batch.classes}
 
     def evaluate(self, forward: Forward, world: World) -> dict[str, float]:
         """Measures every classifier; the metrics are those of the one with the best top-1, `learning_rate` is its."""
@@ -287,9 +287,9 @@ class LinearProbeTask:
             return {}
         counters = [AccuracyCounter(self.num_classes) for _ in self.learning_rates]
         for batch in evaluated_batches(self.features("evaluation"), world):
-            logits_RBK = forward(features_BD=batch.images, labels_B=batch.labels)["logits"]
+            logits_RBK = forward(features_BD=batch.images, labels_B=batch.classes)["logits"]
             for counter, logits_BK in zip(counters, logits_RBK, strict=True):
-                counter.add(logits_BK, batch.labels, batch.positions.tolist())
+                counter.add(logits_BK, batch.classes, batch.positions.tolist())
         found = [counter.result(world).metrics for counter in counters]
         best = max(range(len(found)), key=lambda index: found[index]["top1"])
         return found[best] | {"learning_rate": self.learning_rates[best]}

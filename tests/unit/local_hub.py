@@ -78,7 +78,7 @@ def serve(home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LocalHub]:
             if self.command == "GET":
                 self.wfile.write(body)
 
-        do_HEAD = do_GET  # noqa: N815
+        do_HEAD = do_GET
 
         def log_message(self, *args: object) -> None:
             pass

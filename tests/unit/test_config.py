@@ -56,7 +56,9 @@ def test_packaged_recipe(name: str, tmp_path: Path) -> None:
     assert load_recipe(file) == recipe
 
 
-@pytest.mark.parametrize("task", ["distill", "contrastive", "masked", "classification", "segmentation"])
+@pytest.mark.parametrize(
+    "task", ["distill", "contrastive", "masked", "classification", "segmentation", "detection"]
+)
 def test_round_trip_keeps_every_value(recipe_values: Values, tmp_path: Path, task: str) -> None:
     values = recipe_values(
         task, seed=7, data__max_bad_fraction=0.25, optim__betas=[0.8, 0.95], optim__eps=1e-9
@@ -139,7 +141,7 @@ def test_every_setting_is_described() -> None:
         ("segmentation.num_classes", 1), ("segmentation.layers", [1, 2]), ("segmentation.channels", 3),
         ("segmentation.auxiliary_weight", -0.1), ("segmentation.resize", [2.0, 0.5]),
         ("segmentation.max_class_share", 0.0), ("segmentation.stride", 1.1), ("segmentation.short_side", -1),
-        ("segmentation.scales", []),
+        ("segmentation.scales", []), ("detection.scale_range", [0.0, 1.0]), ("detection.copy_paste", 1.1),
     ],
 )  # fmt: skip
 def test_range(recipe_values: Values, key: str, value: Any) -> None:
@@ -165,7 +167,7 @@ def test_every_limit_is_in_the_table_above() -> None:
         "distill.loss", "contrastive.jitter",
         "classification.head_init_scale", "log.profile", "train.compile", "data.interpolation", "data.rand_augment",
         "optim.schedule", "segmentation.head", "segmentation.norm", "segmentation.photometric",
-        "segmentation.inference", "segmentation.flip_too",
+        "segmentation.inference", "segmentation.flip_too", "detection.photometric",
     }  # fmt: skip
     assert tested | free == leaves(Recipe)
 

@@ -59,7 +59,7 @@ def test_ade20k_counts_from_1_and_ignores_0(tmp_path: Path) -> None:
     image, mask = source.read(0)
     assert image.size == mask.size == (2, 2)
     np.testing.assert_array_equal(np.asarray(mask), [[255, 0], [1, 149]])
-    assert (source.num_classes, len(source), source.has_masks) == (150, 1, True)
+    assert (source.num_classes, len(source), source.targets) == (150, 1, "masks")
     assert source.class_names == ade20k_names()
     assert (ade20k_names()[0], ade20k_names()[-1], len(set(ade20k_names()))) == ("wall", "flag", 150)
 
@@ -75,7 +75,7 @@ def test_a_list_of_classes_says_what_values_mean(tmp_path: Path, write_shapes: W
     expected = np.where(before[0] == 0, 255, before[0] - 1)
     np.testing.assert_array_equal(np.asarray(zero_is_ignored.read(0)[1]), expected)
     assert zero_is_ignored.fingerprint != fingerprint
-    assert subset(source, [1]).has_masks
+    assert subset(source, [1]).targets == "masks"
     np.testing.assert_array_equal(np.asarray(subset(source, [1]).read(0)[1]), before[1])
 
 
@@ -124,7 +124,7 @@ def test_masks_and_labels_are_not_mixed(tmp_path: Path, write_shapes: WriteShape
         Image.new("RGB", (8, 8)).save(tmp_path / "labelled" / name / "0.png")
     (tmp_path / "shapes/classes.txt").write_text("disc\nground\nsquare\n")
     mixed = [SourceConfig(source=spec), SourceConfig(source=f"imagefolder:{tmp_path}/labelled")]
-    with pytest.raises(UserError, match="some have masks and some have none; expected one kind"):
+    with pytest.raises(UserError, match="one has masks and one labels; expected one kind"):
         open_source(mixed)
 
 

@@ -187,7 +187,7 @@ def test_a_copy_for_a_worker(tar: str, folder: str, tmp_path: Path) -> None:
 
 def test_a_source_of_many_images_is_found_without_rounding() -> None:
     class Many:
-        class_names, num_classes, fingerprint, has_masks = None, 0, "", False
+        class_names, num_classes, fingerprint, targets = None, 0, "", "labels"
 
         def __len__(self) -> int:
             return 10**12 + 1

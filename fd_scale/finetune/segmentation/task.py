@@ -70,14 +70,14 @@ class SegmentationTask:
 
     def counts(self, batch: Batch) -> dict[str, float]:
         """Both losses go over the pixels with a class."""
-        pixels = float((batch.labels != IGNORED).sum())
+        pixels = float((batch.classes != IGNORED).sum())
         return {"loss": pixels} | ({"auxiliary": pixels} if self.config.auxiliary_weight else {})
 
     def inputs(self, batch: Batch) -> dict[str, Any]:
         """Draws drop path."""
         rates = self.module.backbone.drop_path_rates
         scale = drop_path_scale(rates, self.seed, batch.positions, batch.images.device)
-        return {"images_BCHW": batch.images, "masks_BHW": batch.labels, "drop_path_scale_RB": scale}
+        return {"images_BCHW": batch.images, "masks_BHW": batch.classes, "drop_path_scale_RB": scale}
 
     def evaluate(self, forward: Forward, world: World) -> dict[str, float]:
         """Measures mIoU, mean and overall accuracy over the evaluation source."""
@@ -91,7 +91,7 @@ class SegmentationTask:
 
     def pictures(self, batch: Batch, outputs: dict[str, Tensor]) -> dict[str, np.ndarray]:
         """Input, truth, prediction and error of some images, side by side."""
-        images_BCHW, masks_BHW = batch.images[:NUM_PICTURES], batch.labels[:NUM_PICTURES]
+        images_BCHW, masks_BHW = batch.images[:NUM_PICTURES], batch.classes[:NUM_PICTURES]
         logits_BKHW = F.interpolate(
             outputs["logits"][:NUM_PICTURES], size=images_BCHW.shape[2:], mode="bilinear"
         )

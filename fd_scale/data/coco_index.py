@@ -1,0 +1,402 @@
+"""Annotations in COCO's JSON, converted once into a file that all workers and ranks map into memory.
+
+    MAGIC | outlines, in the JSON's order | columns, sorted by image | header, JSON | its length, 8 bytes | MAGIC
+
+The last MAGIC is written last, so that a file without it is one whose writing ended early. An outline begins at a
+multiple of 8 bytes: of polygons, fp64: how many, the numbers of each, then all of
+them; of runs, COCO's compressed bytes.
+
+Shape legend: M = images, N = annotations.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import logging
+import os
+import tempfile
+import time
+from array import array
+from collections.abc import Iterator
+from itertools import pairwise
+from math import isfinite
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import numpy.typing as npt
+from pycocotools import mask as coco_mask
+
+from fd_scale.data.base import content_hash
+from fd_scale.data.json_lists import JsonLists
+from fd_scale.data.objects import Objects, Outline
+from fd_scale.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+VERSION = 1
+_MAGIC = b"FDCOCO1\n"
+_POLYGONS, _RUNS = 1, 2
+_POINTS = 3  # of a polygon at least: pycocotools takes two points for a box
+Columns = dict[str, npt.NDArray[Any]]
+
+
+class CocoIndex:
+    """What a converted file holds; a copy for a worker maps the file itself.
+
+    Args:
+        file: written by `convert`.
+
+    Raises:
+        UserError: it is not whole.
+    """
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        self._open()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"file": self.file}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.file = state["file"]
+        self._open()
+
+    def _open(self) -> None:
+        try:
+            self._bytes = np.memmap(self.file, dtype=np.uint8, mode="r")
+            size = int.from_bytes(self._bytes[-16:-8].tobytes(), "little")
+            whole = self._bytes[:8].tobytes() == self._bytes[-8:].tobytes() == _MAGIC
+            self.header: dict[str, Any] = json.loads(self._bytes[-16 - size : -16].tobytes()) if whole else {}
+        except (OSError, ValueError) as error:
+            raise UserError(f"{self.file}: no index of annotations ({error}); remove it") from None
+        if self.header.get("at") != len(self._bytes) - size - 16:
+            raise UserError(
+                f"{self.file}: this index of annotations is not whole; remove it, it is made again from the JSON"
+            )
+        self.columns: Columns = {
+            name: np.frombuffer(self._bytes, dtype=dtype, count=int(np.prod(shape)), offset=offset).reshape(
+                shape
+            )
+            for name, (dtype, shape, offset) in self.header["columns"].items()
+        }
+
+    def __len__(self) -> int:
+        return len(self.columns["image_ids"])
+
+    def file_name(self, sample_id: int) -> str:
+        """Returns the image's name in the JSON."""
+        return os.fsdecode(self.columns["file_names"][sample_id])
+
+    def objects(self, sample_id: int) -> Objects:
+        """Returns what is annotated in an image; images are sorted by their ids."""
+        columns = self.columns
+        own = slice(*columns["first"][sample_id : sample_id + 2].tolist())
+        shapes = zip(*(columns[name][own].tolist() for name in ("kind", "start", "size")), strict=True)
+        return Objects(
+            image_id=int(columns["image_ids"][sample_id]),
+            height=int(columns["height"][sample_id]),
+            width=int(columns["width"][sample_id]),
+            ids_N=columns["ids"][own],
+            boxes_N4=columns["boxes"][own],
+            labels_N=columns["labels"][own].astype(np.int64),
+            areas_N=columns["areas"][own],
+            crowd_N=columns["crowd"][own],
+            outlines=[self._outline(*shape) for shape in shapes],
+        )
+
+    def _outline(self, kind: int, start: int, size: int) -> Outline:
+        if kind == _RUNS:
+            return self._bytes[start : start + size].tobytes()
+        if kind != _POLYGONS:
+            return None
+        numbers = np.frombuffer(self._bytes, dtype=np.float64, count=size // 8, offset=start)
+        ends = (
+            1 + int(numbers[0]) + np.concatenate([[0], numbers[1 : 1 + int(numbers[0])].cumsum()])
+        ).tolist()
+        return [numbers[int(first) : int(last)] for first, last in pairwise(ends)]
+
+
+def index_of(file: Path) -> CocoIndex:
+    """Opens the index of a JSON file; the first call makes it, and others wait for that one.
+
+    It lies in `$XDG_CACHE_HOME/fd-scale` (`~/.cache/fd-scale`), named by the JSON's place, size and time.
+
+    Raises:
+        UserError: as of `convert`, or the cache cannot be written.
+    """
+    try:
+        state = file.stat()
+    except OSError as error:
+        raise UserError(f"{file} cannot be read ({error.strerror}); check the path") from None
+    place = content_hash([str(file.resolve()), str(state.st_size), str(state.st_mtime_ns), str(VERSION)])
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fd-scale"
+    index = cache / f"{file.stem}-{place[:16]}.index"
+    try:
+        if not index.exists():
+            cache.mkdir(parents=True, exist_ok=True)
+            with _lock(index.with_suffix(".lock")):
+                if not index.exists():  # whoever had the lock before may have made it
+                    convert(file, index)
+    except OSError as error:
+        raise UserError(
+            f"{index} cannot be written ({error.strerror}); make room, or set XDG_CACHE_HOME to a folder that can"
+        ) from None
+    return CocoIndex(index)
+
+
+@contextlib.contextmanager
+def _lock(file: Path) -> Iterator[None]:
+    """Keeps others waiting; where a file system has no locks, each converts for itself and the last one stays."""
+    with file.open("w") as opened:
+        with contextlib.suppress(OSError):
+            fcntl.flock(opened, fcntl.LOCK_EX)
+        yield
+
+
+def convert(source: Path, target: Path) -> None:
+    """Converts annotations; the target is there whole, or not at all.
+
+    Args:
+        source: JSON with `images`, `categories` and `annotations`, in any order; without annotations, as the test
+            parts have it, images alone.
+        target: the index.
+
+    Raises:
+        UserError: the JSON cannot be read, or an annotation is broken.
+        OSError: the target cannot be written.
+    """
+    began = time.monotonic()
+    with tempfile.NamedTemporaryFile(
+        dir=target.parent, prefix=target.stem, suffix=".tmp", buffering=2**20, delete=False
+    ) as out:
+        try:
+            table = _Table(source, out.file)
+            lists = JsonLists(source)
+            for name, value in lists:
+                table.add(name, value)
+            columns = _write_columns(out.file, table.columns())
+            facts = {"digest": lists.digest.hexdigest(), "columns": columns, "at": out.tell(), **table.facts}
+            header = json.dumps(facts).encode()
+            out.write(header + len(header).to_bytes(8, "little") + _MAGIC)
+            out.flush()
+            os.fsync(out.fileno())
+            os.replace(out.name, target)
+        except BaseException:
+            os.unlink(out.name)
+            raise
+    counts = ", ".join(f"{count} {what}" for what, count in table.facts["left_out"].items() if count)
+    logger.info(
+        "%s: %d images, %d annotations, indexed in %.0f s%s", source, len(table.image_ids), len(table.ids),
+        time.monotonic() - began, f"; not learned: {counts}" if counts else "",
+    )  # fmt: skip
+
+
+class _Table:
+    """What has been read of a JSON file; outlines go to the target at once."""
+
+    def __init__(self, source: Path, out: IO[bytes]) -> None:
+        self.source, self.out = source, out
+        self.facts: dict[str, Any] = {}
+        """What holds of all of it: classes, and what is not learned."""
+        self.image_ids, self.heights, self.widths = array("q"), array("i"), array("i")
+        self.file_names: list[bytes] = []
+        self.categories: dict[int, str] = {}
+        self.ids, self.image_of, self.category_of = array("q"), array("q"), array("q")
+        self.boxes, self.areas, self.crowd = array("d"), array("d"), array("b")
+        self.kinds, self.starts, self.sizes = array("b"), array("q"), array("q")
+        self.runs_of: list[tuple[int, int, int]] = []
+        """Position of an annotation with runs, their height and width."""
+        self.short_polygons = 0
+        self.at = out.write(_MAGIC)
+
+    def add(self, name: str, value: Any) -> None:
+        """Takes an element of the list `name`; lists of other things are passed over."""
+        add = {"images": self._image, "categories": self._category, "annotations": self._annotation}.get(name)
+        if add is None:
+            return
+        try:
+            add(value)
+        except (KeyError, TypeError, ValueError, OverflowError, AttributeError) as error:
+            number = value.get("id", "without id") if isinstance(value, dict) else value
+            problem = f"{error} is missing" if isinstance(error, KeyError) else str(error)
+            raise self._broken(f"{name}, {number}", f"{problem}; expected COCO's format") from None
+
+    def _broken(self, what: str, problem: str) -> UserError:
+        return UserError(f"{self.source}: {what}: {problem}")
+
+    def _image(self, value: dict[str, Any]) -> None:
+        self.image_ids.append(value["id"])
+        self.heights.append(value["height"])
+        self.widths.append(value["width"])
+        self.file_names.append(os.fsencode(value["file_name"]))
+        if min(self.heights[-1], self.widths[-1]) < 1:
+            raise ValueError(f"its size is {self.widths[-1]} x {self.heights[-1]}")
+
+    def _category(self, value: dict[str, Any]) -> None:
+        number, name = value["id"], str(value["name"])
+        if number in self.categories or name in self.categories.values():
+            raise ValueError(f"two categories have its number or its name, {name!r}; give each its own")
+        self.categories[int(number)] = name
+
+    def _annotation(self, value: dict[str, Any]) -> None:
+        self.ids.append(value["id"])
+        self.image_of.append(value["image_id"])
+        self.category_of.append(value["category_id"])
+        left, top, width, height = value["bbox"]
+        if not isfinite(left + top + width + height):
+            raise ValueError(f"its bbox is {value['bbox']}")
+        self.boxes.extend((left, top, width, height))
+        self.areas.append(value.get("area", width * height))
+        self.crowd.append(bool(value.get("iscrowd", 0)))
+        outline = value.get("segmentation")
+        kind, body = 0, b""
+        if isinstance(outline, dict) and outline:
+            kind, body = _RUNS, self._runs(outline)
+        elif outline:
+            body = self._polygons(outline)
+            kind = _POLYGONS if body else 0
+        self.kinds.append(kind)
+        self.starts.append(self.at)
+        self.sizes.append(len(body))
+        self.at += self.out.write(body + bytes(-len(body) % 8))
+
+    def _polygons(self, polygons: list[list[float]]) -> bytes:
+        kept = [array("d", polygon) for polygon in polygons]
+        for polygon in kept:
+            if len(polygon) % 2 or not isfinite(sum(polygon)):
+                raise ValueError(f"a polygon of {len(polygon)} numbers; expected pairs of finite x and y")
+        long = [polygon for polygon in kept if len(polygon) >= 2 * _POINTS]
+        self.short_polygons += len(kept) - len(long)
+        if not long:
+            return b""
+        lengths = array("d", [len(long), *map(len, long)])
+        return lengths.tobytes() + b"".join(polygon.tobytes() for polygon in long)
+
+    def _runs(self, runs: dict[str, Any]) -> bytes:
+        (height, width), counts = runs["size"], runs["counts"]
+        if isinstance(counts, list):
+            total = sum(counts) if min(counts) >= 0 else -1
+        else:
+            counts = counts.encode()
+            total = pixels_of_runs(counts)
+        if total != height * width:
+            raise ValueError(
+                f"its runs fill {total} pixels, and its size is {width} x {height}; write it again"
+            )
+        self.runs_of.append((len(self.ids) - 1, height, width))
+        if isinstance(counts, list):
+            counts = coco_mask.frPyObjects({"size": [height, width], "counts": counts}, height, width)[
+                "counts"
+            ]
+        return counts
+
+    def columns(self) -> Columns:
+        """Returns all but the outlines, images sorted by their ids, annotations by their image.
+
+        Raises:
+            UserError: what belongs together does not fit.
+        """
+        if not self.image_ids or not self.categories:
+            missing = "images" if self.categories else "categories"
+            raise self._broken(missing, "there are none; expected COCO's format")
+        images = np.argsort(self.image_ids, kind="stable")
+        image_ids, ids = np.array(self.image_ids)[images], np.array(self.ids, dtype=np.int64)
+        self._unique("images", image_ids)
+        self._unique("annotations", ids)
+        image_N = self._found("image_id", image_ids, self.image_of)
+        categories = np.array(sorted(self.categories))
+        label_N = self._found("category_id", categories, self.category_of)
+        height, width = (np.array(sides, dtype=np.int32)[images] for sides in (self.heights, self.widths))
+        for annotation, *size in self.runs_of:
+            image = image_N[annotation]
+            if size != [height[image], width[image]]:
+                raise self._broken(
+                    f"annotations, {ids[annotation]}",
+                    f"its runs are {size[1]} x {size[0]} px, and image {image_ids[image]} is {width[image]} x "
+                    f"{height[image]}",
+                )
+        boxes = np.array(self.boxes, dtype=np.float64).reshape(-1, 4)
+        kinds = np.array(self.kinds, dtype=np.int8)
+        self.facts = {
+            "class_names": [self.categories[number] for number in categories.tolist()],
+            "category_ids": categories.tolist(),
+            "has_outlines": bool(kinds.any()),
+            "left_out": {
+                "boxes without area in the image": int(_empty(boxes, height[image_N], width[image_N]).sum()),
+                "polygons of less than three points": self.short_polygons,
+                "objects without outline beside others that have one": int((kinds == 0).sum())
+                if kinds.any()
+                else 0,
+            },
+        }
+        order = np.argsort(image_N, kind="stable")
+        return {
+            "image_ids": image_ids, "height": height, "width": width,
+            "file_names": np.array(self.file_names)[images],
+            "first": np.searchsorted(image_N[order], np.arange(len(images) + 1)),
+            "ids": ids[order], "labels": label_N[order].astype(np.int32), "boxes": boxes[order],
+            "areas": np.array(self.areas, dtype=np.float64)[order],
+            "crowd": np.array(self.crowd, dtype=bool)[order], "kind": kinds[order],
+            "start": np.array(self.starts, dtype=np.int64)[order],
+            "size": np.array(self.sizes, dtype=np.int64)[order],
+        }  # fmt: skip
+
+    def _unique(self, name: str, numbers: npt.NDArray[np.int64]) -> None:
+        ordered = np.sort(numbers)
+        if len(twice := ordered[1:][ordered[1:] == ordered[:-1]]):
+            raise self._broken(f"{name}, {twice[0]}", "this id is there twice; give each its own")
+
+    def _found(self, name: str, known: npt.NDArray[np.int64], wanted: array[int]) -> npt.NDArray[np.int64]:
+        """Positions of numbers in a sorted list."""
+        wanted_N = np.array(wanted, dtype=np.int64)
+        place_N = np.minimum(np.searchsorted(known, wanted_N), len(known) - 1)
+        if len(lost := np.flatnonzero(known[place_N] != wanted_N)):
+            what = "image" if name == "image_id" else "category"
+            raise self._broken(
+                f"annotations, {self.ids[lost[0]]}",
+                f"its {name} is {wanted_N[lost[0]]}, and there is no such {what}",
+            )
+        return place_N
+
+
+def _empty(
+    boxes_N4: npt.NDArray[np.float64], height_N: npt.NDArray[np.int32], width_N: npt.NDArray[np.int32]
+) -> npt.NDArray[np.bool_]:
+    """Whether nothing of a box lies in its image."""
+    first_N2 = np.maximum(boxes_N4[:, :2], 0)
+    last_N2 = np.minimum(boxes_N4[:, :2] + boxes_N4[:, 2:], np.stack([width_N, height_N], axis=1))
+    return np.asarray((last_N2 <= first_N2).any(axis=1))
+
+
+def pixels_of_runs(counts: bytes) -> int:
+    """Returns how many pixels compressed runs fill; -1 where they are none.
+
+    Source: `rleFrString` of pycocotools, which decodes what it is given, whatever it fills.
+    """
+    digits = np.frombuffer(counts, dtype=np.uint8).astype(np.int64) - 48
+    if not len(digits) or digits.min() < 0 or digits.max() > 63 or digits[-1] & 32:
+        return -1
+    first = np.flatnonzero(np.concatenate([[True], (digits[:-1] & 32) == 0]))  # of the digits of each number
+    place = np.arange(len(digits)) - np.repeat(first, np.diff([*first, len(digits)]))
+    if place.max() > 6:
+        return -1
+    runs = np.add.reduceat((digits & 31) << (5 * place), first)
+    last = np.concatenate([first[1:], [len(digits)]]) - 1
+    runs -= np.where(digits[last] & 16, 1 << (5 * (place[last] + 1)), 0)
+    # From the fourth run on, a number is the difference from the run before the last one.
+    for parity in (1, 2):
+        runs[parity::2] = runs[parity::2].cumsum()
+    return int(runs.sum()) if runs.min() >= 0 else -1
+
+
+def _write_columns(out: IO[bytes], columns: Columns) -> dict[str, Any]:
+    """Writes arrays and returns where they are: dtype, shape and offset of each."""
+    places = {}
+    for name, column in columns.items():
+        out.write(bytes(-out.tell() % 8))
+        places[name] = (column.dtype.str, list(column.shape), out.tell())
+        out.write(np.ascontiguousarray(column).tobytes())
+    return places
