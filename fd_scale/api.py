@@ -187,13 +187,13 @@ def predict(
     recipe = recipe_of(run, checkpoint, list(overrides), images_needed=False)
     if recipe.segmentation is None and recipe.detection is None:
         raise UserError(
-            f"{run}: predict shows classes of pixels, or objects, and its task is {recipe.task}; name a segmentation or "
-            "a detection"
+            f"{run}: predict shows classes of pixels, or objects, and its task is {recipe.task}; name a "
+            "segmentation or a detection"
         )
     if masks and recipe.segmentation is None:
         raise UserError(
-            f"--masks: a class for each pixel is what a segmentation predicts, {run} is of task {recipe.task}; leave it "
-            "out, or take the detections that evaluate writes"
+            f"--masks: a class for each pixel is what a segmentation predicts, {run} is of task {recipe.task}; leave "
+            "it out, or take the detections that evaluate writes"
         )
     recipe = replace(recipe, data=replace(recipe.data, evaluation=None))
     task, recipe, world = _to_evaluate(recipe)

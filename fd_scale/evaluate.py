@@ -63,7 +63,7 @@ def recipe_of(run: Path, checkpoint: Path, overrides: list[str], images_needed: 
     """
     fixed = ("model.", "distill.teachers", "segmentation.", "detection.", "task=")
     own = run_folder.read_recipe(run)
-    free = run_folder.PREDICTION_SETTINGS
+    free: tuple[str, ...] = run_folder.PREDICTION_SETTINGS
     if own.targets != "labels" and own.model.name.startswith("swin_v2_"):
         free += _OTHER_SIZE
     other = [

@@ -49,7 +49,7 @@ def predict_images(
     device: torch.device,
     masks: bool = False,
 ) -> list[Path]:
-    """Writes a PNG file for each image: it, under the colours of its classes, and a legend; its objects; or its mask.
+    """Writes a PNG file for each image: it under the colours of its classes, with a legend; or its objects, or mask.
 
     Args:
         task: with its trained weights, in eval mode on the device.
@@ -57,7 +57,8 @@ def predict_images(
         path: an image or a folder.
         out: folder of the pictures; those of sub-folders lie in sub-folders.
         device: of the module.
-        masks: whether a segmentation's masks are wanted, 8-bit grey, classes counted from 1, as the benchmark of ADE20K takes them.
+        masks: whether a segmentation's masks are wanted, 8-bit grey, classes counted from 1, as the benchmark of ADE20K
+            takes them.
 
     Returns:
         The pictures.
@@ -97,7 +98,11 @@ def predict_images(
 
 
 def _picture(
-    task: SegmentationTask | DetectionTask, image: Image.Image, names: list[str], device: torch.device, masks: bool
+    task: SegmentationTask | DetectionTask,
+    image: Image.Image,
+    names: list[str],
+    device: torch.device,
+    masks: bool,
 ) -> Image.Image:
     pixels_CHW = pil_to_tensor(image).to(device)
     if isinstance(task, DetectionTask):

@@ -28,7 +28,7 @@ SECTIONS: dict[str, dict[str, Any]] = {
     "classification": {"head_init_scale": 1.0},
     "linear_probe": {"lr_factors": [0.1, 1.0, 10.0]},
     "segmentation": {"channels": 16},
-    "detection": {},
+    "detection": {"channels": 16, "rois_per_image": 32},
 }
 
 FINE_TUNING: dict[str, Any] = {

@@ -285,6 +285,6 @@ class DetectionConfig:
         check("copy_paste", 0 <= self.copy_paste <= 1, "a number in 0..1")
         if self.semantic_classes and self.head != "htc":
             raise UserError(
-                f"detection.semantic_classes: classes of places help head htc alone, head is {self.head}; set it to 0, or "
-                "head to htc"
+                f"detection.semantic_classes: classes of places help head htc alone, head is {self.head}; set it to 0, "
+                "or head to htc"
             )

@@ -23,7 +23,9 @@ __all__ = [
 ]
 
 
-def fine_tuning_task(recipe: Recipe, evaluation: EvaluationSet | None, source: Source | None) -> FineTuningTask:
+def fine_tuning_task(
+    recipe: Recipe, evaluation: EvaluationSet | None, source: Source | None
+) -> FineTuningTask:
     """Returns the task of a recipe that trains a backbone and a head on what is known of images.
 
     Args:

@@ -10,6 +10,7 @@ import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -42,6 +43,8 @@ Task = DistillationTask | ContrastiveTask | MaskedTask | FineTuningTask
 # What is kept is a line in the images of a micro-batch, from two on: one alone saves copies. What is worked with is a
 # maximum of lines: between these two sizes its chord lies above it.
 _SIZES = (2, 64)
+# A detector goes over images one by one, each some thousand ops; and its micro-batches are small.
+_SIZES_OF_OBJECTS = (2, 8)
 
 
 @dataclass(frozen=True)
@@ -153,11 +156,13 @@ def _count(task: Task, recipe: Recipe, shares: list[float], kernels: str) -> Cou
     assert isinstance(backbone, Backbone)
     teachers = task.teachers if isinstance(task, DistillationTask) else []
     teacher_working, teacher_flops = Line(0, 0), 0.0
-    batches = [_batch(recipe, size) for size in _SIZES]
+    sizes = _SIZES if recipe.detection is None else _SIZES_OF_OBJECTS
+    line = partial(_through, sizes)
+    batches = [_batch(recipe, size) for size in sizes]
     for teacher, share in zip(teachers, shares, strict=True):
         meters = [_measured_teacher(teacher, batch.images) for batch in batches]
-        teacher_flops += share * _line(*[meter.flops for meter in meters]).at(1)
-        working = _line(*[meter.peak for meter in meters])
+        teacher_flops += share * line(*[meter.flops for meter in meters]).at(1)
+        working = line(*[meter.peak for meter in meters])
         teacher_working = max(teacher_working, working, key=lambda line: line.an_image)
     with Meter([]):  # for the shapes that it remembers
         inputs = [task.inputs(batch) for batch in batches]
@@ -172,12 +177,12 @@ def _count(task: Task, recipe: Recipe, shares: list[float], kernels: str) -> Cou
             refused[policy] = str(error)
             continue
         steps = [_measured_step(task.module, given) for given in inputs]
-        flops = _line(*[step.flops for step in steps]).at(1)
+        flops = line(*[step.flops for step in steps]).at(1)
         if policy == Policy("none"):
-            plain_flops, forward_flops = flops, _line(*[step.forward_flops for step in steps]).at(1)
+            plain_flops, forward_flops = flops, line(*[step.forward_flops for step in steps]).at(1)
         activations[policy] = Activations(
-            kept=_line(*[step.kept for step in steps]),
-            working=_line(*[step.peak - step.kept for step in steps]),
+            kept=line(*[step.kept for step in steps]),
+            working=line(*[step.peak - step.kept for step in steps]),
             recomputed_flops=flops - plain_flops,
         )
     return Counts(
@@ -359,9 +364,9 @@ def _measured_teacher(teacher: Teacher, images: Tensor) -> Meter:
     return meter
 
 
-def _line(small: float, large: float) -> Line:
-    an_image = (large - small) / (_SIZES[1] - _SIZES[0])
-    return Line(constant=small - _SIZES[0] * an_image, an_image=an_image)
+def _through(sizes: tuple[int, int], small: float, large: float) -> Line:
+    an_image = (large - small) / (sizes[1] - sizes[0])
+    return Line(constant=small - sizes[0] * an_image, an_image=an_image)
 
 
 def _bytes_of(module: nn.Module) -> int:

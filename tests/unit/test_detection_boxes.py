@@ -1,4 +1,4 @@
-"""Anchors, coding, assignment, sampling, pooling, masks and suppression of a detector, against torchvision and loops."""
+"""Anchors, coding, assignment, sampling, pooling, masks, suppression of a detector, against torchvision and loops."""
 
 import math
 from typing import Any
@@ -79,15 +79,19 @@ def test_coding_equals_torchvision(weights: tuple[float, ...]) -> None:
     torch.testing.assert_close(decoded(deltas, references, weights), truth, rtol=1e-5, atol=1e-3)
     huge = torch.full((50, 4), 1e4)
     sides = decoded(huge, references, weights)[:, 2:] - decoded(huge, references, weights)[:, :2]
-    torch.testing.assert_close(sides, (references[:, 2:] - references[:, :2]) * math.exp(MAX_LOG_RATIO), rtol=1e-3, atol=1)
-    by_class = deltas[:, None].expand(-1, 7, 4).to(torch.bfloat16)
-    assert decoded(by_class, references[:, None], weights).dtype == torch.float32, "coordinates are never bf16"
-    assert torch.equal(
-        clipped(torch.tensor([[-1.0, 2, 30, 50]]), 40, 20), torch.tensor([[0.0, 2, 20, 40]])
+    torch.testing.assert_close(
+        sides, (references[:, 2:] - references[:, :2]) * math.exp(MAX_LOG_RATIO), rtol=1e-3, atol=1
     )
+    by_class = deltas[:, None].expand(-1, 7, 4).to(torch.bfloat16)
+    assert decoded(by_class, references[:, None], weights).dtype == torch.float32, (
+        "coordinates are never bf16"
+    )
+    assert torch.equal(clipped(torch.tensor([[-1.0, 2, 30, 50]]), 40, 20), torch.tensor([[0.0, 2, 20, 40]]))
 
 
-@pytest.mark.parametrize(("below", "above", "best_too"), [(0.3, 0.7, True), (0.5, 0.5, False), (0.6, 0.6, False)])
+@pytest.mark.parametrize(
+    ("below", "above", "best_too"), [(0.3, 0.7, True), (0.5, 0.5, False), (0.6, 0.6, False)]
+)
 def test_assignment_equals_torchvision(below: float, above: float, best_too: bool) -> None:
     """More objects than are compared at a time; objects twice, so that overlaps are equal."""
     objects = torch.cat([boxes(21, 100, seed=3), boxes(21, 100, seed=3)[:5]])
@@ -104,7 +108,9 @@ def test_assignment_equals_torchvision(below: float, above: float, best_too: boo
 
 def test_crowds_are_neither_object_nor_background() -> None:
     objects = instances(torch.tensor([[0.0, 0, 10, 10], [20, 20, 60, 60]]), crowd=[1])
-    around = torch.tensor([[0.0, 0, 10, 10], [22, 22, 40, 40], [20, 20, 60, 60], [8, 8, 26, 26], [48, 30, 64, 40.0]])
+    around = torch.tensor(
+        [[0.0, 0, 10, 10], [22, 22, 40, 40], [20, 20, 60, 60], [8, 8, 26, 26], [48, 30, 64, 40.0]]
+    )
     found = matched(around, objects, below=0.3, above=0.7, best_too=True)
     assert found.positive_M.tolist() == [True, False, False, False, False]
     # The last one lies in the crowd by 12 / 16 of its area, the one before by 1 / 9.
@@ -117,7 +123,11 @@ def test_crowds_are_neither_object_nor_background() -> None:
 
 def test_an_object_without_any_overlap_makes_no_box_an_object() -> None:
     found = matched(
-        torch.tensor([[0.0, 0, 4, 4]]), instances(torch.tensor([[50.0, 50, 60, 60]])), below=0.3, above=0.7, best_too=True
+        torch.tensor([[0.0, 0, 4, 4]]),
+        instances(torch.tensor([[50.0, 50, 60, 60]])),
+        below=0.3,
+        above=0.7,
+        best_too=True,
     )
     assert not found.positive_M.any()
 
@@ -131,7 +141,9 @@ def test_the_sample_depends_on_the_key_alone() -> None:
     noise = counter_hash(torch.tensor(-77), 3, 1000)
     assert noise.min() >= 0
     assert len(noise.unique()) == 1000
-    assert torch.equal(noise[:10], counter_hash(torch.tensor(-77), 3, 10)), "of a place, however many there are"
+    assert torch.equal(noise[:10], counter_hash(torch.tensor(-77), 3, 10)), (
+        "of a place, however many there are"
+    )
     picked = chosen(matches, noise, 64, 16)
     assert picked.index_R.shape == (64,)
     assert picked.valid_R.all()
@@ -141,7 +153,10 @@ def test_the_sample_depends_on_the_key_alone() -> None:
     assert matches.positive_M[picked.index_R[:16]].all()
     assert matches.negative_M[picked.index_R[16:]].all()
     assert torch.equal(picked.index_R, chosen(matches, noise, 64, 16).index_R)
-    others = [chosen(matches, counter_hash(torch.tensor(key), stream, 1000), 64, 16) for key, stream in ((-76, 3), (-77, 4))]
+    others = [
+        chosen(matches, counter_hash(torch.tensor(key), stream, 1000), 64, 16)
+        for key, stream in ((-76, 3), (-77, 4))
+    ]
     for other in others:
         assert set(other.index_R.tolist()) != set(picked.index_R.tolist())
     few = chosen(matches._replace(positive_M=positive & (torch.arange(1000) < 60)), noise, 64, 16)
@@ -152,7 +167,11 @@ def test_the_sample_depends_on_the_key_alone() -> None:
 
 
 def test_every_box_is_chosen_equally_often() -> None:
-    matches = Matches(torch.zeros(40, dtype=torch.int64), torch.zeros(40, dtype=torch.bool), torch.ones(40, dtype=torch.bool))
+    matches = Matches(
+        torch.zeros(40, dtype=torch.int64),
+        torch.zeros(40, dtype=torch.bool),
+        torch.ones(40, dtype=torch.bool),
+    )
     counts = torch.zeros(40)
     for key in range(2000):
         counts[chosen(matches, counter_hash(torch.tensor(key), 0, 40), 10, 2).index_R] += 1
@@ -177,7 +196,9 @@ def test_pooling_equals_torchvision(monkeypatch: pytest.MonkeyPatch) -> None:
     """On the levels of theirs; their samples lie half a pixel away, which `aligned` puts right."""
     import torchvision.ops.poolers as theirs_of
 
-    monkeypatch.setattr(theirs_of, "roi_align", lambda *args, **kwargs: roi_align(*args, **kwargs, aligned=True))
+    monkeypatch.setattr(
+        theirs_of, "roi_align", lambda *args, **kwargs: roi_align(*args, **kwargs, aligned=True)
+    )
     torch.manual_seed(0)
     strides = [4.0, 8.0, 16.0, 32.0]
     maps = [torch.randn(2, 3, int(640 / stride), int(512 / stride)) for stride in strides]
@@ -188,7 +209,10 @@ def test_pooling_equals_torchvision(monkeypatch: pytest.MonkeyPatch) -> None:
     found = pooled(maps, strides, rois, 7)
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
     assert pooled(maps, strides, rois[:, :0], 7).shape == (0, 3, 7, 7)
-    torch.testing.assert_close(pooled(maps[1:2], [8.0], rois, 7)[:1], roi_align(maps[1][:1], [rois[0, :1]], 7, 1 / 8, 2, aligned=True))
+    torch.testing.assert_close(
+        pooled(maps[1:2], [8.0], rois, 7)[:1],
+        roi_align(maps[1][:1], [rois[0, :1]], 7, 1 / 8, 2, aligned=True),
+    )
 
 
 def test_levels_at_the_borders() -> None:
@@ -213,7 +237,9 @@ def test_mask_targets_equal_roi_align() -> None:
     assert 0.2 < found.float().mean() < 0.8
 
 
-def plain_soft_nms(boxes_M4: Tensor, scores_M: Tensor, labels_M: Tensor, method: str) -> list[tuple[float, int]]:
+def plain_soft_nms(
+    boxes_M4: Tensor, scores_M: Tensor, labels_M: Tensor, method: str
+) -> list[tuple[float, int]]:
     """As in the paper's figure 2, a class after the other, in fp64."""
     result = []
     for label in labels_M.unique().tolist():
@@ -241,7 +267,9 @@ def test_soft_nms_equals_a_loop(method: Any) -> None:
     # A product of some tens of factors in fp32.
     np.testing.assert_allclose(found.numpy(), [score for score, _ in expected], rtol=1e-4)
     assert (found < scores[index] - 0.05).sum() > 5, "some scores fall"
-    nothing = softly_suppressed(torch.zeros(0, 4), torch.zeros(0), torch.zeros(0, dtype=torch.int64), method, 5)
+    nothing = softly_suppressed(
+        torch.zeros(0, 4), torch.zeros(0), torch.zeros(0, dtype=torch.int64), method, 5
+    )
     assert [len(part) for part in nothing] == [0, 0]
 
 

@@ -55,7 +55,10 @@ def objects(count: int, seed: int, crowd: int = 0) -> Instances:
     boxes_N4 = torch.cat([low, low + sides], dim=1)
     y, x = torch.meshgrid(torch.arange(SIDE) + 0.5, torch.arange(SIDE) + 0.5, indexing="ij")
     centres, radii = low + sides / 2, sides / 2
-    parts = [(x - cx) ** 2 / rx**2 + (y - cy) ** 2 / ry**2 < 1 for (cx, cy), (rx, ry) in zip(centres, radii, strict=True)]
+    parts = [
+        (x - cx) ** 2 / rx**2 + (y - cy) ** 2 / ry**2 < 1
+        for (cx, cy), (rx, ry) in zip(centres, radii, strict=True)
+    ]
     masks = packed(torch.stack(parts)) if parts else torch.zeros(0, SIDE, SIDE // 8, dtype=torch.uint8)
     places = torch.randint(0, PLACES, (SIDE, SIDE), generator=generator, dtype=torch.uint8)
     places[: SIDE // 4] = 255
@@ -86,6 +89,7 @@ def losses_of(outputs: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 # ---- torchvision
+
 
 def their_parts(ours: DetectionModule) -> tuple[RegionProposalNetwork, RoIHeads]:
     """torchvision's, with our weights; it samples all there is."""
@@ -137,7 +141,9 @@ def aligned(monkeypatch: pytest.MonkeyPatch) -> None:
     def masks(image: Tensor, rois: Tensor, size: Any, scale: float) -> Tensor:
         return (roi_align(image, rois, size, scale, 2, aligned=True) >= 0.5).float()
 
-    monkeypatch.setattr(poolers, "roi_align", lambda *args, **kwargs: roi_align(*args, **kwargs, aligned=True))
+    monkeypatch.setattr(
+        poolers, "roi_align", lambda *args, **kwargs: roi_align(*args, **kwargs, aligned=True)
+    )
     monkeypatch.setattr(their_heads, "roi_align", masks)
 
 
@@ -185,6 +191,7 @@ def test_losses_and_detections_equal_torchvision(aligned: None, monkeypatch: pyt
 
 # ---- what holds of every head
 
+
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("name", CONFIGS)
 def test_every_parameter_learns(model: str, name: str) -> None:
@@ -228,9 +235,7 @@ def test_an_image_learns_alike_in_any_batch(name: str) -> None:
     images, keys = pictures(3), torch.tensor([5, -6, 7])
     targets = [objects(5, seed=1, crowd=1), objects(0, seed=2), objects(17, seed=3)]
     together = losses_of(detector(images, targets, keys))
-    alone = [
-        losses_of(detector(images[row][None], [targets[row]], keys[row][None])) for row in range(3)
-    ]
+    alone = [losses_of(detector(images[row][None], [targets[row]], keys[row][None])) for row in range(3)]
     for key, value in together.items():
         # fp32, products of matrices of other heights.
         torch.testing.assert_close(value, sum(one[key] for one in alone), rtol=1e-4, atol=1e-6, msg=key)
@@ -254,11 +259,14 @@ def test_bf16_weights_have_fp32_boxes() -> None:
 
 # ---- cascade
 
+
 def test_stages_begin_with_the_boxes_of_the_one_before(monkeypatch: pytest.MonkeyPatch) -> None:
     """IoU 0.5, 0.6, 0.7; weights of the deltas grow, and those of the losses halve."""
     taken: list[tuple[Tensor, Tensor, float, cascade.Samples]] = []
 
-    def spied(boxes: Tensor, valid: Tensor, targets: Any, noise: Any, iou: float, *rest: Any) -> cascade.Samples:
+    def spied(
+        boxes: Tensor, valid: Tensor, targets: Any, noise: Any, iou: float, *rest: Any
+    ) -> cascade.Samples:
         samples = cascade_sampled(boxes, valid, targets, noise, iou, *rest)
         taken.append((boxes, valid, iou, samples))
         return samples
@@ -275,7 +283,9 @@ def test_stages_begin_with_the_boxes_of_the_one_before(monkeypatch: pytest.Monke
         samples, (boxes, valid, _, _) = taken[index][3], taken[index + 1]
         expected = decoded(deltas[index][:, 0], samples.boxes_BR4[0], weights).clamp(0, SIDE)
         torch.testing.assert_close(boxes[0], expected)
-        assert torch.equal(valid, samples.valid_BR & ~samples.given_BR), "objects' own boxes are no predictions"
+        assert torch.equal(valid, samples.valid_BR & ~samples.given_BR), (
+            "objects' own boxes are no predictions"
+        )
     assert [stage.loss_weight for stage in cascade.STAGES["htc"]] == [1, 0.5, 0.25]
 
 
@@ -292,7 +302,9 @@ def test_what_is_an_object_rises_with_the_stage() -> None:
         assert found.valid_BR.sum() == 5, "and the object's own"
         assert found.positive_BR.sum() == expected + 1
         assert found.given_BR.sum() == 1
-        assert sorted(found.labels_BR[found.valid_BR].tolist()) == [3] * (expected + 1) + [CLASSES] * (4 - expected)
+        assert sorted(found.labels_BR[found.valid_BR].tolist()) == [3] * (expected + 1) + [CLASSES] * (
+            4 - expected
+        )
 
 
 def test_masks_of_htc_know_of_those_before() -> None:
@@ -300,7 +312,7 @@ def test_masks_of_htc_know_of_those_before() -> None:
     detector = built("swin", CONFIGS["htc"]).eval()
     heads = detector.heads
     with torch.no_grad():
-        maps, logits, deltas = detector._maps(pictures(1))
+        maps, _, _ = detector._maps(pictures(1))
         features, _ = detector._features(maps, SIDE, SIDE)
         boxes, labels = torch.tensor([[[4.0, 4, 40, 30], [10, 20, 60, 64]]]), torch.tensor([1, 4])
         found = heads.masks(features, boxes, labels)
@@ -319,6 +331,7 @@ def test_masks_of_htc_know_of_those_before() -> None:
 
 
 # ---- places, attention, views
+
 
 def test_the_semantic_loss_goes_over_places_with_a_class() -> None:
     detector = built("swin", CONFIGS["htc"])

@@ -234,8 +234,8 @@ def softly_suppressed(
 ) -> tuple[Tensor, Tensor]:
     """Returns the surest boxes when the scores of others of their group fall with their overlap.
 
-    All groups take part at once: the surest box of all has a score that falls no more, so that after `count` of them the
-    surest `count` are known, and each costs one row of overlaps.
+    All groups take part at once: the surest box of all has a score that falls no more, so that after `count` of them
+    the surest `count` are known, and each costs one row of overlaps.
 
     Args:
         boxes_M4: fp32.

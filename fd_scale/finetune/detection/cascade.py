@@ -130,9 +130,7 @@ def sampled(
         boxes_M4 = torch.cat([objects.boxes_N4, boxes_P4])
         usable_M = torch.cat([~objects.crowd_N, valid_P])
         found = matched(boxes_M4, objects, below=iou, above=iou)
-        found = found._replace(
-            positive_M=found.positive_M & usable_M, negative_M=found.negative_M & usable_M
-        )
+        found = found._replace(positive_M=found.positive_M & usable_M, negative_M=found.negative_M & usable_M)
         noise_M = counter_hash(key, stream, len(boxes_M4))
         picked = chosen(found, noise_M, count, max(1, int(count * POSITIVE_SHARE)))
         object_R = found.object_M[picked.index_R]
@@ -217,15 +215,18 @@ class BoxAndMaskHeads(nn.Module):
             valid_BR = samples.valid_BR & ~samples.given_BR
             if len(self.mask_bodies):
                 if self.interleaved:
-                    samples = self._sampled(
-                        boxes_BR4, valid_BR, targets, (keys_B, 2 + 2 * index), stage.iou
-                    )
+                    samples = self._sampled(boxes_BR4, valid_BR, targets, (keys_B, 2 + 2 * index), stage.iou)
                 mask_loss = self._mask_loss(index, features, samples, targets)
                 outputs[f"mask_{index + 1}"] = stage.loss_weight * mask_loss
         return outputs | {"boxes": boxes_BR4, "scores": scores_BR, "labels": labels_BR}
 
     def _sampled(
-        self, boxes_BP4: Tensor, valid_BP: Tensor, targets: list[Instances], noise: tuple[Tensor, int], iou: float
+        self,
+        boxes_BP4: Tensor,
+        valid_BP: Tensor,
+        targets: list[Instances],
+        noise: tuple[Tensor, int],
+        iou: float,
     ) -> Samples:
         return sampled(boxes_BP4, valid_BP, targets, noise, iou, self.rois_per_image, self.num_classes)
 

@@ -23,7 +23,12 @@ class Conv(nn.Conv2d):
     """
 
     def __init__(
-        self, in_channels: int, out_channels: int, kernel_size: int, std: float | None = None, bias: bool = True
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int,
+        std: float | None = None,
+        bias: bool = True,
     ) -> None:
         super().__init__(in_channels, out_channels, kernel_size, padding=kernel_size // 2, bias=bias)
         _initialise(self, std)
@@ -70,8 +75,8 @@ class ChannelNorm(nn.LayerNorm):
 class SelfAttention(nn.Module):
     """x + attention over all places of a map (B, C, h, w), each head of 32 channels where they divide.
 
-    The source says no more than "an extra global self-attention layer appended at the output of last stage": norm, heads
-    and the residual connection are those of a pre-norm transformer, and there is no position encoding.
+    The source says no more than "an extra global self-attention layer appended at the output of last stage": norm,
+    heads and the residual connection are those of a pre-norm transformer, and there is no position encoding.
 
     Source: Liu et al. 2021 (arXiv:2103.14030), supplement, object detection (HTC++).
     """

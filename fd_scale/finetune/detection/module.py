@@ -172,9 +172,7 @@ class DetectionModule(nn.Module):
             masks_Nmm = self._masks(views, all_features, boxes_N4, labels_N)
         return {"boxes_N4": boxes_N4, "scores_N": scores_N, "labels_N": labels_N, "masks_Nmm": masks_Nmm}
 
-    def _best(
-        self, boxes_M4: Tensor, scores_M: Tensor, labels_M: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def _best(self, boxes_M4: Tensor, scores_M: Tensor, labels_M: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         most = self.config.max_detections
         # Candidates of equal score keep their order, whatever sorts later.
         order_M = scores_M.argsort(descending=True, stable=True)
@@ -212,7 +210,9 @@ def semantic_error(logits_BShw: Tensor, maps: list[Tensor]) -> Tensor:
             losses.append(0 * logits_Shw.sum())
             continue
         wanted_hw = at_places(map_HW, *logits_Shw.shape[1:]).long()
-        losses.append(F.cross_entropy(logits_Shw[None], wanted_hw[None], ignore_index=IGNORED, reduction="sum"))
+        losses.append(
+            F.cross_entropy(logits_Shw[None], wanted_hw[None], ignore_index=IGNORED, reduction="sum")
+        )
     return torch.stack(losses).sum()
 
 

@@ -99,9 +99,7 @@ class SimplePyramid(nn.Module):
         [tokens_BLD] = layers_BLD
         patches_BLD = tokens_BLD[:, self.num_prefix_tokens :]
         map_BDhw = patches_BLD.mT.unflatten(2, (-(-height // self.side), -(-width // self.side)))
-        return [
-            output(resize(map_BDhw)) for resize, output in zip(self.resizes, self.outputs, strict=True)
-        ]
+        return [output(resize(map_BDhw)) for resize, output in zip(self.resizes, self.outputs, strict=True)]
 
 
 def neck_of(backbone: Backbone, channels: int, global_attention: bool) -> FeaturePyramid | SimplePyramid:

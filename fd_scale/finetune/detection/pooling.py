@@ -67,9 +67,7 @@ def _cut(map_BChw: Tensor, rois_R5: Tensor, stride: float, side: int) -> Tensor:
     return roi_align(map_BChw, rois_R5, side, 1 / stride, SAMPLES, aligned=True)
 
 
-def mask_targets(
-    masks_NHw: Tensor, width: int, object_R: Tensor, boxes_R4: Tensor, side: int
-) -> Tensor:
+def mask_targets(masks_NHw: Tensor, width: int, object_R: Tensor, boxes_R4: Tensor, side: int) -> Tensor:
     """Cuts boxes out of packed masks: bool (R, m, m), where the mean of four bilinear samples is 0.5 or more.
 
     Bits are looked up where they lie: unpacked masks of a hundred objects of 1536 px would be 1 GiB.

@@ -87,7 +87,7 @@ class RegionProposals(nn.Module):
     def anchors(self, maps: list[Tensor]) -> list[Tensor]:
         """Returns the anchors of each map, (h * w * A, 4)."""
         return [
-            anchors_of(*map_BChw.shape[2:], stride, map_BChw.device)
+            anchors_of(map_BChw.shape[2], map_BChw.shape[3], stride, map_BChw.device)
             for map_BChw, stride in zip(maps, self.strides, strict=True)
         ]
 
@@ -107,7 +107,9 @@ class RegionProposals(nn.Module):
             boxes_BP4, the surest first, and valid_BP: an image with fewer has zeros at its end; P is at least 1.
         """
         boxes, scores, levels = [], [], []
-        for level, (logits_BM, deltas_BM4, anchors_M4) in enumerate(zip(logits, deltas, anchors, strict=True)):
+        for level, (logits_BM, deltas_BM4, anchors_M4) in enumerate(
+            zip(logits, deltas, anchors, strict=True)
+        ):
             # Stable, and not topk: scores that saturate are equal.
             order_BM = logits_BM.detach().argsort(dim=1, descending=True, stable=True)
             best_BM = order_BM[:, : MOST_OF_A_MAP[self.training]]
@@ -146,7 +148,11 @@ class RegionProposals(nn.Module):
             targets: objects of each image.
             keys_B: int64; the anchors that are sampled are a function of an image's key.
         """
-        all_logits_BM, all_deltas_BM4, anchors_M4 = torch.cat(logits, 1), torch.cat(deltas, 1), torch.cat(anchors)
+        all_logits_BM, all_deltas_BM4, anchors_M4 = (
+            torch.cat(logits, 1),
+            torch.cat(deltas, 1),
+            torch.cat(anchors),
+        )
         class_losses, box_losses = [], []
         for logits_M, deltas_M4, objects, key in zip(
             all_logits_BM, all_deltas_BM4, targets, keys_B, strict=True

@@ -5,6 +5,7 @@ Shape legend: B = images, C = channels of an image, H, W = pixels, N = objects, 
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from fd_scale.config import Recipe
 from fd_scale.data import IGNORED, Batch, Source, TrainLoader
 from fd_scale.data.instances import Detections, Instances
 from fd_scale.distributed import World
-from fd_scale.evaluation import EvaluationSet, Forward
+from fd_scale.evaluation import Detection, EvaluationSet, Forward, Progress, detection_of
 from fd_scale.finetune.classes import agreed_classes
 from fd_scale.finetune.detection.boxes import NMS_IOU, suppressed
 from fd_scale.finetune.detection.module import DetectionModule, at_places
@@ -46,7 +47,11 @@ class DetectionTask:
         assert recipe.detection is not None, "a recipe of task detection has its section"
         self.config = recipe.detection
         self.num_classes = agreed_classes(
-            recipe, self.config.num_classes, source, None if evaluation is None else evaluation.source, least=1
+            recipe,
+            self.config.num_classes,
+            source,
+            None if evaluation is None else evaluation.source,
+            least=1,
         )
         self.class_names = None if source is None else source.class_names
         self.seed = recipe.seed
@@ -72,7 +77,9 @@ class DetectionTask:
         if self.config.semantic_classes:
             size = self.module.semantic_size(*batch.images.shape[2:])
             maps = [objects.semantic_HW for objects in batch.instances if objects.semantic_HW.numel()]
-            found["semantic"] = float(sum(int((at_places(map_HW, *size) != IGNORED).sum()) for map_HW in maps))
+            found["semantic"] = float(
+                sum(int((at_places(map_HW, *size) != IGNORED).sum()) for map_HW in maps)
+            )
         for stage in range(1, len(self.module.heads.stages) + 1):
             found |= {f"class_{stage}": images, f"box_{stage}": images}
             if self.config.masks:
@@ -90,6 +97,16 @@ class DetectionTask:
             "keys_B": torch.from_numpy(keys_B).to(device, non_blocking=True),
             "drop_path_scale_RB": drop_path_scale(rates, self.seed, batch.positions, device),
         }
+
+    def evaluate(self, forward: Forward, world: World) -> dict[str, float]:
+        """Measures AP of boxes and of masks over the evaluation source."""
+        return {} if self.evaluation is None else self.measure(self.evaluation, forward, world).metrics
+
+    def measure(
+        self, evaluation: EvaluationSet, forward: Forward, world: World, progress: Progress | None = None
+    ) -> Detection:
+        """Measures AP, by class too; see `detection_of`."""
+        return detection_of(evaluation, partial(self.detect, forward=forward), 1, world, progress)
 
     def detect(self, image_CHW: Tensor, forward: Forward) -> Detections:
         """Returns what is found in an image, uint8, by one call of the module's forward."""
