@@ -201,9 +201,9 @@ def _evaluation_data(subject: _Subject) -> str:
         source,
         measuring_transform(recipe),
         # Whole images differ in size; they are shared in another way, over any number of ranks.
-        batch_size=recipe.train.micro_batch if recipe.segmentation is None else 1,
+        batch_size=recipe.train.micro_batch if recipe.targets == "labels" else 1,
         rank=0,
-        world_size=subject.num_ranks if recipe.segmentation is None else 1,
+        world_size=subject.num_ranks if recipe.targets == "labels" else 1,
         num_workers=0,
     )
     with contextlib.closing(batches):
@@ -218,7 +218,7 @@ def _length(subject: _Subject) -> str:
     recipe = subject.recipe
     loader = TrainLoader(
         subject.source,
-        training_transform(recipe),
+        training_transform(recipe, subject.source),
         seed=recipe.seed,
         global_batch=recipe.train.global_batch,
         micro_batch=subject.resolved["train_micro_batch_size_per_gpu"],
