@@ -317,7 +317,7 @@ def build_trainer(
 
 
 def _loader(recipe: Recipe, source: Source, micro_batch: int, world: World) -> TrainLoader:
-    transform, num_workers = training_transform(recipe), recipe.data.num_workers
+    transform, num_workers = training_transform(recipe, source), recipe.data.num_workers
     if recipe.linear_probe is not None:
         features = features_of(_evaluation_set(recipe, source), Path(recipe.run_dir) / "features/train")
         source, transform, num_workers = features.source, features.transform, features.num_workers

@@ -216,7 +216,7 @@ def _length(subject: _Subject) -> str:
     recipe = subject.recipe
     loader = TrainLoader(
         subject.source,
-        training_transform(recipe),
+        training_transform(recipe, subject.source),
         seed=recipe.seed,
         global_batch=recipe.train.global_batch,
         micro_batch=subject.resolved["train_micro_batch_size_per_gpu"],

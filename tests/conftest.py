@@ -151,7 +151,8 @@ def write_objects(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[.
                 )
                 segmentation: Any = [[left, top, left + side, top, left + side, top + side, left, top + side]]
                 if disc := position % 2 == 1:
-                    inside = (rows - top - side / 2) ** 2 + (columns - left - side / 2) ** 2 < (side / 2) ** 2
+                    middle = side / 2 - 0.5  # of pixels, so that the disc fills its box
+                    inside = (rows - top - middle) ** 2 + (columns - left - middle) ** 2 < (side / 2) ** 2
                     edges = np.flatnonzero(np.diff(inside.T.ravel(), prepend=False, append=False))
                     counts = np.diff(edges, prepend=0, append=inside.size).tolist()
                     segmentation = {"size": [height, width], "counts": counts}
