@@ -19,7 +19,7 @@ def values(recipe_values: Values, write_objects: Callable[..., str], tmp_path: P
     source = write_objects(tmp_path / "objects")
     defaults = {
         "data__train": source, "data__evaluation": source, "train__global_batch": 4, "train__micro_batch": 2,
-        "train__steps": 4, "model__img_size": 48,
+        "train__steps": 4, "model__img_size": 48, "optim__lr": 1e-4,
     }  # fmt: skip
 
     def make(name: str, **changes: Any) -> dict[str, Any]:
@@ -37,8 +37,12 @@ HTC = {"channels": 16, "rois_per_image": 32, "head": "htc", "global_attention": 
     ids=["mask_rcnn, ZeRO-1", "htc, ZeRO-3"],
 )
 def test_two_ranks_equal_one(values: Values, stage: int, checkpointing: str, section: dict[str, Any]) -> None:
-    """With ever more for one rank to do than for the other: ZeRO-3 gathers each layer on both, or waits for ever."""
-    alone = values("alone", train__micro_batch=4, detection=section)
+    """One rank has objects where the other has none: ZeRO-3 gathers each layer on both, or waits for ever.
+
+    Micro-batches are of one image: of another size a convolution rounds otherwise, and untrained scores lie so close that
+    their order changes. That an image learns alike in any batch is a unit test's.
+    """
+    alone = values("alone", train__micro_batch=1, detection=section)
     together = values(
         "together", train__ds_config=f"zero{stage}", train__micro_batch=1,
         train__activation_checkpointing=checkpointing, detection=section,
@@ -46,8 +50,9 @@ def test_two_ranks_equal_one(values: Values, stage: int, checkpointing: str, sec
     run_ranks(cases.train, 1, alone)
     run_ranks(cases.train, 2, together)
     found, expected = (np.array(cases.curve(run["run_dir"])) for run in (together, alone))
-    # fp32 sums in another order, which AdamW's division amplifies; a box at a threshold of IoU may go either way later.
-    np.testing.assert_allclose(found[:2], expected[:2], rtol=1e-4)
+    # fp32 sums in another order.
+    np.testing.assert_allclose(found[0], expected[0], rtol=1e-5)
+    # AdamW's division amplifies that, and scores or overlaps that are almost equal then go the other way.
     np.testing.assert_allclose(found[:, 0], expected[:, 0], rtol=1e-2)
     assert len(set(expected[:, 0])) == 4
 

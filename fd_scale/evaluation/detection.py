@@ -1,5 +1,0 @@
-"""Stub."""
-from typing import Any
-Detection = Any
-def detection_of(*args: Any) -> Any:
-    raise NotImplementedError
