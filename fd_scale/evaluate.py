@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 import re
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -17,11 +18,12 @@ from rich.table import Table
 from fd_scale import run_folder
 from fd_scale.checkpoint import newest_checkpoint, read_manifest, verify, write_atomically
 from fd_scale.config import Recipe, to_dict
+from fd_scale.data import object_source
 from fd_scale.distributed import World
 from fd_scale.engine import saved_weights
 from fd_scale.errors import UserError
-from fd_scale.evaluation import Accuracy, Progress, Segmentation, reassessed_labels
-from fd_scale.finetune import ClassificationTask, SegmentationTask
+from fd_scale.evaluation import Progress, reassessed_labels, write_results
+from fd_scale.finetune import ClassificationTask, DetectionTask, SegmentationTask
 from fd_scale.log import console
 from fd_scale.models import dtype_of
 from fd_scale.trainer import Task
@@ -118,7 +120,7 @@ def evaluate_task(
         real: as `reassessed_labels` takes it; none: without.
 
     Returns:
-        The metrics, with `step`, `source` and, of a classifier or a segmentation, `classes`.
+        The metrics, with `step`, `source` and, of what knows classes, `classes`.
 
     Raises:
         UserError: the images do not fit the task.
@@ -131,30 +133,13 @@ def evaluate_task(
     world.on_main(partial(_make, file.parent))
     with torch.no_grad():
         if isinstance(task, ClassificationTask):
-            assert task.evaluation is not None, "the recipe names images"
-            source = task.evaluation.source
-            reassessed = reassessed_labels(real, source, task.module.head.out_features) if real else None
-            accuracy = task.accuracy(task.evaluation, task.module, world, reassessed)
-            found |= accuracy.to_json(source.class_names)
-            table = accuracy_table(accuracy, source.class_names)
-        elif isinstance(task, SegmentationTask):
-            assert task.evaluation is not None, "the recipe names images"
-            names = task.evaluation.source.class_names
-            changes = _changes(recipe, run)
-            manifest = hashlib.sha256((checkpoint / "manifest.json").read_bytes()).hexdigest()
-            of = json.dumps(
-                [manifest, task.evaluation.source.fingerprint, str(recipe.data.evaluation), changes]
-            )
-            progress = Progress(file=file.with_suffix(".progress"), of=of)
-            overlap = task.segmentation(task.evaluation, task.module, world, progress)
-            found |= overlap.to_json(names)
-            table = segmentation_table(overlap, names)
+            more, table = _measured_classifier(task, world, real)
+        elif isinstance(task, SegmentationTask | DetectionTask):
+            more, table = _measured_images(task, recipe, run, checkpoint, file, world)
         else:
-            metrics = task.evaluate(task.module, world)
-            found |= metrics
-            table = Table("metric", "value")
-            for name, value in metrics.items():
-                table.add_row(name, f"{value:.5g}")
+            more = task.evaluate(task.module, world)
+            table = _table("", {name: f"{value:.5g}" for name, value in more.items()})
+    found |= more
     if world.is_main:
         try:
             write_atomically(file, json.dumps(found, indent=1))
@@ -164,6 +149,61 @@ def evaluate_task(
         console.print(table)
         console.print(f"written to {file}", soft_wrap=True)
     return found
+
+
+def _measured_classifier(
+    task: ClassificationTask, world: World, real: str | None
+) -> tuple[dict[str, Any], Table]:
+    assert task.evaluation is not None, "the recipe names images"
+    source = task.evaluation.source
+    reassessed = reassessed_labels(real, source, task.module.head.out_features) if real else None
+    accuracy = task.accuracy(task.evaluation, task.module, world, reassessed)
+    shown = {
+        name: f"{value:.4f}" if name in ("loss", "calibration_error") else f"{value:.2%}"
+        for name, value in accuracy.metrics.items()
+    }
+    worst = {
+        label: f"{accuracy.class_top1[label]:.2%} of {accuracy.class_images[label]}"
+        for label in accuracy.worst_classes(NUM_WORST)
+    }
+    table = _table(f"{accuracy.num_images} images", shown, worst, source.class_names)
+    return accuracy.to_json(source.class_names), table
+
+
+def _measured_images(
+    task: SegmentationTask | DetectionTask,
+    recipe: Recipe,
+    run: Path,
+    checkpoint: Path,
+    file: Path,
+    world: World,
+) -> tuple[dict[str, Any], Table]:
+    """Measures whole images, one at a time; what is known on the way lies beside `file`, and so do detections."""
+    assert task.evaluation is not None, "the recipe names images"
+    source = task.evaluation.source
+    manifest = hashlib.sha256((checkpoint / "manifest.json").read_bytes()).hexdigest()
+    of = json.dumps([manifest, source.fingerprint, str(recipe.data.evaluation), _changes(recipe, run)])
+    progress = Progress(file=file.with_suffix(".progress"), of=of)
+    if isinstance(task, SegmentationTask):
+        overlap = task.measure(task.evaluation, task.module, world, progress)
+        title, metrics = f"{overlap.matrix.sum() / 1e6:.1f} M pixels", overlap.metrics
+        worst = {label: overlap.class_iou[label] for label in overlap.worst_classes(NUM_WORST)}
+        found = overlap.to_json(source.class_names)
+    else:
+        detection = task.measure(task.evaluation, task.module, world, progress)
+        if world.is_main:
+            target = file.with_suffix(".detections.json")
+            try:
+                write_results(target, object_source(source), detection.found)
+            except OSError as error:
+                raise run_folder.not_writable(file.parent, error) from None
+            console.print(f"detections in COCO's format: {target}", soft_wrap=True)
+        title, metrics = f"{detection.num_images} images", detection.metrics
+        key = "mask_ap" if "mask_ap" in metrics else "box_ap"
+        worst = {label: detection.classes[label][key] for label in detection.worst_classes(NUM_WORST)}
+        found = detection.to_json(source.class_names)
+    shown, shown_worst = ({key: f"{value:.2%}" for key, value in part.items()} for part in (metrics, worst))
+    return found, _table(title, shown, shown_worst, source.class_names)
 
 
 def _make(folder: Path) -> None:
@@ -197,26 +237,17 @@ def _file_name(checkpoint: Path, recipe: Recipe, run: Path) -> str:
     return f"{checkpoint.name}-{suffix}-{digest}.json"
 
 
-def accuracy_table(accuracy: Accuracy, class_names: list[str] | None) -> Table:
-    """Shows the metrics, then the classes that fare worst."""
-    table = Table("metric", "value", title=f"{accuracy.num_images} images")
-    for name, value in accuracy.metrics.items():
-        table.add_row(name, f"{value:.4f}" if name in ("loss", "calibration_error") else f"{value:.2%}")
+def _table(
+    title: str,
+    metrics: Mapping[str, str],
+    worst: Mapping[int, str] | None = None,
+    class_names: list[str] | None = None,
+) -> Table:
+    """Shows metrics, then the classes that fare worst."""
+    table = Table("metric", "value", title=title)
+    for name, value in metrics.items():
+        table.add_row(name, value)
     table.add_section()
-    for label in accuracy.worst_classes(NUM_WORST):
-        name = class_names[label] if class_names else str(label)
-        images = accuracy.class_images[label]
-        table.add_row(f"class {label} {name}", f"{accuracy.class_top1[label]:.2%} of {images}")
-    return table
-
-
-def segmentation_table(overlap: Segmentation, class_names: list[str] | None) -> Table:
-    """Shows the metrics, then the classes that fare worst."""
-    table = Table("metric", "value", title=f"{overlap.matrix.sum() / 1e6:.1f} M pixels")
-    for name, value in overlap.metrics.items():
-        table.add_row(name, f"{value:.2%}")
-    table.add_section()
-    for label in overlap.worst_classes(NUM_WORST):
-        name = class_names[label] if class_names else str(label)
-        table.add_row(f"class {label} {name}", f"{overlap.class_iou[label]:.2%}")
+    for label, value in (worst or {}).items():
+        table.add_row(f"class {label} {class_names[label] if class_names else label}", value)
     return table

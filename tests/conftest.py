@@ -158,7 +158,7 @@ def write_objects(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[.
                     segmentation = {"size": [height, width], "counts": counts}
                 pixels[inside] = (220, 60, 40) if disc else (50, 70, 210)
                 annotations.append({
-                    "id": 100 * index + position, "image_id": 10 * index + 5, "category_id": 7 if disc else 3,
+                    "id": 100 * index + position + 1, "image_id": 10 * index + 5, "category_id": 7 if disc else 3,
                     "bbox": [left, top, side, side], "area": int(inside.sum()),
                     "iscrowd": int(index % 3 == 0 and disc), "segmentation": segmentation,
                 })  # fmt: skip

@@ -212,7 +212,9 @@ def test_a_detection_step_of_shapes(name: str) -> None:
     outputs = task.module(**task.inputs(batch))
     losses = {key: value for key, value in outputs.items() if value.requires_grad}
     kinds = ["class", "box"] + ["mask"] * task.config.masks
-    assert set(losses) == {"rpn_class", "rpn_box"} | {f"{kind}_{stage}" for kind in kinds for stage in (1, 2, 3)}
+    assert set(losses) == {"rpn_class", "rpn_box"} | {
+        f"{kind}_{stage}" for kind in kinds for stage in (1, 2, 3)
+    }
     assert outputs["boxes"].shape == (1, 512, 4)
     torch.stack(list(losses.values())).sum().backward()
     assert all(parameter.grad is not None for parameter in task.module.parameters())

@@ -5,16 +5,15 @@ Shape legend: C = channels, H, W = pixels, N = objects, m = side of a mask in it
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import numpy as np
-import torch
-import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
+from pycocotools import mask as coco_mask
 from torch import Tensor
 
 from fd_scale.data.instances import Detections, Instances, unpacked
+from fd_scale.evaluation import compact
 from fd_scale.finetune.segmentation.pictures import colours
 
 _CROWD = "crowd"
@@ -45,31 +44,17 @@ def with_detections(
         least_score: others are not shown.
     """
     shown = Detections(*(part[found.scores_N >= least_score].cpu() for part in found))
-    masks_NHW = None
+    masks_NHW: Sequence[np.ndarray] | None = None
     if shown.masks_Nmm.shape[1]:
-        masks_NHW = pasted(shown, *image_CHW.shape[1:])
+        height, width = image_CHW.shape[1:]
+        runs = compact(shown, height, width)["masks"]  # the pixels that AP is measured of
+        masks_NHW = [coco_mask.decode({"size": [height, width], "counts": counts}) > 0 for counts in runs]
     captions = [
         f"{_name(label, class_names)} {score:.2f}"
         for label, score in zip(shown.labels_N.tolist(), shown.scores_N.tolist(), strict=True)
     ]
     image = image_CHW.permute(1, 2, 0).cpu().numpy()
     return np.asarray(_drawn(image, shown.boxes_N4, shown.labels_N, masks_NHW, captions))
-
-
-def pasted(found: Detections, height: int, width: int) -> np.ndarray:
-    """Returns masks, bool (N, H, W): where a pixel's centre lies in the box, and its probability is 0.5 or more."""
-    masks = np.zeros((len(found.scores_N), height, width), dtype=bool)
-    for mask_HW, mask_mm, box in zip(masks, found.masks_Nmm, found.boxes_N4.tolist(), strict=True):
-        left, top = (max(0, math.floor(edge)) for edge in box[:2])
-        right, bottom = min(width, math.ceil(box[2])), min(height, math.ceil(box[3]))
-        x, y = (
-            (torch.arange(first, last) + 0.5 - low) / max(high - low, 1e-6) * 2 - 1
-            for first, last, low, high in ((left, right, box[0], box[2]), (top, bottom, box[1], box[3]))
-        )
-        grid = torch.stack([x.expand(len(y), -1), y[:, None].expand(-1, len(x))], dim=-1)
-        values = F.grid_sample(mask_mm[None, None], grid[None], align_corners=False)[0, 0]
-        mask_HW[top:bottom, left:right] = (values >= 0.5).numpy()
-    return masks
 
 
 def _name(label: int, class_names: Sequence[str] | None) -> str:
@@ -80,7 +65,7 @@ def _drawn(
     image_HWC: np.ndarray,
     boxes_N4: Tensor,
     labels_N: Tensor,
-    masks_NHW: np.ndarray | None,
+    masks_NHW: Sequence[np.ndarray] | None,
     captions: Sequence[str],
 ) -> Image.Image:
     picture = image_HWC.astype(np.float32)

@@ -106,7 +106,7 @@ class DetectionTask:
         self, evaluation: EvaluationSet, forward: Forward, world: World, progress: Progress | None = None
     ) -> Detection:
         """Measures AP, by class too; see `detection_of`."""
-        return detection_of(evaluation, partial(self.detect, forward=forward), 1, world, progress)
+        return detection_of(evaluation, partial(self.detect, forward=forward), world, progress)
 
     def detect(self, image_CHW: Tensor, forward: Forward) -> Detections:
         """Returns what is found in an image, uint8, by one call of the module's forward."""
