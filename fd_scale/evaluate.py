@@ -202,8 +202,9 @@ def _measured_images(
         key = "mask_ap" if "mask_ap" in metrics else "box_ap"
         worst = {label: detection.classes[label][key] for label in detection.worst_classes(NUM_WORST)}
         found = detection.to_json(source.class_names)
-    shown, shown_worst = ({key: f"{value:.2%}" for key, value in part.items()} for part in (metrics, worst))
-    return found, _table(title, shown, shown_worst, source.class_names)
+    shown = {name: f"{value:.2%}" for name, value in metrics.items()}
+    of_classes = {label: f"{value:.2%}" for label, value in worst.items()}
+    return found, _table(title, shown, of_classes, source.class_names)
 
 
 def _make(folder: Path) -> None:

@@ -39,8 +39,8 @@ HTC = {"channels": 16, "rois_per_image": 32, "head": "htc", "global_attention": 
 def test_two_ranks_equal_one(values: Values, stage: int, checkpointing: str, section: dict[str, Any]) -> None:
     """One rank has objects where the other has none: ZeRO-3 gathers each layer on both, or waits for ever.
 
-    Micro-batches are of one image: of another size a convolution rounds otherwise, and untrained scores lie so close that
-    their order changes. That an image learns alike in any batch is a unit test's.
+    Micro-batches are of one image: of another size a convolution rounds otherwise, and untrained scores lie so close
+    that their order changes. That an image learns alike in any batch is a unit test's.
     """
     alone = values("alone", train__micro_batch=1, detection=section)
     together = values(

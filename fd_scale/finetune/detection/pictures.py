@@ -21,9 +21,9 @@ _CROWD = "crowd"
 
 def with_truth(image_CHW: Tensor, objects: Instances, class_names: Sequence[str] | None) -> np.ndarray:
     """Returns an image, uint8, with what is known of its objects, uint8 (H, W, 3); names: none are numbers."""
-    masks_NHW = None
+    masks_NHW: Sequence[np.ndarray] | None = None
     if objects.has_masks:
-        masks_NHW = unpacked(objects.masks_NHw, image_CHW.shape[2]).bool().cpu().numpy()
+        masks_NHW = list(unpacked(objects.masks_NHw, image_CHW.shape[2]).bool().cpu().numpy())
     captions = [
         _CROWD if crowd else _name(label, class_names)
         for label, crowd in zip(objects.labels_N.tolist(), objects.crowd_N.tolist(), strict=True)
