@@ -38,7 +38,14 @@ from fd_scale.evaluate import evaluate_task, find_checkpoint, recipe_of, restore
 from fd_scale.evaluation import EvaluationSet
 from fd_scale.export import convert, export, interpolate
 from fd_scale.fetch import fetch
-from fd_scale.finetune import ClassificationTask, LinearProbeTask, SegmentationTask, features_of
+from fd_scale.finetune import (
+    ClassificationTask,
+    DetectionTask,
+    LinearProbeTask,
+    SegmentationTask,
+    features_of,
+    fine_tuning_task,
+)
 from fd_scale.hardware import find_gpu
 from fd_scale.lock import RunLock
 from fd_scale.log import console
@@ -160,31 +167,38 @@ def _to_evaluate(recipe: Recipe) -> tuple[Task, Recipe, World]:
 def predict(
     path: str | Path, images: str | Path, out: str | Path, overrides: Sequence[str] = (), masks: bool = False
 ) -> list[Path]:
-    """Writes what a segmentation's checkpoint makes of images, a picture each.
+    """Writes what the checkpoint of a segmentation or a detection makes of images, a picture each.
 
     Args:
         path: folder of the run, or one of its checkpoints.
         images: an image file, or a folder of them.
         out: folder of the pictures.
         overrides: `key=value` settings that replace the recipe's, e.g. `segmentation.flip_too=true`.
-        masks: whether masks are wanted in place of pictures, see `fd_scale.predict.predict_images`.
+        masks: whether a segmentation's masks are wanted in place of pictures, see `fd_scale.predict.predict_images`.
 
     Returns:
         The pictures.
 
     Raises:
-        UserError: the run is no segmentation, there is no whole checkpoint, or an image cannot be read.
+        UserError: the run is neither, or masks are wanted of a detection; there is no whole checkpoint, or an image
+            cannot be read.
     """
     alone = World(rank=0, local_rank=0, size=1, device=torch.device("cpu"))
     run, checkpoint = find_checkpoint(Path(path), alone)
     recipe = recipe_of(run, checkpoint, list(overrides), images_needed=False)
-    if recipe.segmentation is None:
+    if recipe.segmentation is None and recipe.detection is None:
         raise UserError(
-            f"{run}: predict paints classes of pixels, and its task is {recipe.task}; name a segmentation"
+            f"{run}: predict shows classes of pixels, or objects, and its task is {recipe.task}; name a "
+            "segmentation or a detection"
+        )
+    if masks and recipe.segmentation is None:
+        raise UserError(
+            f"--masks: a class for each pixel is what a segmentation predicts, {run} is of task {recipe.task}; leave "
+            "it out, or take the detections that evaluate writes"
         )
     recipe = replace(recipe, data=replace(recipe.data, evaluation=None))
     task, recipe, world = _to_evaluate(recipe)
-    assert isinstance(task, SegmentationTask), "the recipe's task"
+    assert isinstance(task, SegmentationTask | DetectionTask), "the recipe's task"
     restore(task, recipe, checkpoint, world)
     return predict_images(task, class_names_of(recipe), Path(images), Path(out), world.device, masks)
 
@@ -304,7 +318,7 @@ def build_trainer(
 
 
 def _loader(recipe: Recipe, source: Source, micro_batch: int, world: World) -> TrainLoader:
-    transform, num_workers = training_transform(recipe), recipe.data.num_workers
+    transform, num_workers = training_transform(recipe, source), recipe.data.num_workers
     if recipe.linear_probe is not None:
         features = features_of(_evaluation_set(recipe, source), Path(recipe.run_dir) / "features/train")
         source, transform, num_workers = features.source, features.transform, features.num_workers
@@ -400,9 +414,7 @@ def build_task(
             return ContrastiveTask(recipe)
         if recipe.masked is not None:
             return MaskedTask(recipe, evaluation)
-        if recipe.segmentation is not None:
-            return SegmentationTask(recipe, evaluation, source)
-        return ClassificationTask(recipe, evaluation, source)
+        return fine_tuning_task(recipe, evaluation, source)
 
 
 def _evaluation_set(recipe: Recipe, source: Source) -> EvaluationSet:

@@ -38,7 +38,7 @@ from fd_scale.distill import DistillationTask
 from fd_scale.distributed import choose_device
 from fd_scale.errors import UserError
 from fd_scale.fetch import named_files
-from fd_scale.finetune import ClassificationTask, SegmentationTask
+from fd_scale.finetune import FineTuningTask, fine_tuning_task
 from fd_scale.finetune.labels import doubts_of_labels
 from fd_scale.hardware import find_gpu
 from fd_scale.models import Backbone, build_model, resolved
@@ -83,7 +83,7 @@ class _Subject:
     def num_trained(self) -> int:
         """Parameters of the trained module."""
         recipe = self.recipe
-        task: DistillationTask | ContrastiveTask | MaskedTask | ClassificationTask | SegmentationTask
+        task: DistillationTask | ContrastiveTask | MaskedTask | FineTuningTask
         with torch.device("meta"):
             if recipe.task == "distill":
                 task = DistillationTask(recipe, None)
@@ -94,10 +94,8 @@ class _Subject:
             elif recipe.linear_probe is not None:
                 num_features = build_model(replace(recipe.model, weights=None)).num_features
                 return (num_features + 1) * self.source.num_classes * len(recipe.linear_probe.lr_factors)
-            elif recipe.segmentation is not None:
-                task = SegmentationTask(recipe, None, self.source)
             else:
-                task = ClassificationTask(recipe, None, self.source)
+                task = fine_tuning_task(recipe, None, self.source)
         return sum(parameter.numel() for parameter in task.module.parameters())
 
     @property
@@ -201,9 +199,9 @@ def _evaluation_data(subject: _Subject) -> str:
         source,
         measuring_transform(recipe),
         # Whole images differ in size; they are shared in another way, over any number of ranks.
-        batch_size=recipe.train.micro_batch if recipe.segmentation is None else 1,
+        batch_size=recipe.train.micro_batch if recipe.targets == "labels" else 1,
         rank=0,
-        world_size=subject.num_ranks if recipe.segmentation is None else 1,
+        world_size=subject.num_ranks if recipe.targets == "labels" else 1,
         num_workers=0,
     )
     with contextlib.closing(batches):
@@ -218,7 +216,7 @@ def _length(subject: _Subject) -> str:
     recipe = subject.recipe
     loader = TrainLoader(
         subject.source,
-        training_transform(recipe),
+        training_transform(recipe, subject.source),
         seed=recipe.seed,
         global_batch=recipe.train.global_batch,
         micro_batch=subject.resolved["train_micro_batch_size_per_gpu"],

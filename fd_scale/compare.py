@@ -24,7 +24,7 @@ from fd_scale.log import console
 from fd_scale.metrics import read_metrics
 from fd_scale.run_folder import not_writable
 
-METRICS = {"classification": "top1", "linear_probe": "top1", "segmentation": "miou"}
+METRICS = {"classification": "top1", "linear_probe": "top1", "segmentation": "miou", "detection": "box_ap"}
 """Of each task that can be compared."""
 NAMES = {"top1": "top-1", "miou": "mIoU"}
 """Of the metrics, as people write them."""

@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 import re
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -17,11 +18,12 @@ from rich.table import Table
 from fd_scale import run_folder
 from fd_scale.checkpoint import newest_checkpoint, read_manifest, verify, write_atomically
 from fd_scale.config import Recipe, to_dict
+from fd_scale.data import object_source
 from fd_scale.distributed import World
 from fd_scale.engine import saved_weights
 from fd_scale.errors import UserError
-from fd_scale.evaluation import Accuracy, Progress, Segmentation, reassessed_labels
-from fd_scale.finetune import ClassificationTask, SegmentationTask
+from fd_scale.evaluation import Progress, reassessed_labels, write_results
+from fd_scale.finetune import ClassificationTask, DetectionTask, SegmentationTask
 from fd_scale.log import console
 from fd_scale.models import dtype_of
 from fd_scale.trainer import Task
@@ -29,11 +31,14 @@ from fd_scale.trainer import Task
 logger = logging.getLogger(__name__)
 
 NUM_WORST = 10
-# A segmentation may be measured at another size than it was trained at: Swin V2 has the same weights for any window.
+# Whole images may be measured at another size than was trained at: Swin V2 has the same weights for any window.
 _OTHER_SIZE = ("model.img_size", "model.overrides.window_size")
-_PREDICTION = tuple(
-    f"segmentation.{key}" for key in ("inference", "stride", "short_side", "scales", "flip_too")
-)
+# Of tasks with classes, by head: the weight with a row for each of them, and how many more rows it has.
+_CLASSIFIERS = {
+    "classification": {"head.weight": 0},
+    "segmentation": {"head.classifier.weight": 0, "head.class_predictor.weight": 1},
+    "detection": {"heads.box_heads.0.classes.weight": 1},
+}
 
 
 def find_checkpoint(path: Path, world: World) -> tuple[Path, Path]:
@@ -58,11 +63,11 @@ def recipe_of(run: Path, checkpoint: Path, overrides: list[str], images_needed: 
     Raises:
         UserError: as `run_folder.read_recipe`, or there is nothing to evaluate on.
     """
-    fixed = ("model.", "distill.teachers", "segmentation.", "task=")
+    fixed = ("model.", "distill.teachers", "segmentation.", "detection.", "task=")
     own = run_folder.read_recipe(run)
-    free: tuple[str, ...] = ()
-    if own.segmentation is not None:
-        free = _PREDICTION + (_OTHER_SIZE if own.model.name.startswith("swin_v2_") else ())
+    free: tuple[str, ...] = run_folder.PREDICTION_SETTINGS
+    if own.targets != "labels" and own.model.name.startswith("swin_v2_"):
+        free += _OTHER_SIZE
     other = [
         setting
         for setting in overrides
@@ -87,16 +92,13 @@ def recipe_of(run: Path, checkpoint: Path, overrides: list[str], images_needed: 
             "metrics.jsonl"
         )
     recipe = replace(recipe, model=replace(recipe.model, weights=None))
-    if recipe.classification is not None:
-        head = saved_weights(checkpoint).shapes["head.weight"]
-        recipe = replace(recipe, classification=replace(recipe.classification, num_classes=head[0]))
-    if recipe.segmentation is not None:
+    if recipe.task in _CLASSIFIERS:
         shapes = saved_weights(checkpoint).shapes
-        if recipe.segmentation.head == "mask2former":
-            num_classes = shapes["head.class_predictor.weight"][0] - 1  # one is of no object
-        else:
-            num_classes = shapes["head.classifier.weight"][0]
-        recipe = replace(recipe, segmentation=replace(recipe.segmentation, num_classes=num_classes))
+        [num_classes] = [
+            shapes[weight][0] - more for weight, more in _CLASSIFIERS[recipe.task].items() if weight in shapes
+        ]
+        section = replace(getattr(recipe, recipe.task), num_classes=num_classes)
+        recipe = replace(recipe, **{recipe.task: section})
     return recipe
 
 
@@ -120,7 +122,7 @@ def evaluate_task(
         real: as `reassessed_labels` takes it; none: without.
 
     Returns:
-        The metrics, with `step`, `source` and, of a classifier or a segmentation, `classes`.
+        The metrics, with `step`, `source` and, of what knows classes, `classes`.
 
     Raises:
         UserError: the images do not fit the task.
@@ -133,30 +135,13 @@ def evaluate_task(
     world.on_main(partial(_make, file.parent))
     with torch.no_grad():
         if isinstance(task, ClassificationTask):
-            assert task.evaluation is not None, "the recipe names images"
-            source = task.evaluation.source
-            reassessed = reassessed_labels(real, source, task.module.head.out_features) if real else None
-            accuracy = task.accuracy(task.evaluation, task.module, world, reassessed)
-            found |= accuracy.to_json(source.class_names)
-            table = accuracy_table(accuracy, source.class_names)
-        elif isinstance(task, SegmentationTask):
-            assert task.evaluation is not None, "the recipe names images"
-            names = task.evaluation.source.class_names
-            changes = _changes(recipe, run)
-            manifest = hashlib.sha256((checkpoint / "manifest.json").read_bytes()).hexdigest()
-            of = json.dumps(
-                [manifest, task.evaluation.source.fingerprint, str(recipe.data.evaluation), changes]
-            )
-            progress = Progress(file=file.with_suffix(".progress"), of=of)
-            overlap = task.segmentation(task.evaluation, task.module, world, progress)
-            found |= overlap.to_json(names)
-            table = segmentation_table(overlap, names)
+            more, table = _measured_classifier(task, world, real)
+        elif isinstance(task, SegmentationTask | DetectionTask):
+            more, table = _measured_images(task, recipe, run, checkpoint, file, world)
         else:
-            metrics = task.evaluate(task.module, world)
-            found |= metrics
-            table = Table("metric", "value")
-            for name, value in metrics.items():
-                table.add_row(name, f"{value:.5g}")
+            more = task.evaluate(task.module, world)
+            table = _table("", {name: f"{value:.5g}" for name, value in more.items()})
+    found |= more
     if world.is_main:
         try:
             write_atomically(file, json.dumps(found, indent=1))
@@ -166,6 +151,62 @@ def evaluate_task(
         console.print(table)
         console.print(f"written to {file}", soft_wrap=True)
     return found
+
+
+def _measured_classifier(
+    task: ClassificationTask, world: World, real: str | None
+) -> tuple[dict[str, Any], Table]:
+    assert task.evaluation is not None, "the recipe names images"
+    source = task.evaluation.source
+    reassessed = reassessed_labels(real, source, task.module.head.out_features) if real else None
+    accuracy = task.accuracy(task.evaluation, task.module, world, reassessed)
+    shown = {
+        name: f"{value:.4f}" if name in ("loss", "calibration_error") else f"{value:.2%}"
+        for name, value in accuracy.metrics.items()
+    }
+    worst = {
+        label: f"{accuracy.class_top1[label]:.2%} of {accuracy.class_images[label]}"
+        for label in accuracy.worst_classes(NUM_WORST)
+    }
+    table = _table(f"{accuracy.num_images} images", shown, worst, source.class_names)
+    return accuracy.to_json(source.class_names), table
+
+
+def _measured_images(
+    task: SegmentationTask | DetectionTask,
+    recipe: Recipe,
+    run: Path,
+    checkpoint: Path,
+    file: Path,
+    world: World,
+) -> tuple[dict[str, Any], Table]:
+    """Measures whole images, one at a time; what is known on the way lies beside `file`, and so do detections."""
+    assert task.evaluation is not None, "the recipe names images"
+    source = task.evaluation.source
+    manifest = hashlib.sha256((checkpoint / "manifest.json").read_bytes()).hexdigest()
+    of = json.dumps([manifest, source.fingerprint, str(recipe.data.evaluation), _changes(recipe, run)])
+    progress = Progress(file=file.with_suffix(".progress"), of=of)
+    if isinstance(task, SegmentationTask):
+        overlap = task.measure(task.evaluation, task.module, world, progress)
+        title, metrics = f"{overlap.matrix.sum() / 1e6:.1f} M pixels", overlap.metrics
+        worst = {label: overlap.class_iou[label] for label in overlap.worst_classes(NUM_WORST)}
+        found = overlap.to_json(source.class_names)
+    else:
+        detection = task.measure(task.evaluation, task.module, world, progress)
+        if world.is_main:
+            target = file.with_suffix(".detections.json")
+            try:
+                write_results(target, object_source(source), detection.found)
+            except OSError as error:
+                raise run_folder.not_writable(file.parent, error) from None
+            console.print(f"detections in COCO's format: {target}", soft_wrap=True)
+        title, metrics = f"{detection.num_images} images", detection.metrics
+        key = "mask_ap" if "mask_ap" in metrics else "box_ap"
+        worst = {label: detection.classes[label][key] for label in detection.worst_classes(NUM_WORST)}
+        found = detection.to_json(source.class_names)
+    shown = {name: f"{value:.2%}" for name, value in metrics.items()}
+    of_classes = {label: f"{value:.2%}" for label, value in worst.items()}
+    return found, _table(title, shown, of_classes, source.class_names)
 
 
 def _make(folder: Path) -> None:
@@ -178,7 +219,7 @@ def _make(folder: Path) -> None:
 def _changes(recipe: Recipe, run: Path) -> dict[str, Any]:
     """What of an evaluation is other than the run's own: images, size, how they are predicted."""
     own, now = (run_folder.flat(to_dict(each)) for each in (run_folder.read_recipe(run), recipe))
-    shown = ("data.evaluation", "train.precision", *_OTHER_SIZE, *_PREDICTION)
+    shown = ("data.evaluation", "train.precision", *_OTHER_SIZE, *run_folder.PREDICTION_SETTINGS)
     return {
         key: now.get(key) for key in {**own, **now} if key.startswith(shown) and now.get(key) != own.get(key)
     }
@@ -199,26 +240,17 @@ def _file_name(checkpoint: Path, recipe: Recipe, run: Path) -> str:
     return f"{checkpoint.name}-{suffix}-{digest}.json"
 
 
-def accuracy_table(accuracy: Accuracy, class_names: list[str] | None) -> Table:
-    """Shows the metrics, then the classes that fare worst."""
-    table = Table("metric", "value", title=f"{accuracy.num_images} images")
-    for name, value in accuracy.metrics.items():
-        table.add_row(name, f"{value:.4f}" if name in ("loss", "calibration_error") else f"{value:.2%}")
+def _table(
+    title: str,
+    metrics: Mapping[str, str],
+    worst: Mapping[int, str] | None = None,
+    class_names: list[str] | None = None,
+) -> Table:
+    """Shows metrics, then the classes that fare worst."""
+    table = Table("metric", "value", title=title)
+    for name, value in metrics.items():
+        table.add_row(name, value)
     table.add_section()
-    for label in accuracy.worst_classes(NUM_WORST):
-        name = class_names[label] if class_names else str(label)
-        images = accuracy.class_images[label]
-        table.add_row(f"class {label} {name}", f"{accuracy.class_top1[label]:.2%} of {images}")
-    return table
-
-
-def segmentation_table(overlap: Segmentation, class_names: list[str] | None) -> Table:
-    """Shows the metrics, then the classes that fare worst."""
-    table = Table("metric", "value", title=f"{overlap.matrix.sum() / 1e6:.1f} M pixels")
-    for name, value in overlap.metrics.items():
-        table.add_row(name, f"{value:.2%}")
-    table.add_section()
-    for label in overlap.worst_classes(NUM_WORST):
-        name = class_names[label] if class_names else str(label)
-        table.add_row(f"class {label} {name}", f"{overlap.class_iou[label]:.2%}")
+    for label, value in (worst or {}).items():
+        table.add_row(f"class {label} {class_names[label] if class_names else label}", value)
     return table

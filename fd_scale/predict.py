@@ -17,10 +17,14 @@ from fd_scale.data.base import IMAGE_SUFFIXES
 from fd_scale.data.decode import DecodeError, decode
 from fd_scale.data.masks import ade20k_names
 from fd_scale.errors import UserError
-from fd_scale.finetune import SegmentationTask
+from fd_scale.finetune import DetectionTask, SegmentationTask
+from fd_scale.finetune.detection.pictures import with_detections
 from fd_scale.finetune.segmentation.pictures import overlay
 
 logger = logging.getLogger(__name__)
+
+SHOWN_SCORE = 0.3
+"""Of a detection, where `detection.score_threshold` is lower: that is for AP, and a picture with all would be full."""
 
 
 def images_below(path: Path) -> list[Path]:
@@ -38,14 +42,14 @@ def images_below(path: Path) -> list[Path]:
 
 
 def predict_images(
-    task: SegmentationTask,
+    task: SegmentationTask | DetectionTask,
     class_names: list[str] | None,
     path: Path,
     out: Path,
     device: torch.device,
     masks: bool = False,
 ) -> list[Path]:
-    """Writes a PNG file for each image: it, under the colours of its classes, and a legend; or its mask.
+    """Writes a PNG file for each image: it under the colours of its classes, with a legend; or its objects, or mask.
 
     Args:
         task: with its trained weights, in eval mode on the device.
@@ -53,7 +57,8 @@ def predict_images(
         path: an image or a folder.
         out: folder of the pictures; those of sub-folders lie in sub-folders.
         device: of the module.
-        masks: whether masks are wanted, 8-bit grey, classes counted from 1, as the benchmark of ADE20K takes them.
+        masks: whether a segmentation's masks are wanted, 8-bit grey, classes counted from 1, as the benchmark of ADE20K
+            takes them.
 
     Returns:
         The pictures.
@@ -74,20 +79,15 @@ def predict_images(
             "files that differ in more than their suffix"
         )
 
-    def segment(images_BCHW: Tensor) -> Tensor:
-        return task.module(images_BCHW=images_BCHW)["logits"]
-
     for file, target in targets.items():
         try:
             image = decode(file.read_bytes())
         except (DecodeError, OSError) as error:
             raise UserError(f"{file}: cannot be decoded ({error}); repair or remove it") from None
         with torch.no_grad():
-            classes_HW = task.predictor(pil_to_tensor(image).to(device), segment)
+            picture = _picture(task, image, names, device, masks)
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
-            mask_HW = classes_HW.cpu().numpy()
-            picture = Image.fromarray(mask_HW + np.uint8(1)) if masks else overlay(image, mask_HW, names)
             picture.save(target)
         except OSError as error:
             raise UserError(
@@ -95,6 +95,25 @@ def predict_images(
             ) from None
         logger.info("%s", target)
     return list(targets.values())
+
+
+def _picture(
+    task: SegmentationTask | DetectionTask,
+    image: Image.Image,
+    names: list[str],
+    device: torch.device,
+    masks: bool,
+) -> Image.Image:
+    pixels_CHW = pil_to_tensor(image).to(device)
+    if isinstance(task, DetectionTask):
+        found = task.detect(pixels_CHW, task.module)
+        return Image.fromarray(with_detections(pixels_CHW, found, names, SHOWN_SCORE))
+
+    def segment(images_BCHW: Tensor) -> Tensor:
+        return task.module(images_BCHW=images_BCHW)["logits"]
+
+    mask_HW = task.predictor(pixels_CHW, segment).cpu().numpy()
+    return Image.fromarray(mask_HW + np.uint8(1)) if masks else overlay(image, mask_HW, names)
 
 
 def class_names_of(recipe: Recipe) -> list[str] | None:

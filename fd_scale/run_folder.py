@@ -23,14 +23,18 @@ from fd_scale.models import model_identity, weights_path, weights_sha256
 _PACKAGES = ("fd-scale", "torch", "torchvision", "triton", "deepspeed", "timm", "numpy")
 
 
+# How a trained model is measured: not what it is.
+PREDICTION_SETTINGS = (
+    "segmentation.inference", "segmentation.stride", "segmentation.short_side", "segmentation.scales",
+    "segmentation.flip_too", "detection.score_threshold", "detection.max_detections", "detection.soft_nms",
+    "detection.scales", "detection.flip_too",
+)  # fmt: skip
 # Settings that may change between a run and its resumption: they do not touch the losses.
 _FREE_SETTINGS = (
     "run_dir", "checkpoint", "watch", "log", "data.train", "data.evaluation", "data.num_workers",
     "data.max_bad_fraction", "train.micro_batch", "train.device", "train.ds_config", "train.timeout_s",
     "train.activation_checkpointing", "train.checkpointing_period", "train.kernels", "train.compile",
-    "distill.knn_images", "segmentation.inference", "segmentation.stride", "segmentation.short_side",
-    "segmentation.scales", "segmentation.flip_too",
-    "model.weights",
+    "distill.knn_images", "model.weights", *PREDICTION_SETTINGS,
 )  # fmt: skip
 
 

@@ -28,7 +28,7 @@ SECTIONS: dict[str, dict[str, Any]] = {
     "classification": {"head_init_scale": 1.0},
     "linear_probe": {"lr_factors": [0.1, 1.0, 10.0]},
     "segmentation": {"channels": 16},
-    "detection": {},
+    "detection": {"channels": 16, "rois_per_image": 32},
 }
 
 FINE_TUNING: dict[str, Any] = {
@@ -155,13 +155,14 @@ def write_objects(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[.
                 )
                 segmentation: Any = [[left, top, left + side, top, left + side, top + side, left, top + side]]
                 if disc := position % 2 == 1:
-                    inside = (rows - top - side / 2) ** 2 + (columns - left - side / 2) ** 2 < (side / 2) ** 2
+                    middle = side / 2 - 0.5  # of pixels, so that the disc fills its box
+                    inside = (rows - top - middle) ** 2 + (columns - left - middle) ** 2 < (side / 2) ** 2
                     edges = np.flatnonzero(np.diff(inside.T.ravel(), prepend=False, append=False))
                     counts = np.diff(edges, prepend=0, append=inside.size).tolist()
                     segmentation = {"size": [height, width], "counts": counts}
                 pixels[inside] = (220, 60, 40) if disc else (50, 70, 210)
                 annotations.append({
-                    "id": 100 * index + position, "image_id": 10 * index + 5, "category_id": 7 if disc else 3,
+                    "id": 100 * index + position + 1, "image_id": 10 * index + 5, "category_id": 7 if disc else 3,
                     "bbox": [left, top, side, side], "area": int(inside.sum()),
                     "iscrowd": int(index % 3 == 0 and disc), "segmentation": segmentation,
                 })  # fmt: skip

@@ -132,9 +132,10 @@ def _peer(recipe: Recipe, way: str, world: World) -> tuple[Step, Phases, Sent]:
 
 
 def _batches(recipe: Recipe, world: World) -> list[list[Batch]]:
+    source = Noise()
     loader = TrainLoader(
-        Noise(),
-        training_transform(resolved(recipe)),
+        source,
+        training_transform(resolved(recipe), source),
         seed=recipe.seed,
         global_batch=recipe.train.global_batch,
         micro_batch=recipe.train.micro_batch,

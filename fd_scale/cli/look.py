@@ -75,9 +75,10 @@ def add_looking(verbs: Verbs) -> None:
 
 def _add_predict(verbs: Verbs) -> None:
     predict = add_verb(
-        verbs, "predict", "what a segmentation makes of images: overlays with a legend",
+        verbs, "predict", "what a segmentation or a detection makes of images: pictures with classes or objects",
         "Predicts an image, or all below a folder, as `evaluate` does, and writes OUT/NAME.png for each.",
         "  fd-scale predict runs/ade20k/tiny photo.jpg --out predicted\n"
+        "  fd-scale predict runs/coco/tiny photos --out predicted detection.score_threshold=0.3\n"
         "  fd-scale predict runs/mine photos --out predicted segmentation.flip_too=true",
     )  # fmt: skip
     predict.add_argument("run_dir", metavar="RUN", help="folder of a run, or one of its checkpoints")
@@ -89,7 +90,7 @@ def _add_predict(verbs: Verbs) -> None:
     predict.add_argument(
         "--masks",
         action="store_true",
-        help="grey PNG files, classes from 1 on, as the benchmark of ADE20K takes them",
+        help="of a segmentation: grey PNG files, classes from 1 on, as the benchmark of ADE20K takes them",
     )
     predict.set_defaults(run=_predict)
 

@@ -17,8 +17,8 @@ TRAINING_VERBS = {
         "pre-training of a teacher without labels: contrastive, or masked images",
     ),
     "finetune": (
-        ("classification", "linear_probe", "segmentation"),
-        "fine-tuning on labels or masks, or a linear probe",
+        ("classification", "linear_probe", "segmentation", "detection"),
+        "fine-tuning on labels, masks or objects, or a linear probe",
     ),
 }
 
@@ -57,8 +57,8 @@ def _add_evaluate(verbs: Verbs) -> None:
     evaluate = add_verb(
         verbs, "evaluate", "metrics of a run's checkpoint, as a table and as JSON",
         "Measures the newest checkpoint of a run, or the one named, on data.evaluation: accuracy, by class too, and\n"
-        "calibration of a classifier; mIoU of a segmentation; the loss of a distillation. Writes\n"
-        "RUN/evaluations/CHECKPOINT.json.",
+        "calibration of a classifier; mIoU of a segmentation; AP of a detection; the loss of a distillation.\n"
+        "Writes RUN/evaluations/CHECKPOINT.json, of a detection also its detections beside it.",
         "  fd-scale evaluate runs/digits/finetune\n"
         "  fd-scale evaluate runs/mine/checkpoints/step_00005000 data.evaluation=imagefolder:imagenet-v2\n"
         "  torchrun --nproc-per-node 8 -m fd_scale evaluate runs/mine --real real.json",

@@ -295,9 +295,9 @@ def _data(recipe: Recipe, world: World) -> _Row:
 
 def _images_per_s(recipe: Recipe, world: World) -> float:
     config = ds_config.resolve(ds_config.read(recipe.train.ds_config), recipe, world.size, world.device.type)
+    source = open_source(recipe.data.train)
     loader = TrainLoader(
-        open_source(recipe.data.train),
-        training_transform(recipe),
+        source, training_transform(recipe, source),
         seed=recipe.seed, global_batch=recipe.train.global_batch,
         micro_batch=config["train_micro_batch_size_per_gpu"], rank=world.rank, world_size=world.size,
         num_workers=recipe.data.num_workers,

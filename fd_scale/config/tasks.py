@@ -238,6 +238,23 @@ class SegmentationConfig:
 class DetectionConfig:
     """Boxes and masks of the objects in an image."""
 
+    head: Literal["mask_rcnn", "cascade", "htc"] = "mask_rcnn"
+    """`mask_rcnn`: one stage (arXiv 1703.06870); `cascade`: three, each from the boxes of the one before (arXiv
+    1712.00726); `htc`: the same, with masks that know of each other and of the classes of places (arXiv 1901.07518)."""
+    num_classes: int | None = None
+    """Classes that the source must have; none: as many as it has. `plan` needs it where the data are elsewhere."""
+    masks: bool = True
+    """Whether there are mask heads; without them boxes alone are learned."""
+    channels: int = 256
+    """Width of the pyramid and of the heads' convolutions; their linear layers have four times as many."""
+    box_head: Literal["2fc", "4conv1fc"] = "2fc"
+    """Layers of a box head: two linear ones, or four convolutions with LayerNorm and a linear one."""
+    rois_per_image: int = 512
+    """Boxes of an image that a stage learns from, at most a quarter of them objects'."""
+    semantic_classes: int = 0
+    """Classes of places (COCO-stuff: 183) whose branch helps boxes and masks of `htc`; 0: no such branch."""
+    global_attention: bool = False
+    """Whether the places of a hierarchical model's last stage attend to each other before the pyramid, as in HTC++."""
     scale_range: tuple[float, float] = (0.1, 2.0)
     """Large-scale jitter: size of a randomly resized training image, as a factor of the largest one that fits into
     model.img_size; then a square of that side is cut, or filled up."""
@@ -245,11 +262,38 @@ class DetectionConfig:
     """Whether brightness, contrast, saturation and hue of training images change at random."""
     copy_paste: float = 0.0
     """Probability that objects of another training image are pasted into one."""
+    score_threshold: float = 0.05
+    """A detection's least probability."""
+    max_detections: int = 100
+    """Of an image."""
+    soft_nms: Literal["none", "linear", "gaussian"] = "none"
+    """What happens to boxes of a class that overlap a surer one: they go where IoU is above 0.5, or (arXiv 1704.04503)
+    their scores fall, by 1 - IoU where that is above 0.5, or by exp(-2 IoU^2)."""
+    scales: list[float] = field(default_factory=lambda: [1.0])
+    """An image is resized to fit into a square of model.img_size times each of these; all views' boxes compete."""
+    flip_too: bool = False
+    """Whether the mirrored image is looked at as well."""
 
     def __post_init__(self) -> None:
         def check(name: str, holds: bool, expected: str) -> None:
             require(holds, f"detection.{name}", getattr(self, name), expected)
 
+        check("num_classes", self.num_classes is None or self.num_classes >= 1, "1 or more")
+        check("channels", self.channels > 0, "more than 0")
+        check("rois_per_image", self.rois_per_image >= 4, "4 or more")
+        check("semantic_classes", 0 <= self.semantic_classes <= 255, "0 to 255")
+        check("score_threshold", 0 <= self.score_threshold < 1, "0 or more, below 1")
+        check("max_detections", self.max_detections > 0, "more than 0")
+        check(
+            "scales",
+            len(self.scales) > 0 and 0 < min(self.scales) <= max(self.scales) < inf,
+            "positive numbers",
+        )
         low, high = self.scale_range
         check("scale_range", 0 < low <= high < inf, "0 < smallest <= largest")
         check("copy_paste", 0 <= self.copy_paste <= 1, "a number in 0..1")
+        if self.semantic_classes and self.head != "htc":
+            raise UserError(
+                f"detection.semantic_classes: classes of places help head htc alone, head is {self.head}; set it to 0, "
+                "or head to htc"
+            )

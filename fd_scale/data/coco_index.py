@@ -320,6 +320,8 @@ class _Table:
                 )
         boxes = np.array(self.boxes, dtype=np.float64).reshape(-1, 4)
         kinds = np.array(self.kinds, dtype=np.int8)
+        with_outlines = np.isin(image_N, image_N[kinds > 0])
+        lacking = (kinds == 0) & (np.array(self.crowd, dtype=np.int8) == 0) & with_outlines
         self.facts = {
             "class_names": [self.categories[number] for number in categories.tolist()],
             "category_ids": categories.tolist(),
@@ -327,9 +329,7 @@ class _Table:
             "left_out": {
                 "boxes without area in the image": int(_empty(boxes, height[image_N], width[image_N]).sum()),
                 "polygons of less than three points": self.short_polygons,
-                "objects without outline beside others that have one": int((kinds == 0).sum())
-                if kinds.any()
-                else 0,
+                "objects without outline beside others that have one": int(lacking.sum()),
             },
         }
         order = np.argsort(image_N, kind="stable")

@@ -77,8 +77,8 @@ class MaskCrop:
             image, mask = (part.transpose(Image.Transpose.FLIP_LEFT_RIGHT) for part in (image, mask))
         if self.distort:
             image = distorted(image)
-        return pil_to_tensor(_padded(image, self.side, self.fill)), pil_to_tensor(
-            _padded(mask, self.side, IGNORED)
+        return pil_to_tensor(padded(image, self.side, self.fill)), pil_to_tensor(
+            padded(mask, self.side, IGNORED)
         )[0]
 
     def _place(self, mask_HW: npt.NDArray[np.uint8]) -> tuple[int, int]:
@@ -100,12 +100,13 @@ def largest_share(mask_HW: npt.NDArray[np.uint8]) -> float:
     return float(counts.max() / counts.sum()) if counts.any() else 1.5
 
 
-def _padded(image: Image.Image, side: int, fill: int | tuple[int, int, int]) -> Image.Image:
+def padded(image: Image.Image, side: int, fill: int | tuple[int, int, int]) -> Image.Image:
+    """Fills an image up to a square, to the right and below."""
     if image.size == (side, side):
         return image
-    padded = Image.new(image.mode, (side, side), fill)
-    padded.paste(image, (0, 0))
-    return padded
+    square = Image.new(image.mode, (side, side), fill)
+    square.paste(image, (0, 0))
+    return square
 
 
 def distorted(image: Image.Image) -> Image.Image:

@@ -77,14 +77,19 @@ def mask_in(outline: Outline, objects: Objects, window: Window) -> npt.NDArray[n
         return np.zeros((window.height, window.width), dtype=np.uint8)
     if isinstance(outline, bytes):
         whole_HW = coco_mask.decode({"size": [objects.height, objects.width], "counts": outline})
-        rows = _nearest(window.top, window.height, window.image_height, objects.height)
-        columns = _nearest(window.left, window.width, window.image_width, objects.width)
-        return whole_HW[rows[:, None], columns]
+        return nearest_in(whole_HW, window)
     factors = np.array([window.image_width / objects.width, window.image_height / objects.height])
     corner = np.array([window.left, window.top])
     polygons = [_snapped(polygon.reshape(-1, 2) * factors, corner) for polygon in outline]
     runs = coco_mask.frPyObjects(polygons, window.height, window.width)
     return coco_mask.decode(coco_mask.merge(runs))
+
+
+def nearest_in(map_HW: npt.NDArray[np.uint8], window: Window) -> npt.NDArray[np.uint8]:
+    """Returns what a window shows of a map of the image's size: for each place, the value nearest to its centre."""
+    rows = _nearest(window.top, window.height, window.image_height, map_HW.shape[0])
+    columns = _nearest(window.left, window.width, window.image_width, map_HW.shape[1])
+    return map_HW[rows[:, None], columns]
 
 
 def runs_of(outline: Outline, objects: Objects) -> bytes:

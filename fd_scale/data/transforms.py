@@ -19,6 +19,8 @@ from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.functional import pil_modes_mapping
 
 from fd_scale.config import Recipe
+from fd_scale.data.base import Source, object_source
+from fd_scale.data.instance_transforms import CopyPaste, InstanceCrop, whole_with_objects
 from fd_scale.data.mask_transforms import MaskCrop, fill_colour, whole_with_mask
 from fd_scale.errors import UserError
 
@@ -264,11 +266,15 @@ class _TwoViews:
         return torch.stack([self.view(image), self.view(image)])
 
 
-def training_transform(recipe: Recipe) -> Transform:
+def training_transform(recipe: Recipe, source: Source) -> Transform:
     """Returns how an image and its target are cut in training, for the task of a recipe whose model is resolved.
 
+    Args:
+        recipe: of any task.
+        source: its training images, of which `detection.copy_paste` takes a second one.
+
     Raises:
-        UserError: an augmentation that is none.
+        UserError: an augmentation that is none, or that the source does not allow.
     """
     data = recipe.data
     if recipe.contrastive is not None:
@@ -292,6 +298,8 @@ def training_transform(recipe: Recipe) -> Transform:
             distort=section.photometric,
             fill=fill_colour(recipe.model.mean),
         )
+    if recipe.detection is not None:
+        return _detection_crop(recipe, source)
     view = training_view(
         recipe.model.size,
         crop_scale=data.crop_scale,
@@ -306,8 +314,32 @@ def training_transform(recipe: Recipe) -> Transform:
     return ImageAlone(view)
 
 
+def _detection_crop(recipe: Recipe, source: Source) -> Transform:
+    section, mean = recipe.detection, recipe.model.mean
+    assert section is not None, "a recipe of task detection has its section"
+    assert mean is not None, "the recipe is resolved"
+    crop = InstanceCrop(
+        side=recipe.model.size,
+        scale_range=section.scale_range,
+        flip=recipe.data.flip,
+        distort=section.photometric,
+        fill=fill_colour(mean),
+    )
+    if not section.copy_paste:
+        return crop
+    objects = object_source(source)
+    if not objects.has_outlines:
+        raise UserError(
+            f"detection.copy_paste: got {section.copy_paste}, and the objects of {recipe.data.train} have boxes alone; "
+            "set it to 0"
+        )
+    return CopyPaste(crop=crop, source=objects, probability=section.copy_paste)
+
+
 def measuring_transform(recipe: Recipe) -> Transform:
     """Returns how an image and its target are cut for a metric of a recipe's task."""
+    if recipe.detection is not None:
+        return whole_with_objects
     if recipe.segmentation is not None:
         return whole_with_mask
     return ImageAlone(evaluation_transform(recipe.model.size))

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
-from fd_scale.data import Batch, Source, Transform, evaluation_batches
+from fd_scale.data import Batch, Source, Transform, evaluation_batches, subset
 from fd_scale.distributed import World
 
 Forward = Callable[..., dict[str, Tensor]]
@@ -35,6 +35,24 @@ def evaluated_batches(evaluation: EvaluationSet, world: World) -> Iterator[Batch
         num_workers=evaluation.num_workers,
     ):
         yield batch.to(world.device)
+
+
+def single_images(
+    evaluation: EvaluationSet, sample_ids: Sequence[int], world: World
+) -> Iterator[tuple[int, Batch]]:
+    """Yields some images of a source, whole and one at a time since they differ in size, on this rank's device."""
+    if not sample_ids:
+        return
+    batches = evaluation_batches(
+        subset(evaluation.source, sample_ids),
+        evaluation.transform,
+        batch_size=1,
+        rank=0,
+        world_size=1,
+        num_workers=evaluation.num_workers,
+    )
+    for sample_id, batch in zip(sample_ids, batches, strict=True):
+        yield sample_id, batch.to(world.device)
 
 
 def mean_over_source(

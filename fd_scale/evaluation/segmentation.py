@@ -5,11 +5,8 @@ Shape legend: H, W = pixels, K = classes.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,12 +14,12 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from fd_scale.checkpoint import write_atomically
-from fd_scale.data import IGNORED, Batch, evaluation_batches, subset
+from fd_scale.data import IGNORED
 from fd_scale.distributed import World
 from fd_scale.errors import UserError
 from fd_scale.evaluation.dense import Predictor
-from fd_scale.evaluation.loop import EvaluationSet, Forward
+from fd_scale.evaluation.loop import EvaluationSet, Forward, single_images
+from fd_scale.evaluation.progress import Progress
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -115,37 +112,6 @@ class ConfusionCounter:
         return Segmentation(matrix=matrix_KK)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Progress:
-    """What an evaluation has counted, in a file: a second one of the same begins there."""
-
-    file: Path
-    of: str
-    """What is evaluated, and how; a file of something else is not read."""
-    every: int = 100
-    """Rounds, an image a rank each, from one writing to the next."""
-
-    def read(self) -> tuple[int, list[list[int]] | None]:
-        """Returns how many images are counted, the first ones of the source, and their matrix."""
-        try:
-            found = json.loads(self.file.read_text(encoding="utf-8"))
-        except (OSError, ValueError):  # none, or one that somebody cut
-            return 0, None
-        return (found["num_images"], found["matrix"]) if found["of"] == self.of else (0, None)
-
-    def write(self, num_images: int, matrix_KK: npt.NDArray[np.int64]) -> None:
-        """Replaces the file.
-
-        Raises:
-            UserError: it cannot be written.
-        """
-        body = {"of": self.of, "num_images": num_images, "matrix": matrix_KK.tolist()}
-        try:
-            write_atomically(self.file, json.dumps(body))
-        except OSError as error:
-            raise UserError(f"{self.file} cannot be written ({error.strerror}); make room for it") from None
-
-
 def segmentation_of(
     evaluation: EvaluationSet,
     predictor: Predictor,
@@ -170,12 +136,13 @@ def segmentation_of(
         return forward(images_BCHW=images_BCHW)["logits"]
 
     counter = ConfusionCounter(predictor.num_classes, world.device)
-    first, matrix = (0, None) if progress is None else world.on_main(progress.read)
-    if matrix is not None and world.is_main:
-        counter.matrix += torch.tensor(matrix, device=world.device)
-    images = _own_images(evaluation, first, world)
+    counted = [] if progress is None else world.on_main(progress.read)[-1:]
+    first = counted[0]["num_images"] if counted else 0
+    if counted and world.is_main:
+        counter.matrix += torch.tensor(counted[0]["matrix"], device=world.device)
+    images = single_images(evaluation, range(first + world.rank, len(evaluation.source), world.size), world)
     for round_end in range(first + world.size, len(evaluation.source) + world.size, world.size):
-        batch = next(images, None)
+        _, batch = next(images, (None, None))
         calls = 0 if batch is None else predictor.num_calls(*batch.images.shape[2:])
         most = max(world.gather(calls))
         if batch is not None:
@@ -183,21 +150,6 @@ def segmentation_of(
         for _ in range(most - calls):
             segment(torch.zeros(1, 3, predictor.side, predictor.side, device=world.device))
         if progress is not None and (round_end - first) // world.size % progress.every == 0:
-            total_KK = counter.total(world)
-            world.on_main(partial(progress.write, min(round_end, len(evaluation.source)), total_KK))
+            num_images, matrix_KK = min(round_end, len(evaluation.source)), counter.total(world)
+            world.on_main(partial(progress.add, [{"num_images": num_images, "matrix": matrix_KK.tolist()}]))
     return counter.result(world)
-
-
-def _own_images(evaluation: EvaluationSet, first: int, world: World) -> Iterator[Batch]:
-    own = range(first + world.rank, len(evaluation.source), world.size)
-    if not own:
-        return
-    for batch in evaluation_batches(
-        subset(evaluation.source, own),
-        evaluation.transform,
-        batch_size=1,  # images differ in size
-        rank=0,
-        world_size=1,
-        num_workers=evaluation.num_workers,
-    ):
-        yield batch.to(world.device)

@@ -8,7 +8,7 @@ from fd_scale.errors import UserError
 
 
 def agreed_classes(
-    recipe: Recipe, configured: int | None, source: Source | None, evaluation: Source | None
+    recipe: Recipe, configured: int | None, source: Source | None, evaluation: Source | None, least: int = 2
 ) -> int:
     """Returns the number of classes of a recipe's task.
 
@@ -17,12 +17,13 @@ def agreed_classes(
         configured: `num_classes` of the task's section.
         source: training images; none: the recipe says how many classes there are.
         evaluation: images that metrics are measured on; none: there are none.
+        least: classes that the task makes sense for.
 
     Raises:
-        UserError: there are fewer than two, or setting and sources differ.
+        UserError: there are fewer, or setting and sources differ.
     """
     if source is not None:
-        if source.num_classes < 2:
+        if source.num_classes < least:
             raise UserError(
                 f"data.train: {recipe.data.train} has {source.num_classes} classes; {recipe.task} needs labels"
             )

@@ -10,6 +10,7 @@ import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,9 +23,10 @@ from torch.utils.flop_counter import flop_registry
 from fd_scale import distributed
 from fd_scale.config import ModelConfig, Recipe
 from fd_scale.data import Batch, Source
+from fd_scale.data.instances import Instances
 from fd_scale.distill import DistillationTask
 from fd_scale.errors import UserError
-from fd_scale.finetune import ClassificationTask, SegmentationTask
+from fd_scale.finetune import FineTuningTask, fine_tuning_task
 from fd_scale.models import Backbone, dtype_of, resolved
 from fd_scale.pretrain import ContrastiveTask, MaskedTask
 from fd_scale.teachers import Teacher
@@ -36,11 +38,13 @@ class NotCountedError(UserError):
     """A model that cannot be followed on the meta device: no plan of it can be made."""
 
 
-Task = DistillationTask | ContrastiveTask | MaskedTask | ClassificationTask | SegmentationTask
+Task = DistillationTask | ContrastiveTask | MaskedTask | FineTuningTask
 
 # What is kept is a line in the images of a micro-batch, from two on: one alone saves copies. What is worked with is a
 # maximum of lines: between these two sizes its chord lies above it.
 _SIZES = (2, 64)
+# A detector goes over images one by one, each some thousand ops; and its micro-batches are small.
+_SIZES_OF_OBJECTS = (2, 8)
 
 
 @dataclass(frozen=True)
@@ -113,7 +117,7 @@ def count(recipe: Recipe, source: Source | None = None) -> Counts:
 
     Args:
         recipe: any task; weights are not read.
-        source: training images, which classification and segmentation ask for their number of classes.
+        source: training images, which fine-tuning asks for its number of classes.
 
     Raises:
         UserError: a model cannot be built.
@@ -152,11 +156,13 @@ def _count(task: Task, recipe: Recipe, shares: list[float], kernels: str) -> Cou
     assert isinstance(backbone, Backbone)
     teachers = task.teachers if isinstance(task, DistillationTask) else []
     teacher_working, teacher_flops = Line(0, 0), 0.0
-    batches = [_batch(recipe, size) for size in _SIZES]
+    sizes = _SIZES if recipe.detection is None else _SIZES_OF_OBJECTS
+    line = partial(_through, sizes)
+    batches = [_batch(recipe, size) for size in sizes]
     for teacher, share in zip(teachers, shares, strict=True):
         meters = [_measured_teacher(teacher, batch.images) for batch in batches]
-        teacher_flops += share * _line(*[meter.flops for meter in meters]).at(1)
-        working = _line(*[meter.peak for meter in meters])
+        teacher_flops += share * line(*[meter.flops for meter in meters]).at(1)
+        working = line(*[meter.peak for meter in meters])
         teacher_working = max(teacher_working, working, key=lambda line: line.an_image)
     with Meter([]):  # for the shapes that it remembers
         inputs = [task.inputs(batch) for batch in batches]
@@ -171,12 +177,12 @@ def _count(task: Task, recipe: Recipe, shares: list[float], kernels: str) -> Cou
             refused[policy] = str(error)
             continue
         steps = [_measured_step(task.module, given) for given in inputs]
-        flops = _line(*[step.flops for step in steps]).at(1)
+        flops = line(*[step.flops for step in steps]).at(1)
         if policy == Policy("none"):
-            plain_flops, forward_flops = flops, _line(*[step.forward_flops for step in steps]).at(1)
+            plain_flops, forward_flops = flops, line(*[step.forward_flops for step in steps]).at(1)
         activations[policy] = Activations(
-            kept=_line(*[step.kept for step in steps]),
-            working=_line(*[step.peak - step.kept for step in steps]),
+            kept=line(*[step.kept for step in steps]),
+            working=line(*[step.peak - step.kept for step in steps]),
             recomputed_flops=flops - plain_flops,
         )
     return Counts(
@@ -358,9 +364,9 @@ def _measured_teacher(teacher: Teacher, images: Tensor) -> Meter:
     return meter
 
 
-def _line(small: float, large: float) -> Line:
-    an_image = (large - small) / (_SIZES[1] - _SIZES[0])
-    return Line(constant=small - _SIZES[0] * an_image, an_image=an_image)
+def _through(sizes: tuple[int, int], small: float, large: float) -> Line:
+    an_image = (large - small) / (sizes[1] - sizes[0])
+    return Line(constant=small - sizes[0] * an_image, an_image=an_image)
 
 
 def _bytes_of(module: nn.Module) -> int:
@@ -379,16 +385,14 @@ def _build(recipe: Recipe, source: Source | None) -> Task:
         raise UserError(
             "plan: a linear probe trains a few classifiers on features that are computed once; no plan of it"
         )
-    section = recipe.classification or recipe.segmentation
-    assert section is not None, "there are six tasks"
+    section = recipe.classification or recipe.segmentation or recipe.detection
+    assert section is not None, "there are seven tasks"
     if source is None and section.num_classes is None:
         raise UserError(
             f"data.train: {recipe.data.train} cannot be opened here, and how many classes it has is not known; set "
             f"{recipe.task}.num_classes, or plan where the data is"
         )
-    if recipe.segmentation is not None:
-        return SegmentationTask(recipe, None, source)
-    return ClassificationTask(recipe, None, source)
+    return fine_tuning_task(recipe, None, source)
 
 
 def _batch(recipe: Recipe, size: int) -> Batch:
@@ -396,10 +400,24 @@ def _batch(recipe: Recipe, size: int) -> Batch:
     pixels = (3, recipe.model.size, recipe.model.size)
     with torch.device("meta"):
         images = torch.zeros(size, *views, *pixels, dtype=torch.uint8)
-        labels = torch.zeros(size, dtype=torch.int64)
+        labels: Tensor | list[Instances] = torch.zeros(size, dtype=torch.int64)
         if recipe.segmentation is not None:
             labels = torch.zeros(size, *pixels[1:], dtype=torch.uint8)
+        if recipe.detection is not None:
+            labels = [_objects(recipe.model.size)] * size
     return Batch(images, labels, torch.arange(size), 0)
+
+
+def _objects(side: int) -> Instances:
+    """As many as an image of COCO has on average. What depends on how many match takes the most that can."""
+    count = 7
+    return Instances(
+        boxes_N4=torch.zeros(count, 4),
+        labels_N=torch.zeros(count, dtype=torch.int64),
+        crowd_N=torch.zeros(count, dtype=torch.bool),
+        masks_NHw=torch.zeros(count, side, -(-side // 8), dtype=torch.uint8),
+        semantic_HW=torch.zeros(side, side, dtype=torch.uint8),
+    )
 
 
 def _without_weights(recipe: Recipe) -> Recipe:

@@ -172,7 +172,7 @@ def plan(
     train = recipe.train
     largest = micro_batch_of_a_rank(train.global_batch, train.micro_batch, num_gpus)
     zero = ds_config.read(train.ds_config)
-    if source is None and (images is None or recipe.task in ("classification", "segmentation")):
+    if source is None and (images is None or recipe.task in ("classification", "segmentation", "detection")):
         source = _source(recipe)
     counts = counts or count(recipe, source)
     share = train.global_batch // num_gpus

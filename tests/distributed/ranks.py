@@ -43,7 +43,13 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any) -> list
     receivers, processes = [], []
     for rank in range(world_size):
         receiver, sender = context.Pipe(duplex=False)
-        process = context.Process(target=_child, args=(sender, rank, world_size, port, function, args))
+        environment = {
+            "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size),
+            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+            # What a fixture has set since the fork server began.
+            **{name: os.environ[name] for name in ("XDG_CACHE_HOME",) if name in os.environ},
+        }  # fmt: skip
+        process = context.Process(target=_child, args=(sender, environment, function, args))
         process.start()
         sender.close()
         receivers.append(receiver)
@@ -78,17 +84,9 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any) -> list
 
 
 def _child(
-    sender: Connection,
-    rank: int,
-    world_size: int,
-    port: int,
-    function: Callable[..., Any],
-    args: tuple[Any, ...],
+    sender: Connection, environment: dict[str, str], function: Callable[..., Any], args: tuple[Any, ...]
 ) -> None:
-    os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size),
-        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
-    )  # fmt: skip
+    os.environ.update(environment)
     try:
         sender.send((True, function(*args)))
     except BaseException:

@@ -82,13 +82,14 @@ def test_a_good_recipe(recipe_values: Values, check: Check, tmp_path: Path) -> N
     assert [path.name for path in tmp_path.iterdir()] == ["recipe.yaml"], "nothing stays behind"
 
 
-@pytest.mark.parametrize("task", ["contrastive", "masked", "classification", "segmentation"])
+@pytest.mark.parametrize("task", ["contrastive", "masked", "classification", "segmentation", "detection"])
 def test_other_tasks(
-    recipe_values: Values, check: Check, write_shapes: Callable[..., str], tmp_path: Path, task: str
-) -> None:
-    data = {}
-    if task == "segmentation":
-        source = write_shapes(tmp_path / "shapes", count=17)
+    recipe_values: Values, check: Check, write_shapes: Callable[..., str], write_objects: Callable[..., str],
+    tmp_path: Path, task: str,
+) -> None:  # fmt: skip
+    data, writers = {}, {"segmentation": write_shapes, "detection": write_objects}
+    if task in writers:
+        source = writers[task](tmp_path / "images", count=17)
         data = {"data__train": source, "data__evaluation": source}
     rows = check(recipe_values(task, train__micro_batch=16, **data))
     assert rows["teacher"] == ("ok", f"none in task {task}")

@@ -143,6 +143,9 @@ def test_every_setting_is_described() -> None:
         ("segmentation.auxiliary_weight", -0.1), ("segmentation.resize", [2.0, 0.5]),
         ("segmentation.max_class_share", 0.0), ("segmentation.stride", 1.1), ("segmentation.short_side", -1),
         ("segmentation.scales", []), ("detection.scale_range", [0.0, 1.0]), ("detection.copy_paste", 1.1),
+        ("detection.num_classes", 0), ("detection.channels", 0), ("detection.rois_per_image", 3),
+        ("detection.semantic_classes", 256), ("detection.score_threshold", 1.0), ("detection.max_detections", 0),
+        ("detection.scales", [0.0]),
     ],
 )  # fmt: skip
 def test_range(recipe_values: Values, key: str, value: Any) -> None:
@@ -167,8 +170,10 @@ def test_every_limit_is_in_the_table_above() -> None:
         "distill.teachers.0.drop_path",
         "distill.loss", "contrastive.jitter",
         "classification.head_init_scale", "log.profile", "train.compile", "data.interpolation", "data.rand_augment",
-        "optim.schedule", "segmentation.head", "segmentation.frozen", "segmentation.norm", "segmentation.photometric",
-        "segmentation.inference", "segmentation.flip_too", "detection.photometric",
+        "optim.schedule", "segmentation.head", "segmentation.frozen", "segmentation.norm",
+        "segmentation.photometric",
+        "segmentation.inference", "segmentation.flip_too", "detection.photometric", "detection.head", "detection.masks",
+        "detection.box_head", "detection.global_attention", "detection.soft_nms", "detection.flip_too",
     }  # fmt: skip
     assert tested | free == leaves(Recipe)
 
@@ -187,6 +192,10 @@ def test_every_limit_is_in_the_table_above() -> None:
         (
             {"distill__teachers": [{"model": {"name": "swin_v2_tiny", "weights": "teacher"}}]},
             "distill.teachers.0.model.weights: `teacher` is for a student",
+        ),
+        (
+            {"task": "detection", "distill": None, "detection": {"semantic_classes": 7}},
+            "classes of places help head htc alone, head is mask_rcnn",
         ),
         ({"contrastive": {}}, "this section belongs to task contrastive, the recipe's is distill"),
     ],

@@ -202,11 +202,13 @@ def test_flops_of_a_plan(make_recipe: Callable[..., Recipe]) -> None:
     assert count(half).teacher_flops == counts.teacher_flops / 2
 
 
-@pytest.mark.parametrize("task", ["contrastive", "masked", "classification", "segmentation"])
+@pytest.mark.parametrize("task", ["contrastive", "masked", "classification", "segmentation", "detection"])
 def test_other_tasks_are_planned(
-    make_recipe: Callable[..., Recipe], write_shapes: Callable[..., str], tmp_path: Path, task: str
-) -> None:
-    data = {"data__train": write_shapes(tmp_path / "shapes", count=16)} if task == "segmentation" else {}
+    make_recipe: Callable[..., Recipe], write_shapes: Callable[..., str], write_objects: Callable[..., str],
+    tmp_path: Path, task: str,
+) -> None:  # fmt: skip
+    writers = {"segmentation": write_shapes, "detection": write_objects}
+    data = {"data__train": writers[task](tmp_path / "images", count=16)} if task in writers else {}
     found = plan("small", make_recipe(task, train__micro_batch=16, **data), GPUS["h100"], 1)
     assert found.counts.teacher_flops == found.counts.teacher_bytes == 0
     assert found.best is not None

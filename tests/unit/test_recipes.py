@@ -8,8 +8,9 @@ import torch
 
 from fd_scale.config import Recipe, load_recipe, packaged_recipes
 from fd_scale.data import Batch
+from fd_scale.data.instances import Instances
 from fd_scale.distill import DistillationTask
-from fd_scale.finetune import ClassificationTask, SegmentationTask
+from fd_scale.finetune import ClassificationTask, DetectionTask, SegmentationTask
 from fd_scale.models import resolved
 
 IMAGENET = sorted(name for name in packaged_recipes() if name.startswith("imagenet"))
@@ -17,6 +18,9 @@ FINE_TUNING = [name for name in IMAGENET if "/finetune_" in name]
 ADE20K = sorted(
     name for name in packaged_recipes() if name.startswith("ade20k/") and not name.endswith("/tiny")
 )
+COCO = sorted(name for name in packaged_recipes() if name.startswith("coco/") and not name.endswith("/tiny"))
+# Its first stage has the shapes of the second but for the masks, and takes as long.
+SHAPES_OF_COCO = [name for name in COCO if not name.endswith("objects365")]
 DISTILLATION = [name for name in IMAGENET if name not in FINE_TUNING]
 
 
@@ -184,8 +188,67 @@ def test_the_published_values_of_segmentation() -> None:
         assert recipe.model.overrides["shared_bias"] is False
 
 
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * ("giant" in name)) for name in SHAPES_OF_COCO]
+)
+def test_a_detection_step_of_shapes(name: str) -> None:
+    """On the meta device, as above; SwinV2-G also with the window of its test."""
+    recipe = load_recipe(name)
+    assert str(recipe.model.weights).endswith("-export")
+    recipe = resolved(replace(recipe, model=replace(recipe.model, weights=None)))
+    side = recipe.model.size
+    with torch.device("meta"):
+        task = DetectionTask(recipe, None, None)
+        task.module.to(torch.bfloat16)
+        images = torch.zeros(1, 3, side, side, dtype=torch.uint8)
+        objects = Instances(
+            boxes_N4=torch.zeros(3, 4),
+            labels_N=torch.zeros(3, dtype=torch.int64),
+            crowd_N=torch.zeros(3, dtype=torch.bool),
+            masks_NHw=torch.zeros(3, side, -(-side // 8), dtype=torch.uint8),
+            semantic_HW=torch.zeros(0, 0, dtype=torch.uint8),
+        )
+    batch = Batch(images, [objects], torch.arange(1), 0)
+    outputs = task.module(**task.inputs(batch))
+    losses = {key: value for key, value in outputs.items() if value.requires_grad}
+    kinds = ["class", "box"] + ["mask"] * task.config.masks
+    assert set(losses) == {"rpn_class", "rpn_box"} | {
+        f"{kind}_{stage}" for kind in kinds for stage in (1, 2, 3)
+    }
+    assert outputs["boxes"].shape == (1, 512, 4)
+    torch.stack(list(losses.values())).sum().backward()
+    assert all(parameter.grad is not None for parameter in task.module.parameters())
+    if name == "coco/swin_v2_giant":
+        tested = load_recipe(name, ["model.weights=null", "model.overrides.window_size=48"])
+        with torch.device("meta"):
+            other = DetectionTask(resolved(tested), None, None)
+        assert other.module.backbone.layers[0].blocks[0].attn.window_size == (48, 48)
+
+
+def test_the_published_values_of_detection() -> None:
+    """SwinV2-G's (arXiv 2111.09883); of the others those of the released configurations of Swin and ViTDet."""
+    published = {
+        "swin_v2_giant_objects365": ("htc", 67_500, None, 96, 1.2e-3, 1.0, 1536, 365),
+        "swin_v2_giant": ("htc", 45_000, None, 96, 6e-4, 1.0, 1536, 80),
+        "swin_v2_base": ("cascade", None, 36, 16, 1e-4, 1.0, 1024, 80),
+        "clip_vit_base": ("cascade", None, 36, 64, 1e-4, 0.7, 1024, 80),
+        "clip_vit_large": ("cascade", None, 36, 64, 1e-4, 0.8, 1022, 80),
+    }
+    for name, values in published.items():
+        recipe = load_recipe(f"coco/{name}")
+        train, optim, section = recipe.train, recipe.optim, recipe.detection
+        assert section is not None
+        assert values == (
+            section.head, train.steps, train.epochs, train.global_batch, optim.lr, optim.layer_decay,
+            recipe.model.size, section.num_classes,
+        )  # fmt: skip
+        assert section.masks is not name.endswith("objects365")
+        assert (section.scale_range, section.box_head, section.channels) == ((0.1, 2.0), "4conv1fc", 256)
+        assert section.global_attention is (section.soft_nms != "none") is ("giant" in name)
+
+
 def test_headers_say_what_is_known() -> None:
-    for name in IMAGENET + ADE20K:
+    for name in IMAGENET + ADE20K + COCO:
         header = packaged_recipes()[name].read_text().split("task:")[0]
         for word in ("Command:", "Hardware:", "Expected:", "Source:", "Status:   unreproduced"):
             assert word in header, (name, word)

@@ -180,7 +180,11 @@ def test_a_header_of_negative_size_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "data", "message"),
     [
-        ("a.tar.gz", gzip.compress(b"x" * 2000, mtime=0), "is compressed \\(gzip\\), .* unpack it to a plain .tar"),
+        (
+            "a.tar.gz",
+            gzip.compress(b"x" * 2000, mtime=0),
+            "is compressed \\(gzip\\), .* unpack it to a plain .tar",
+        ),
         ("a.tar", b"BZh91AY", "is compressed \\(bzip2\\)"),
         ("a.tar", b"<html>not found</html>" * 100, "is no tar file"),
         ("a.tar", b"", "is no tar file"),

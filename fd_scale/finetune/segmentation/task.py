@@ -95,9 +95,9 @@ class SegmentationTask:
 
     def evaluate(self, forward: Forward, world: World) -> dict[str, float]:
         """Measures mIoU, mean and overall accuracy over the evaluation source."""
-        return {} if self.evaluation is None else self.segmentation(self.evaluation, forward, world).metrics
+        return {} if self.evaluation is None else self.measure(self.evaluation, forward, world).metrics
 
-    def segmentation(
+    def measure(
         self, evaluation: EvaluationSet, forward: Forward, world: World, progress: Progress | None = None
     ) -> Segmentation:
         """Measures the overlap of predicted and true classes, by class too; see `segmentation_of`."""
