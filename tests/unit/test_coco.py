@@ -4,6 +4,7 @@ import json
 import pickle
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +93,10 @@ def test_a_folder_of_ones_own(tmp_path: Path, write_objects: WriteObjects) -> No
     assert (source.name(1), source.key(1)) == (str(tmp_path / "own/images/1.png"), "1.png")
     part = object_source(subset(source, [3, 1]))
     assert part.objects(1).image_id == 15
+    assert (
+        coco_mask.area({"size": [40, 50], "counts": runs_of(None, replace(objects, height=40, width=50))})
+        == 0
+    )
     assert (part.category_ids, part.has_outlines, part.is_annotated) == ([3, 7], True, True)
     assert not object_source(subset(source, [7])).is_annotated
 
