@@ -115,6 +115,9 @@ def test_parts_of_coco_and_objects365(tmp_path: Path, write_objects: WriteObject
     Image.fromarray(stuff).save(root / "annotations/stuff_val2017_pixelmaps/2.png")
     assert open_source(f"coco_train:{root}").read(2)[1].semantic is None  # type: ignore[union-attr]
     source = open_source(f"coco_val:{root}")
+    assert object_source(source).num_semantic_classes == 183
+    both = open_source([SourceConfig(source=f"coco_{part}:{root}") for part in ("train", "val")])
+    assert object_source(both).num_semantic_classes == 0, "the training part has no maps"
     semantic = np.asarray(source.read(2)[1].semantic)  # type: ignore[union-attr]
     assert [semantic[row, 0] for row in (0, 5, 9)] == [255, 91, 182]
     with pytest.raises(DecodeError, match=r"pixel map .*pixelmaps/3.png cannot be read"):
