@@ -9,7 +9,7 @@ T = thresholds of overlap, R = recalls, K = classes, A = ranges of area.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -33,6 +33,7 @@ from fd_scale.evaluation.progress import Progress
 MAX_DETECTIONS = 100
 """Of an image, the surest ones: COCO counts no more."""
 _BAND_PIXELS = 2**24  # of a mask that is enlarged, at a time: 64 MiB as fp32
+_ROUNDS = 100  # an image a rank each, from one exchange to the next
 _EMPTY_SIDE = 32  # of the image that a rank without one runs through the model
 _AREAS = ("", "_small", "_medium", "_large")
 
@@ -120,7 +121,8 @@ def found_in(
             detect(torch.zeros(3, _EMPTY_SIDE, _EMPTY_SIDE, dtype=torch.uint8, device=world.device))
         else:
             own.append({"sample": sample_id} | compact(detect(batch.images[0]), *batch.images.shape[2:]))
-        if number == num_rounds or (progress is not None and number % progress.every == 0):
+        # Also without a file: what all ranks have found of a large source would be one large message.
+        if number == num_rounds or number % (_ROUNDS if progress is None else progress.every) == 0:
             fresh = [each for part in world.gather(own) for each in part]
             own = []
             if progress is not None:
@@ -194,7 +196,7 @@ def average_precision(source: ObjectSource, found: list[Found]) -> Detection:
     results = [
         result
         for each in found
-        for result in _results(each, each["sample"], range(1, source.num_classes + 1))
+        for result in results_of(each, each["sample"], range(1, source.num_classes + 1))
     ]
     metrics, of_classes = _measured(truth, results, "box")
     if has_masks:
@@ -261,7 +263,14 @@ def _mean(precision: npt.NDArray[np.float64]) -> float | None:
     return float(known.mean()) if known.size else None
 
 
-def _results(found: Found, image_id: int, category_ids: list[int] | range) -> Iterator[dict[str, Any]]:
+def results_of(found: Found, image_id: int, category_ids: Sequence[int]) -> Iterator[dict[str, Any]]:
+    """Yields what was found in an image in COCO's format of results.
+
+    Args:
+        found: in the image.
+        image_id: of the image.
+        category_ids: of each label.
+    """
     for index, (label, box, score) in enumerate(
         zip(found["labels"], found["boxes"], found["scores"], strict=True)
     ):
@@ -285,6 +294,6 @@ def write_results(file: Path, source: ObjectSource, found: list[Found]) -> None:
     results = (
         json.dumps(result)
         for each in found
-        for result in _results(each, source.objects(each["sample"]).image_id, source.category_ids)
+        for result in results_of(each, source.objects(each["sample"]).image_id, source.category_ids)
     )
     write_atomically(file, "[" + ",\n".join(results) + "]\n")
