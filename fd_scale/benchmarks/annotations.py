@@ -71,7 +71,7 @@ def _annotation(rng: np.random.Generator, number: int, num_images: int) -> dict[
         )
         segmentation = [points.round(2).ravel().tolist()]
     return {
-        "segmentation": segmentation, "area": float(width * height), "iscrowd": int(crowd),
+        "segmentation": segmentation, "area": float(width * height * np.pi / 4), "iscrowd": int(crowd),
         "image_id": int(rng.integers(num_images)), "bbox": [left, top, width, height],
         "category_id": int(rng.integers(1, NUM_CLASSES + 1)), "id": number,
     }  # fmt: skip

@@ -169,6 +169,7 @@ def convert(source: Path, target: Path) -> None:
         OSError: the target cannot be written.
     """
     began = time.monotonic()
+    logger.info("%s: an index of it is made, once", source)
     with tempfile.NamedTemporaryFile(
         dir=target.parent, prefix=target.stem, suffix=".tmp", buffering=2**20, delete=False
     ) as out:

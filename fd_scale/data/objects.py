@@ -97,9 +97,8 @@ def runs_of(outline: Outline, objects: Objects) -> bytes:
     if isinstance(outline, bytes):
         return outline
     if outline is None:
-        return coco_mask.encode(np.zeros((objects.height, objects.width), dtype=np.uint8, order="F"))[
-            "counts"
-        ]
+        nothing = {"size": [objects.height, objects.width], "counts": [objects.height * objects.width]}
+        return coco_mask.frPyObjects(nothing, objects.height, objects.width)["counts"]
     return coco_mask.merge(coco_mask.frPyObjects(outline, objects.height, objects.width))["counts"]
 
 

@@ -9,6 +9,7 @@ from fd_scale.evaluation.detection import (
     compact,
     detection_of,
     found_in,
+    results_of,
     write_results,
 )
 from fd_scale.evaluation.loop import EvaluationSet, Forward, evaluated_batches, mean_over_source
@@ -35,6 +36,7 @@ __all__ = [
     "mean_over_source",
     "nearest_neighbours",
     "reassessed_labels",
+    "results_of",
     "segmentation_of",
     "write_results",
 ]

@@ -9,7 +9,7 @@ T = thresholds of overlap, R = recalls, K = classes, A = ranges of area.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -194,7 +194,7 @@ def average_precision(source: ObjectSource, found: list[Found]) -> Detection:
     results = [
         result
         for each in found
-        for result in _results(each, each["sample"], range(1, source.num_classes + 1))
+        for result in results_of(each, each["sample"], range(1, source.num_classes + 1))
     ]
     metrics, of_classes = _measured(truth, results, "box")
     if has_masks:
@@ -261,7 +261,14 @@ def _mean(precision: npt.NDArray[np.float64]) -> float | None:
     return float(known.mean()) if known.size else None
 
 
-def _results(found: Found, image_id: int, category_ids: list[int] | range) -> Iterator[dict[str, Any]]:
+def results_of(found: Found, image_id: int, category_ids: Sequence[int]) -> Iterator[dict[str, Any]]:
+    """Yields what was found in an image in COCO's format of results.
+
+    Args:
+        found: in the image.
+        image_id: of the image.
+        category_ids: of each label.
+    """
     for index, (label, box, score) in enumerate(
         zip(found["labels"], found["boxes"], found["scores"], strict=True)
     ):
@@ -285,6 +292,6 @@ def write_results(file: Path, source: ObjectSource, found: list[Found]) -> None:
     results = (
         json.dumps(result)
         for each in found
-        for result in _results(each, source.objects(each["sample"]).image_id, source.category_ids)
+        for result in results_of(each, source.objects(each["sample"]).image_id, source.category_ids)
     )
     write_atomically(file, "[" + ",\n".join(results) + "]\n")

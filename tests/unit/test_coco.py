@@ -13,7 +13,7 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 
-from fd_scale.benchmarks.annotations import write_annotations
+from fd_scale.benchmarks.annotations import bench_annotations, write_annotations
 from fd_scale.config import SourceConfig
 from fd_scale.data import Objects, object_source, open_source, require_targets, subset
 from fd_scale.data.coco_index import CocoIndex, convert, index_of, pixels_of_runs
@@ -390,3 +390,11 @@ def test_a_part_of_an_outline_is_that_part_of_its_mask() -> None:
     assert box_around(empty) is None
     empty[1:3, 2:5] = 1
     assert box_around(empty) == (2, 1, 5, 3)
+
+
+@pytest.mark.slow
+def test_the_benchmark(tmp_path: Path) -> None:
+    bench_annotations(num_images=20, num_objects=90, json_file=str(tmp_path / "out.json"))
+    found = json.loads((tmp_path / "out.json").read_text())
+    assert (found["images"], found["objects"]) == (20, 90)
+    assert min(found["convert_s"], found["peak_gib"], found["open_s"], found["index_mib"]) > 0
