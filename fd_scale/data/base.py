@@ -88,6 +88,10 @@ class ObjectSource(Source, Protocol):
     def has_outlines(self) -> bool:
         """Whether objects have outlines, polygons or masks, and not boxes alone."""
 
+    @property
+    def num_semantic_classes(self) -> int:
+        """Classes of the maps of pixels that images have beside their objects; 0: they have none."""
+
     def objects(self, sample_id: int) -> Objects:
         """Returns what `read` does beside the image, without reading that."""
 

@@ -17,6 +17,9 @@ from fd_scale.data.decode import DecodeError, decode, decode_mask
 from fd_scale.data.objects import Objects
 from fd_scale.errors import UserError
 
+NUM_STUFF_CLASSES = 183
+"""Of COCO-stuff's pixel maps: 91 of things, without pixels there, 91 of stuff, and `other`, where there are things."""
+
 
 class CocoSource:
     """Image files below a folder, and what a JSON file says of the objects in them.
@@ -56,6 +59,7 @@ class CocoSource:
         self.num_classes = len(header["class_names"])
         self.category_ids: list[int] = header["category_ids"]
         self.has_outlines: bool = header["has_outlines"]
+        self.num_semantic_classes = 0 if pixel_maps is None else NUM_STUFF_CLASSES
         self.is_annotated = len(self.index.columns["ids"]) > 0
 
     @functools.cached_property

@@ -44,6 +44,18 @@ class Detections(NamedTuple):
     """fp32, 0..1: how likely each place of the box is the object's; (N, 0, 0): boxes alone."""
 
 
+def in_few_storages(batch: list[Instances]) -> list[Instances]:
+    """Returns the same values as parts of one tensor for each field.
+
+    A worker sends each storage as an open file, of which a process may have a thousand.
+    """
+    columns = []
+    for values in zip(*batch, strict=True):
+        parts = torch.cat([value.flatten() for value in values]).split([value.numel() for value in values])
+        columns.append([part.view(value.shape) for part, value in zip(parts, values, strict=True)])
+    return [Instances(*each) for each in zip(*columns, strict=True)]
+
+
 def packed(masks_NHW: Tensor) -> Tensor:
     """Packs masks, bool or 0 and 1, as `Instances.masks_NHw` holds them; rows are filled up with 0."""
     width = masks_NHW.shape[2]

@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from fd_scale.data.base import Source
 from fd_scale.data.decode import DecodeError
-from fd_scale.data.instances import Instances
+from fd_scale.data.instances import Instances, in_few_storages
 from fd_scale.data.order import order
 from fd_scale.data.transforms import Transform
 from fd_scale.errors import UserError
@@ -116,7 +116,7 @@ class _Reader:
                 images.append(pixels)
                 labels.append(label if isinstance(label, Instances) else torch.as_tensor(label))
         # Images have their own number of objects each, which do not stack.
-        together = labels if self.source.targets == "instances" else torch.stack(labels)
+        together = in_few_storages(labels) if self.source.targets == "instances" else torch.stack(labels)
         return Batch(torch.stack(images), together, torch.tensor(positions), num_bad), bad
 
     def _candidates(self, epoch: int, sample_id: int) -> Iterator[int]:

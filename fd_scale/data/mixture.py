@@ -67,6 +67,11 @@ class Subset:
         """See `ObjectSource`."""
         return object_source(self.source).has_outlines
 
+    @property
+    def num_semantic_classes(self) -> int:
+        """See `ObjectSource`."""
+        return object_source(self.source).num_semantic_classes
+
     def objects(self, sample_id: int) -> Objects:
         """See `ObjectSource`."""
         return object_source(self.source).objects(int(self.sample_ids_N[sample_id]))
@@ -190,6 +195,11 @@ class Mixture:
     def has_outlines(self) -> bool:
         """See `ObjectSource`: whether all of them have."""
         return all(object_source(source).has_outlines for source in self.sources)
+
+    @property
+    def num_semantic_classes(self) -> int:
+        """See `ObjectSource`: 0 where one of them has no maps."""
+        return min(object_source(source).num_semantic_classes for source in self.sources)
 
     def objects(self, sample_id: int) -> Objects:
         """See `ObjectSource`."""

@@ -70,8 +70,9 @@ def mask_in(outline: Outline, objects: Objects, window: Window) -> npt.NDArray[n
         window: in pixels of the image after a resize.
 
     Returns:
-        mask_HW, 0 and 1, of the window's size: of polygons that part of COCO's own mask of the resized image, to the
-        pixel but for ties of its rounding, a pixel in thousands of masks; of runs, the nearest pixel of their mask.
+        mask_HW, 0 and 1, of the window's size: of polygons that part of COCO's own mask of the resized image, the
+        same to the pixel from the image's corner, and elsewhere but for ties of COCO's rounding, a pixel in a thousand
+        masks; of runs, the nearest pixel of their mask.
     """
     if outline is None:
         return np.zeros((window.height, window.width), dtype=np.uint8)
@@ -79,10 +80,20 @@ def mask_in(outline: Outline, objects: Objects, window: Window) -> npt.NDArray[n
         whole_HW = coco_mask.decode({"size": [objects.height, objects.width], "counts": outline})
         return nearest_in(whole_HW, window)
     factors = np.array([window.image_width / objects.width, window.image_height / objects.height])
-    corner = np.array([window.left, window.top])
-    polygons = [_snapped(polygon.reshape(-1, 2) * factors, corner) for polygon in outline]
-    runs = coco_mask.frPyObjects(polygons, window.height, window.width)
-    return coco_mask.decode(coco_mask.merge(runs))
+    points = [polygon.reshape(-1, 2) * factors for polygon in outline]
+    together_P2 = np.concatenate(points) - [window.left, window.top]
+    # Only where it is: most objects are a small part of what is seen.
+    seen_2 = np.array([window.width, window.height])
+    left, top = np.clip(np.floor(together_P2.min(axis=0)) - 1, 0, seen_2).astype(int).tolist()
+    right, bottom = np.clip(np.ceil(together_P2.max(axis=0)) + 1, 0, seen_2).astype(int).tolist()
+    if window.left == window.top == 0:
+        left, top = 0, 0  # COCO's own sums, to their last bit
+    mask_HW = np.zeros((window.height, window.width), dtype=np.uint8)
+    if left < right and top < bottom:
+        corner = np.array([window.left + left, window.top + top])
+        runs = coco_mask.frPyObjects([_snapped(each, corner) for each in points], bottom - top, right - left)
+        mask_HW[top:bottom, left:right] = coco_mask.decode(coco_mask.merge(runs))
+    return mask_HW
 
 
 def nearest_in(map_HW: npt.NDArray[np.uint8], window: Window) -> npt.NDArray[np.uint8]:

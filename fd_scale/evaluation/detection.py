@@ -33,6 +33,7 @@ from fd_scale.evaluation.progress import Progress
 MAX_DETECTIONS = 100
 """Of an image, the surest ones: COCO counts no more."""
 _BAND_PIXELS = 2**24  # of a mask that is enlarged, at a time: 64 MiB as fp32
+_ROUNDS = 100  # an image a rank each, from one exchange to the next
 _EMPTY_SIDE = 32  # of the image that a rank without one runs through the model
 _AREAS = ("", "_small", "_medium", "_large")
 
@@ -120,7 +121,8 @@ def found_in(
             detect(torch.zeros(3, _EMPTY_SIDE, _EMPTY_SIDE, dtype=torch.uint8, device=world.device))
         else:
             own.append({"sample": sample_id} | compact(detect(batch.images[0]), *batch.images.shape[2:]))
-        if number == num_rounds or (progress is not None and number % progress.every == 0):
+        # Also without a file: what all ranks have found of a large source would be one large message.
+        if number == num_rounds or number % (_ROUNDS if progress is None else progress.every) == 0:
             fresh = [each for part in world.gather(own) for each in part]
             own = []
             if progress is not None:

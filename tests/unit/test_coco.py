@@ -4,6 +4,7 @@ import json
 import pickle
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +93,10 @@ def test_a_folder_of_ones_own(tmp_path: Path, write_objects: WriteObjects) -> No
     assert (source.name(1), source.key(1)) == (str(tmp_path / "own/images/1.png"), "1.png")
     part = object_source(subset(source, [3, 1]))
     assert part.objects(1).image_id == 15
+    assert (
+        coco_mask.area({"size": [40, 50], "counts": runs_of(None, replace(objects, height=40, width=50))})
+        == 0
+    )
     assert (part.category_ids, part.has_outlines, part.is_annotated) == ([3, 7], True, True)
     assert not object_source(subset(source, [7])).is_annotated
 
@@ -110,6 +115,9 @@ def test_parts_of_coco_and_objects365(tmp_path: Path, write_objects: WriteObject
     Image.fromarray(stuff).save(root / "annotations/stuff_val2017_pixelmaps/2.png")
     assert open_source(f"coco_train:{root}").read(2)[1].semantic is None  # type: ignore[union-attr]
     source = open_source(f"coco_val:{root}")
+    assert object_source(source).num_semantic_classes == 183
+    both = open_source([SourceConfig(source=f"coco_{part}:{root}") for part in ("train", "val")])
+    assert object_source(both).num_semantic_classes == 0, "the training part has no maps"
     semantic = np.asarray(source.read(2)[1].semantic)  # type: ignore[union-attr]
     assert [semantic[row, 0] for row in (0, 5, 9)] == [255, 91, 182]
     with pytest.raises(DecodeError, match=r"pixel map .*pixelmaps/3.png cannot be read"):

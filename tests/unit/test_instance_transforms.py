@@ -290,6 +290,8 @@ def test_copy_paste_is_a_function_of_the_sample(
                     assert all(torch.equal(left, right) for left, right in zip(one, two, strict=True))
     second = batches(1, 2, False)
     assert torch.equal(whole[1].images[2:], second[1].images)
+    storages = {values.untyped_storage().data_ptr() for each in whole[0].instances for values in each}
+    assert len(storages) == 5, "a worker sends an open file for each, and not for each image"
     moved = whole[0].to("meta")
     assert moved.instances[0].boxes_N4.device.type == "meta"
 
