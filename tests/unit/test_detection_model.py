@@ -312,6 +312,20 @@ def test_views_are_one_image() -> None:
     assert narrow.from_image(boxes).tolist() == [[1.0, 3, 5, 6]]
 
 
+def test_a_mirrored_view_is_mirrored_back() -> None:
+    detector = built("swin", replace(CONFIGS["mask_rcnn"], score_threshold=0.2)).eval()
+    pixels = pictures(1)[0].float()
+    with torch.no_grad():
+        plain, mirrored = (
+            Detections(**detector(views=[View(pixels, SIDE, SIDE, (1.0, 1.0), mirror)])) for mirror in (False, True)
+        )
+    assert len(plain.scores_N) > 5
+    assert torch.equal(mirrored.scores_N, plain.scores_N)
+    left, top, right, bottom = plain.boxes_N4.unbind(1)
+    torch.testing.assert_close(mirrored.boxes_N4, torch.stack([SIDE - right, top, SIDE - left, bottom], 1))
+    torch.testing.assert_close(mirrored.masks_Nmm, plain.masks_Nmm.flip(-1), rtol=1e-3, atol=1e-4)
+
+
 def test_more_views_compete_and_share_masks() -> None:
     detector = built("swin", replace(CONFIGS["cascade"], score_threshold=0.2)).eval()
     image = pictures(1)[0].float()
