@@ -22,7 +22,7 @@ from fd_scale.data import object_source
 from fd_scale.distributed import World
 from fd_scale.engine import saved_weights
 from fd_scale.errors import UserError
-from fd_scale.evaluation import Progress, reassessed_labels, write_results
+from fd_scale.evaluation import EvaluationSet, Progress, reassessed_labels, write_results
 from fd_scale.finetune import ClassificationTask, DetectionTask, SegmentationTask
 from fd_scale.log import console
 from fd_scale.models import dtype_of
@@ -180,33 +180,45 @@ def _measured_images(
     file: Path,
     world: World,
 ) -> tuple[dict[str, Any], Table]:
-    """Measures whole images, one at a time; what is known on the way lies beside `file`, and so do detections."""
+    """Measures whole images, one at a time; what is known on the way lies beside `file`."""
     assert task.evaluation is not None, "the recipe names images"
     source = task.evaluation.source
     manifest = hashlib.sha256((checkpoint / "manifest.json").read_bytes()).hexdigest()
     of = json.dumps([manifest, source.fingerprint, str(recipe.data.evaluation), _changes(recipe, run)])
     progress = Progress(file=file.with_suffix(".progress"), of=of)
-    if isinstance(task, SegmentationTask):
-        overlap = task.measure(task.evaluation, task.module, world, progress)
-        title, metrics = f"{overlap.matrix.sum() / 1e6:.1f} M pixels", overlap.metrics
-        worst = {label: overlap.class_iou[label] for label in overlap.worst_classes(NUM_WORST)}
-        found = overlap.to_json(source.class_names)
+    if isinstance(task, DetectionTask):
+        return _measured_objects(task, task.evaluation, file, world, progress)
+    overlap = task.measure(task.evaluation, task.module, world, progress)
+    worst = {label: f"{overlap.class_iou[label]:.2%}" for label in overlap.worst_classes(NUM_WORST)}
+    shown = {name: f"{value:.2%}" for name, value in overlap.metrics.items()}
+    title = f"{overlap.matrix.sum() / 1e6:.1f} M pixels"
+    return overlap.to_json(source.class_names), _table(title, shown, worst, source.class_names)
+
+
+def _measured_objects(
+    task: DetectionTask, evaluation: EvaluationSet, file: Path, world: World, progress: Progress
+) -> tuple[dict[str, Any], Table]:
+    """Measures detections, where the images have annotations, and writes them beside `file`."""
+    source = object_source(evaluation.source)
+    results: dict[str, Any] = {"images": len(source)}
+    shown, worst = {}, {}
+    if source.is_annotated:
+        detection = task.measure(evaluation, task.module, world, progress)
+        found, results = detection.found, detection.to_json(source.class_names)
+        shown = {name: f"{value:.2%}" for name, value in detection.metrics.items()}
+        key = "mask_ap" if "mask_ap" in detection.metrics else "box_ap"
+        labels = detection.worst_classes(NUM_WORST)
+        worst = {label: f"{detection.classes[label][key]:.2%}" for label in labels}
     else:
-        detection = task.measure(task.evaluation, task.module, world, progress)
-        if world.is_main:
-            target = file.with_suffix(".detections.json")
-            try:
-                write_results(target, object_source(source), detection.found)
-            except OSError as error:
-                raise run_folder.not_writable(file.parent, error) from None
-            console.print(f"detections in COCO's format: {target}", soft_wrap=True)
-        title, metrics = f"{detection.num_images} images", detection.metrics
-        key = "mask_ap" if "mask_ap" in metrics else "box_ap"
-        worst = {label: detection.classes[label][key] for label in detection.worst_classes(NUM_WORST)}
-        found = detection.to_json(source.class_names)
-    shown = {name: f"{value:.2%}" for name, value in metrics.items()}
-    of_classes = {label: f"{value:.2%}" for label, value in worst.items()}
-    return found, _table(title, shown, of_classes, source.class_names)
+        found = task.find(evaluation, task.module, world, progress)
+    if world.is_main:
+        target = file.with_suffix(".detections.json")
+        try:
+            write_results(target, source, found)
+        except OSError as error:
+            raise run_folder.not_writable(file.parent, error) from None
+        console.print(f"detections in COCO's format: {target}", soft_wrap=True)
+    return results, _table(f"{len(source)} images", shown, worst, source.class_names)
 
 
 def _make(folder: Path) -> None:

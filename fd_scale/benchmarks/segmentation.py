@@ -6,24 +6,22 @@ Shape legend: B = images, H, W = pixels, K = classes, h, w = places of a map, R 
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
-from fd_scale import api, distributed, log
-from fd_scale.bench import WARM_UP_STEPS, BareLoop, TakingTurns
-from fd_scale.benchmarks.finetune import settings_alone, show
+from fd_scale import api
+from fd_scale.benchmarks.beside import Peer, beside
+from fd_scale.benchmarks.finetune import show
 from fd_scale.checkpoint import write_atomically
-from fd_scale.config import Recipe, load_recipe
+from fd_scale.config import Recipe
 from fd_scale.data import Batch, open_source
 from fd_scale.errors import UserError
 from fd_scale.finetune import SegmentationTask
 from fd_scale.finetune.segmentation.module import cross_entropy_sum
 from fd_scale.models import normalize
-from fd_scale.run_folder import environment
 
 PEER = "transformers"
 
@@ -102,30 +100,20 @@ def bench_segmentation(
     Raises:
         UserError: the recipe is of another task or head, or Transformers is not installed.
     """
-    if num_steps < 2:
-        raise UserError(f"--steps: got {num_steps}, expected at least 2")
-    total = num_steps + WARM_UP_STEPS + 1  # the last step ends in a checkpoint and is not measured
-    with tempfile.TemporaryDirectory() as folder:
-        alone = settings_alone(folder, total)
-        recipe = load_recipe(recipe_name, [*overrides, *alone])
-        section = recipe.segmentation
-        if section is None or section.head != "upernet" or not section.auxiliary_weight:
-            raise UserError(
-                f"{recipe_name}: bench segmentation expects task segmentation, with segmentation.head=upernet and an "
-                "auxiliary head"
-            )
-        recipe = load_recipe(recipe_name, [*overrides, *alone, "segmentation.norm=batch"])
-        world = distributed.start(recipe.train.device, recipe.train.timeout_s)
-        log.set_up(world.rank)
-        trainer = api.build_trainer(recipe, world)
-        turns = TakingTurns(trainer.loader, BareLoop(_Peer(recipe), recipe, world), min(num_steps, 16))
-        trainer.loader = turns  # type: ignore[assignment]
-        trainer.train()
-    result = {
-        "environment": environment(), "recipe": recipe_name, "overrides": list(overrides),
-        "ours_ms": turns.ours_ms[WARM_UP_STEPS:], f"{PEER}_ms": turns.bare_ms[WARM_UP_STEPS:],
-    }  # fmt: skip
-    show(result, PEER, recipe.train.global_batch)
+    result = beside(
+        recipe_name, overrides, num_steps,
+        Peer(name=PEER, refuse=_refuse, of=_Peer, settings=["segmentation.norm=batch"]),
+    )  # fmt: skip
+    show(result, PEER, result["images"])
     if json_file is not None:
         write_atomically(Path(json_file), json.dumps(result, indent=1))
     return result
+
+
+def _refuse(recipe: Recipe) -> None:
+    section = recipe.segmentation
+    if section is None or section.head != "upernet" or not section.auxiliary_weight:
+        raise UserError(
+            f"task {recipe.task}: bench segmentation expects task segmentation, with segmentation.head=upernet and an "
+            "auxiliary head"
+        )

@@ -58,18 +58,7 @@ def add_bench(verbs: Verbs) -> None:
     segmentation.set_defaults(run=_bench_segmentation)
 
     _add_bench_prediction(subjects)
-
-    annotations = add_verb(
-        subjects, "annotations", "COCO's annotations to the index that a detection reads: time and memory",
-        "Writes annotations of the size of COCO's training part, converts and opens them; takes 1 GiB of disk.",
-        "  fd-scale bench annotations",
-    )  # fmt: skip
-    annotations.add_argument("--images", type=int, default=118_287, help="how many (default: 118287, COCO's)")
-    annotations.add_argument(
-        "--objects", type=int, default=860_001, help="how many (default: 860001, COCO's)"
-    )
-    annotations.add_argument("--json", metavar="FILE", help="write the measurements there too")
-    annotations.set_defaults(run=_bench_annotations)
+    _add_bench_detection(subjects)
 
     kernels = add_verb(
         subjects, "kernels", "the Triton kernels beside their peers, on a GPU",
@@ -104,6 +93,33 @@ def _add_bench_prediction(subjects: Verbs) -> None:
     prediction.add_argument("--repeats", type=int, default=3, help="measured images of each (default: 3)")
     prediction.add_argument("--json", metavar="FILE", help="write the measurements there too")
     prediction.set_defaults(run=_bench_prediction)
+
+
+def _add_bench_detection(subjects: Verbs) -> None:
+    detection = add_verb(
+        subjects, "detection", "one step and one detection, beside torchvision's Mask R-CNN on the same backbone",
+        "Measures in turns, on the same images in memory: our trainer and our heads, and a bare loop with\n"
+        "torchvision's proposals and heads; then what each takes to detect with the same weights.",
+        "  fd-scale bench detection coco/tiny data.train=coco_val:coco",
+    )  # fmt: skip
+    add_recipe(detection)
+    detection.add_argument(
+        "--steps", type=int, default=30, help="measured steps, and detections, of each (default: 30)"
+    )
+    detection.add_argument("--json", metavar="FILE", help="write the measurements there too")
+    detection.set_defaults(run=_bench_detection)
+
+    annotations = add_verb(
+        subjects, "annotations", "COCO's annotations to the index that a detection reads: time and memory",
+        "Writes annotations of the size of COCO's training part, converts and opens them; takes 1 GiB of disk.",
+        "  fd-scale bench annotations",
+    )  # fmt: skip
+    annotations.add_argument("--images", type=int, default=118_287, help="how many (default: 118287, COCO's)")
+    annotations.add_argument(
+        "--objects", type=int, default=860_001, help="how many (default: 860001, COCO's)"
+    )
+    annotations.add_argument("--json", metavar="FILE", help="write the measurements there too")
+    annotations.set_defaults(run=_bench_annotations)
 
 
 def _add_bench_giant(subjects: Verbs) -> None:
@@ -168,6 +184,12 @@ def _bench(options: argparse.Namespace) -> None:
     from fd_scale.bench import bench_step
 
     bench_step(options.recipe, options.overrides, options.steps, options.json)
+
+
+def _bench_detection(options: argparse.Namespace) -> None:
+    from fd_scale.benchmarks.detection import bench_detection
+
+    bench_detection(options.recipe, options.overrides, options.steps, options.json)
 
 
 def _bench_finetune(options: argparse.Namespace) -> None:

@@ -1,7 +1,7 @@
 """A detector as a whole: losses and detections against torchvision's, images that do not touch each other, views."""
 
-from collections import OrderedDict
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -9,16 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models.detection import roi_heads as their_heads
-from torchvision.models.detection.anchor_utils import AnchorGenerator
-from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
-from torchvision.models.detection.image_list import ImageList
-from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
-from torchvision.models.detection.roi_heads import RoIHeads
-from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
-from torchvision.ops import MultiScaleRoIAlign, poolers, roi_align
+from torchvision.ops import poolers, roi_align
 
+from fd_scale.benchmarks.detection import TorchvisionMaskRCNN
 from fd_scale.config import DetectionConfig, ModelConfig
-from fd_scale.data.instances import Detections, Instances, packed, unpacked
+from fd_scale.data.instances import Detections, Instances, packed
 from fd_scale.errors import UserError
 from fd_scale.finetune.detection import DetectionModule, cascade, module, rpn
 from fd_scale.finetune.detection.boxes import decoded
@@ -91,49 +86,6 @@ def losses_of(outputs: dict[str, Tensor]) -> dict[str, Tensor]:
 # ---- torchvision
 
 
-def their_parts(ours: DetectionModule) -> tuple[RegionProposalNetwork, RoIHeads]:
-    """torchvision's, with our weights; it samples all there is."""
-    everything = 10**6
-    head = RPNHead(16, 3)
-    head.load_state_dict(
-        {
-            theirs: getattr(ours.rpn, name)._parameters[part].data
-            for theirs_name, name in (("conv.0.0", "hidden"), ("cls_logits", "objectness"), ("bbox_pred", "deltas"))
-            for part in ("weight", "bias") for theirs in [f"{theirs_name}.{part}"]
-        }
-    )  # fmt: skip
-    anchors = AnchorGenerator(tuple((8 * stride,) for stride in (4, 8, 16, 32, 64)), ((0.5, 1.0, 2.0),) * 5)
-    top = {"training": 2000, "testing": 1000}
-    proposals = RegionProposalNetwork(
-        anchors, head, 0.7, 0.3, everything, 0.5, top, {"training": 1000, "testing": 1000}, 0.7
-    )
-    names = ["0", "1", "2", "3"]
-    heads = RoIHeads(
-        MultiScaleRoIAlign(names, 7, 2), TwoMLPHead(16 * 49, 64), FastRCNNPredictor(64, CLASSES + 1),
-        0.5, 0.5, everything, 0.25, None, 0.05, 0.5, 100,
-        MultiScaleRoIAlign(names, 14, 2), MaskRCNNHeads(16, [16] * 4, 1), MaskRCNNPredictor(16, 16, CLASSES + 1),
-    )  # fmt: skip
-    [box], [body], [predictor] = ours.heads.box_heads, ours.heads.mask_bodies, ours.heads.mask_predictors
-    heads.box_head.fc6.load_state_dict(box.fc1.state_dict())
-    heads.box_head.fc7.load_state_dict(box.fc2.state_dict())
-    # Their background is class 0, and has deltas and a mask that nobody asks for.
-    for theirs, own, rows in (
-        (heads.box_predictor.cls_score, box.classes, 1), (heads.box_predictor.bbox_pred, box.deltas, 4),
-        (heads.mask_predictor.mask_fcn_logits, predictor.classes, 1),
-    ):  # fmt: skip
-        for part in ("weight", "bias"):
-            value = getattr(own, part).data
-            background = value[-1:] if own is box.classes else torch.zeros_like(value[:rows])
-            known = value[:-1] if own is box.classes else value
-            getattr(theirs, part).data = torch.cat([background, known])
-    heads.mask_predictor.conv5_mask.load_state_dict(predictor.doubled.state_dict())
-    own_convs = [layer for layer in body.convs if isinstance(layer, nn.Conv2d)]
-    their_convs = [layer for layer in heads.mask_head.modules() if isinstance(layer, nn.Conv2d)]
-    for conv, own in zip(their_convs, own_convs, strict=True):
-        conv.load_state_dict(own.state_dict())
-    return proposals, heads
-
-
 @pytest.fixture
 def aligned(monkeypatch: pytest.MonkeyPatch) -> None:
     """Makes torchvision's pixels areas, as ours are, and its mask targets 0 or 1."""
@@ -151,36 +103,21 @@ def test_losses_and_detections_equal_torchvision(aligned: None, monkeypatch: pyt
     monkeypatch.setattr(rpn, "SAMPLED_ANCHORS", 10**6)
     config = replace(CONFIGS["mask_rcnn"], rois_per_image=10**6)
     ours = built("swin", config)
-    proposals, heads = their_parts(ours)
+    peer = TorchvisionMaskRCNN(
+        SimpleNamespace(module=ours, config=config, num_classes=CLASSES), everything=True
+    )
     image, target = pictures(1), objects(4, seed=1)
-    with torch.no_grad():
-        maps, _, _ = ours._maps(image)
-    levels = OrderedDict(zip(["0", "1", "2", "3", "pool"], maps, strict=True))
-    images = ImageList(image, [(SIDE, SIDE)])
-    wanted = [
-        {
-            "boxes": target.boxes_N4, "labels": target.labels_N + 1,
-            "masks": unpacked(target.masks_NHw, SIDE),
-        }
-    ]  # fmt: skip
-    boxes, rpn_losses = proposals(images, levels, wanted)
-    _, head_losses = heads(levels, boxes, images.image_sizes, wanted)
+    theirs = peer(image, [target])
     found = ours(image, [target], torch.zeros(1, dtype=torch.int64))
-    pairs = {
-        "rpn_class": rpn_losses["loss_objectness"], "rpn_box": rpn_losses["loss_rpn_box_reg"],
-        "class_1": head_losses["loss_classifier"], "box_1": head_losses["loss_box_reg"],
-        "mask_1": head_losses["loss_mask"],
-    }  # fmt: skip
-    assert set(pairs) == set(losses_of(found))
-    for name, expected in pairs.items():
+    assert set(theirs) == set(losses_of(found))
+    for name, expected in theirs.items():
         assert expected > 1e-3, name
         # Means of some thousand fp32 terms, in another order.
         torch.testing.assert_close(found[name], expected, rtol=1e-4, atol=1e-6, msg=name)
 
-    ours.eval(), proposals.eval(), heads.eval()
+    ours.eval(), peer.eval()
     with torch.no_grad():
-        boxes, _ = proposals(images, levels)
-        [expected], _ = heads(levels, boxes, images.image_sizes)
+        expected = peer(image)
         detections = Detections(**ours(views=[View(image[0].float(), SIDE, SIDE, (1.0, 1.0), False)]))
     assert len(detections.scores_N) == len(expected["scores"]) > 20
     torch.testing.assert_close(detections.scores_N, expected["scores"], rtol=1e-4, atol=1e-5)
@@ -346,7 +283,9 @@ def test_the_semantic_loss_goes_over_places_with_a_class() -> None:
     )  # fmt: skip
     assert float(semantic_error(logits, [target.semantic_HW])) == pytest.approx(expected, rel=1e-5)
     losses = losses_of(detector(pictures(1), [target], torch.tensor([5])))
-    assert float(losses["semantic"]) == pytest.approx(0.2 * 48 * 2, rel=0.3), "about ln 7 at 48 places"
+    assert float(losses["semantic"].detach()) == pytest.approx(0.2 * 48 * 2, rel=0.3), (
+        "about ln 7 at 48 places"
+    )
 
 
 def test_global_attention_is_torchs() -> None:
@@ -371,6 +310,21 @@ def test_views_are_one_image() -> None:
     torch.testing.assert_close(view.of_image(view.from_image(boxes)), boxes)
     narrow = view._replace(width=7)
     assert narrow.from_image(boxes).tolist() == [[1.0, 3, 5, 6]]
+
+
+def test_a_mirrored_view_is_mirrored_back() -> None:
+    detector = built("swin", replace(CONFIGS["mask_rcnn"], score_threshold=0.2)).eval()
+    pixels = pictures(1)[0].float()
+    with torch.no_grad():
+        plain, mirrored = (
+            Detections(**detector(views=[View(pixels, SIDE, SIDE, (1.0, 1.0), mirror)]))
+            for mirror in (False, True)
+        )
+    assert len(plain.scores_N) > 5
+    assert torch.equal(mirrored.scores_N, plain.scores_N)
+    left, top, right, bottom = plain.boxes_N4.unbind(1)
+    torch.testing.assert_close(mirrored.boxes_N4, torch.stack([SIDE - right, top, SIDE - left, bottom], 1))
+    torch.testing.assert_close(mirrored.masks_Nmm, plain.masks_Nmm.flip(-1), rtol=1e-3, atol=1e-4)
 
 
 def test_more_views_compete_and_share_masks() -> None:

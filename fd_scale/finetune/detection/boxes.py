@@ -173,8 +173,7 @@ def chosen(matches: Matches, noise_M: Tensor, count: int, most_positive: int) ->
     positive_noise, positive = _largest(noise_M, matches.positive_M, most_positive)
     negative_noise, negative = _largest(noise_M, matches.negative_M, count)
     is_positive = positive_noise >= 0
-    rank = torch.arange(len(negative), device=noise_M.device)
-    is_negative = (negative_noise >= 0) & (rank < count - is_positive.sum())
+    is_negative = negative_noise >= 0
     valid = torch.cat([is_positive, is_negative])
     places_R = (~valid).to(torch.uint8).argsort(stable=True)[: min(count, len(noise_M))]
     positives = torch.cat([is_positive, torch.zeros_like(is_negative)])

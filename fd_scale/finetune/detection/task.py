@@ -16,7 +16,7 @@ from fd_scale.config import Recipe
 from fd_scale.data import IGNORED, Batch, Source, TrainLoader
 from fd_scale.data.instances import Detections, Instances
 from fd_scale.distributed import World
-from fd_scale.evaluation import Detection, EvaluationSet, Forward, Progress, detection_of
+from fd_scale.evaluation import Detection, EvaluationSet, Forward, Found, Progress, detection_of, found_in
 from fd_scale.finetune.classes import agreed_classes
 from fd_scale.finetune.detection.boxes import NMS_IOU, suppressed
 from fd_scale.finetune.detection.module import DetectionModule, at_places
@@ -107,6 +107,12 @@ class DetectionTask:
     ) -> Detection:
         """Measures AP, by class too; see `detection_of`."""
         return detection_of(evaluation, partial(self.detect, forward=forward), world, progress)
+
+    def find(
+        self, evaluation: EvaluationSet, forward: Forward, world: World, progress: Progress | None = None
+    ) -> list[Found]:
+        """Detects without measuring, where there are no annotations; see `found_in`."""
+        return found_in(evaluation, partial(self.detect, forward=forward), world, progress)
 
     def detect(self, image_CHW: Tensor, forward: Forward) -> Detections:
         """Returns what is found in an image, uint8, by one call of the module's forward."""
