@@ -11,7 +11,7 @@ from fd_scale.cli.parts import Verbs, add_recipe, add_verb
 def add_bench(verbs: Verbs) -> None:
     """Adds `bench` and what it measures."""
     bench = add_verb(
-        verbs, "bench", "measurements: step, finetune, segmentation, prediction, annotations, kernels, giant, scale",
+        verbs, "bench", "measurements: step, finetune, segmentation, detection, kernels, giant, ...",
         "Measures the training step, the kernels, whole steps of SwinV2-G on a GPU, or a recipe's on many.",
         "  fd-scale bench step --json step.json\n"
         "  fd-scale bench finetune miniature/finetune model.weights=null\n"
