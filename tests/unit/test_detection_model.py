@@ -317,7 +317,8 @@ def test_a_mirrored_view_is_mirrored_back() -> None:
     pixels = pictures(1)[0].float()
     with torch.no_grad():
         plain, mirrored = (
-            Detections(**detector(views=[View(pixels, SIDE, SIDE, (1.0, 1.0), mirror)])) for mirror in (False, True)
+            Detections(**detector(views=[View(pixels, SIDE, SIDE, (1.0, 1.0), mirror)]))
+            for mirror in (False, True)
         )
     assert len(plain.scores_N) > 5
     assert torch.equal(mirrored.scores_N, plain.scores_N)
