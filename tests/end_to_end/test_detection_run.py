@@ -89,3 +89,4 @@ def test_it_learns_objects_by_heart_and_shows_them(
     monkeypatch.chdir(tmp_path)
     cli.main(["export", str(run), "exported"])
     assert (tmp_path / "exported/model.safetensors").exists()
+    assert "evaluation mask_ap" in (tmp_path / "exported/README.md").read_text()
