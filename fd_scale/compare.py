@@ -26,7 +26,7 @@ from fd_scale.run_folder import not_writable
 
 METRICS = {"classification": "top1", "linear_probe": "top1", "segmentation": "miou", "detection": "box_ap"}
 """Of each task that can be compared."""
-NAMES = {"top1": "top-1", "miou": "mIoU"}
+NAMES = {"top1": "top-1", "miou": "mIoU", "box_ap": "box AP"}
 """Of the metrics, as people write them."""
 DEFAULT = Launcher()
 

@@ -175,7 +175,7 @@ def model_card(recipe: Recipe, run_dir: Path, step: int, backbone: Backbone) -> 
     card += ["## Metrics", "", "| measured at step | metric | value |", "|---|---|---|"]
     for kind in ("train", "evaluation"):
         for line in read_metrics(run_dir, kind)[-1:]:
-            names = ("loss", "top1") if kind == "evaluation" else ("loss",)
+            names = ("loss", "top1", "miou", "box_ap", "mask_ap") if kind == "evaluation" else ("loss",)
             card += [
                 f"| {line['step']} | {kind} {name} | {line[name]:.4f} |" for name in names if name in line
             ]

@@ -265,7 +265,7 @@ class DetectionConfig:
     score_threshold: float = 0.05
     """A detection's least probability."""
     max_detections: int = 100
-    """Of an image."""
+    """Of an image; AP counts 100 at most."""
     soft_nms: Literal["none", "linear", "gaussian"] = "none"
     """What happens to boxes of a class that overlap a surer one: they go where IoU is above 0.5, or (arXiv 1704.04503)
     their scores fall, by 1 - IoU where that is above 0.5, or by exp(-2 IoU^2)."""

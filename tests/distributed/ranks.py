@@ -65,7 +65,8 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any) -> list
             rank = waiting.pop(receiver)
             try:
                 succeeded, results[rank] = receiver.recv()
-                if not succeeded:
+                # Who waits for a rank that was killed may say so sooner than that one's end is seen.
+                if not succeeded and not _was_killed(processes):
                     failures.append(f"rank {rank}:\n{results[rank]}")
             except EOFError:  # killed before it could say anything
                 processes[rank].join()
@@ -81,6 +82,11 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any) -> list
         process.join()
     assert not failures, "\n".join(failures)
     return results
+
+
+def _was_killed(processes: list[Any]) -> bool:
+    wait([process.sentinel for process in processes], timeout=1)
+    return any(process.exitcode is not None and process.exitcode < 0 for process in processes)
 
 
 def _child(

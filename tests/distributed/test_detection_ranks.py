@@ -15,8 +15,8 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture
 def values(recipe_values: Values, write_objects: Callable[..., str], tmp_path: Path) -> Values:
-    """Eight images of unequal size, of which the last has no object and some a crowd."""
-    source = write_objects(tmp_path / "objects")
+    """Seven images of unequal size: the last has no object, some a crowd, and in an evaluation one rank has less."""
+    source = write_objects(tmp_path / "objects", count=7)
     defaults = {
         "data__train": source, "data__evaluation": source, "train__global_batch": 4, "train__micro_batch": 2,
         "train__steps": 4, "model__img_size": 48, "optim__lr": 1e-4,
@@ -55,6 +55,9 @@ def test_two_ranks_equal_one(values: Values, stage: int, checkpointing: str, sec
     # AdamW's division amplifies that, and scores or overlaps that are almost equal then go the other way.
     np.testing.assert_allclose(found[:, 0], expected[:, 0], rtol=1e-2)
     assert len(set(expected[:, 0])) == 4
+    for run in (together, alone):
+        [metrics] = cases.read_metrics(Path(run["run_dir"]), "evaluation")
+        assert {"box_ap", "mask_ap"} <= set(metrics)
 
 
 def test_resume_is_exact(values: Values) -> None:

@@ -26,7 +26,7 @@ Refused = Callable[..., str]
 
 VERBS = {
     "distill": "distill", "contrastive": "pretrain", "masked": "pretrain", "classification": "finetune",
-    "linear_probe": "finetune", "segmentation": "finetune",
+    "linear_probe": "finetune", "segmentation": "finetune", "detection": "finetune",
 }  # fmt: skip
 
 
@@ -324,6 +324,35 @@ def test_masks(
     elif damage == "missing":
         mask.unlink()
     values = recipe_values("segmentation", data__train=source, train__global_batch=8)
+    sentence = refused("finetune", write(values), *overrides)
+    assert all(fact in sentence for fact in facts), sentence
+
+
+@pytest.mark.parametrize(
+    ("overrides", "facts"),
+    [
+        (["detection.num_classes=4"], ["detection.num_classes: got 4", "has 2"]),
+        (["detection.head=htc", "detection.semantic_classes=7"], ["semantic_classes: got 7", "with 0 classes"]),
+        (["boxes alone"], ["detection.masks:", "has boxes alone; set it to false"]),
+        (["model.name=fd_vit_tiny_patch16", "model.img_size=32", "model.overrides={}", "detection.scales=[1.0,1.5]"],
+         ["detection.scales: fd_vit_tiny_patch16 takes images of 32 px alone", "up to 1"]),
+        (["model.name=fd_vit_tiny_patch16", "model.img_size=32", "model.overrides={}",
+          "detection.global_attention=true"],
+         ["detection.global_attention: the blocks of a plain ViT have it"]),
+        (["model.name=resnet18", "model.overrides={}"], ["LayerNorm at its end", "swin_v2_* or fd_vit_*"]),
+    ],
+)  # fmt: skip
+def test_objects(
+    recipe_values: Values, write: Write, refused: Refused, write_objects: Callable[..., str], tmp_path: Path,
+    overrides: list[str], facts: list[str],
+) -> None:  # fmt: skip
+    source = write_objects(tmp_path / "objects")
+    values = recipe_values("detection", data__train=source, train__global_batch=8)
+    if overrides == ["boxes alone"]:
+        file, overrides = tmp_path / "objects/instances.json", []
+        known = json.loads(file.read_text())
+        bare = [each | {"segmentation": []} for each in known["annotations"]]
+        file.write_text(json.dumps(known | {"annotations": bare}))
     sentence = refused("finetune", write(values), *overrides)
     assert all(fact in sentence for fact in facts), sentence
 

@@ -108,3 +108,7 @@ def test_a_run_that_was_stopped_does_not_count(tmp_path: Path) -> None:
     (tmp_path / "preempt").touch()
     with pytest.raises(UserError, match="stopped before its last step"):
         compare._metric(tmp_path, "top1")
+
+
+def test_every_metric_has_a_name() -> None:
+    assert set(compare.METRICS.values()) == set(compare.NAMES)

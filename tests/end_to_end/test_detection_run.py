@@ -60,6 +60,18 @@ def test_it_learns_objects_by_heart_and_shows_them(
     with pytest.raises(UserError, match="its model is what it was trained as"):
         api.evaluate(run, ["detection.head=htc"])
 
+    # As test-dev is: images alone, for a server that measures.
+    known = json.loads((tmp_path / "objects/instances.json").read_text())
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    (bare / "images").symlink_to(images)
+    (bare / "instances.json").write_text(json.dumps(known | {"annotations": []}))
+    without = api.evaluate(run, [f"data.evaluation=instances:{bare}"])
+    assert without["images"] == 4
+    assert "box_ap" not in without
+    [written_too] = (run / "evaluations").glob("*bare*.detections.json")
+    assert json.loads(written_too.read_text()) == results
+
     cli.main(["predict", str(run), str(images), "--out", str(tmp_path / "out")])
     for name in ("0.png", "3.png"):
         before, after = (
@@ -77,3 +89,4 @@ def test_it_learns_objects_by_heart_and_shows_them(
     monkeypatch.chdir(tmp_path)
     cli.main(["export", str(run), "exported"])
     assert (tmp_path / "exported/model.safetensors").exists()
+    assert "evaluation mask_ap" in (tmp_path / "exported/README.md").read_text()

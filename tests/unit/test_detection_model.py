@@ -115,6 +115,15 @@ def test_losses_and_detections_equal_torchvision(aligned: None, monkeypatch: pyt
         # Means of some thousand fp32 terms, in another order.
         torch.testing.assert_close(found[name], expected, rtol=1e-4, atol=1e-6, msg=name)
 
+    shared = list(ours.neck.parameters())
+    gradients, their_gradients = (
+        torch.autograd.grad(torch.stack(list(losses.values())).sum(), shared)
+        for losses in (losses_of(found), theirs)
+    )
+    for gradient, expected in zip(gradients, their_gradients, strict=True):
+        torch.testing.assert_close(gradient, expected, rtol=1e-3, atol=1e-5)
+        assert expected.abs().max() > 1e-4
+
     ours.eval(), peer.eval()
     with torch.no_grad():
         expected = peer(image)

@@ -14,7 +14,7 @@ from typing import Literal, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torchvision.ops import batched_nms, box_iou
+from torchvision.ops import batched_nms, box_area, box_iou
 
 from fd_scale.data.instances import Instances
 
@@ -105,25 +105,26 @@ def matched(
     in_crowd_M = torch.zeros_like(is_best_M)
     for first in range(0, len(crowd_N), OBJECTS_AT_A_TIME):
         part = slice(first, first + OBJECTS_AT_A_TIME)
-        iou_MN = box_iou(boxes_M4, objects.boxes_N4[part]).masked_fill(crowd_N[part], 0)
+        iou_MN, share_MN = overlaps(boxes_M4, objects.boxes_N4[part])
+        iou_MN = iou_MN.masked_fill(crowd_N[part], 0)
         largest_M, index_M = iou_MN.max(1)
         better_M = largest_M > best_M
         object_M = torch.where(better_M, index_M + first, object_M)
         best_M = torch.where(better_M, largest_M, best_M)
         if best_too:
             is_best_M |= ((iou_MN == iou_MN.amax(0)) & (iou_MN > 0)).any(1)
-        share_MN = shares_inside(boxes_M4, objects.boxes_N4[part]) * crowd_N[part]
-        in_crowd_M |= share_MN.amax(1) >= CROWD_SHARE
+        in_crowd_M |= ((share_MN >= CROWD_SHARE) & crowd_N[part]).any(1)
     positive_M = (best_M >= above) | is_best_M
     return Matches(object_M, positive_M, (best_M < below) & ~positive_M & ~in_crowd_M)
 
 
-def shares_inside(boxes_M4: Tensor, others_N4: Tensor) -> Tensor:
-    """Returns which share of each box's area lies in each other box, fp32 (M, N)."""
+def overlaps(boxes_M4: Tensor, others_N4: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns intersection over union, and which share of each box lies in each other box; fp32 (M, N)."""
     low = torch.maximum(boxes_M4[:, None, :2], others_N4[None, :, :2])
-    high = torch.minimum(boxes_M4[:, None, 2:], others_N4[None, :, 2:])
-    inside_MN = (high - low).clamp(min=0).prod(-1)
-    return inside_MN / (boxes_M4[:, 2:] - boxes_M4[:, :2]).clamp(min=1e-6).prod(-1)[:, None]
+    sides = (torch.minimum(boxes_M4[:, None, 2:], others_N4[None, :, 2:]) - low).clamp(min=0)
+    inside_MN = sides[..., 0] * sides[..., 1]
+    area_M1, area_N = box_area(boxes_M4)[:, None], box_area(others_N4)
+    return inside_MN / (area_M1 + area_N - inside_MN), inside_MN / area_M1.clamp(min=1e-6)
 
 
 def counter_hash(key: Tensor, stream: int, count: int) -> Tensor:

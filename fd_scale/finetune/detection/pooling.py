@@ -60,7 +60,7 @@ def pooled(maps: list[Tensor], strides: list[float], boxes_BR4: Tensor, side: in
         _cut(map_BChw, rois, stride, side)
         for map_BChw, stride, rois in zip(maps, strides, rois_R5[order_R].split(counts), strict=True)
     ]
-    return torch.cat(parts)[order_R.argsort()]
+    return torch.cat(parts).index_select(0, order_R.argsort())
 
 
 def _cut(map_BChw: Tensor, rois_R5: Tensor, stride: float, side: int) -> Tensor:

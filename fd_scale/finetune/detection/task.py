@@ -12,10 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fd_scale.config import Recipe
-from fd_scale.data import IGNORED, Batch, Source, TrainLoader
+from fd_scale.config import DetectionConfig, Recipe
+from fd_scale.data import IGNORED, Batch, ObjectSource, Source, TrainLoader, object_source
 from fd_scale.data.instances import Detections, Instances
 from fd_scale.distributed import World
+from fd_scale.errors import UserError
 from fd_scale.evaluation import Detection, EvaluationSet, Forward, Found, Progress, detection_of, found_in
 from fd_scale.finetune.classes import agreed_classes
 from fd_scale.finetune.detection.boxes import NMS_IOU, suppressed
@@ -53,6 +54,8 @@ class DetectionTask:
             None if evaluation is None else evaluation.source,
             least=1,
         )
+        if source is not None and source.targets == "instances":
+            _require_parts(recipe, self.config, object_source(source))
         self.class_names = None if source is None else source.class_names
         self.seed = recipe.seed
         self.evaluation = evaluation
@@ -134,6 +137,17 @@ class DetectionTask:
             )
             rows.append(np.concatenate(pair, axis=1))
         return {"truth_prediction": np.stack(rows)}
+
+
+def _require_parts(recipe: Recipe, config: DetectionConfig, source: ObjectSource) -> None:
+    """Refuses heads for which there is nothing to learn from."""
+    if config.masks and not source.has_outlines:
+        raise UserError(f"detection.masks: {recipe.data.train} has boxes alone; set it to false")
+    if config.semantic_classes not in (0, source.num_semantic_classes):
+        raise UserError(
+            f"detection.semantic_classes: got {config.semantic_classes}, and {recipe.data.train} has maps of pixels "
+            f"with {source.num_semantic_classes} classes; give that number, or 0"
+        )
 
 
 def _has_mask_to_learn(objects: Instances) -> bool:
