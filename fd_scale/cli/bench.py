@@ -221,7 +221,7 @@ def _bench_annotations(options: argparse.Namespace) -> None:
 
 
 def _bench_index(options: argparse.Namespace) -> None:
-    from fd_scale.benchmarks.shards import bench_index
+    from fd_scale.benchmarks.tar_index import bench_index
 
     bench_index(options.images, options.shards, options.tars, options.json)
 

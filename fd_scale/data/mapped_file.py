@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
+import logging
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -21,6 +22,8 @@ import numpy.typing as npt
 
 from fd_scale.data.base import content_hash
 from fd_scale.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 Columns = dict[str, npt.NDArray[Any] | Sequence[npt.NDArray[Any]]]
 """Arrays by their names; one that would be large is given as the parts it is made of, one behind the other."""
@@ -148,7 +151,11 @@ def _lock(file: Path) -> Iterator[None]:
     """Keeps others waiting; where a file system has no locks, each makes its own and the last one stays."""
     with file.open("w") as opened:
         with contextlib.suppress(OSError):
-            fcntl.flock(opened, fcntl.LOCK_EX)
+            try:
+                fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                logger.info("%s: waits for the process that makes this index", file.with_suffix(".index"))
+                fcntl.flock(opened, fcntl.LOCK_EX)
         yield
 
 

@@ -267,9 +267,9 @@ def _executor(processes: int) -> Executor:
 
 def _counted(shards: Iterable[Shard], total: int, told: Callable[[int, int], None] | None) -> Iterator[Shard]:
     for number, shard in enumerate(shards, start=1):
-        yield shard
         if told is not None:
             told(number, total)
+        yield shard
 
 
 def key_of(member: str) -> str:
