@@ -98,6 +98,12 @@ def test_changed_shards_alone_are_read_again(tmp_path: Path, scanned: list[str])
     assert len(same_size) == (folder / "2.tar").stat().st_size
     assert levels(spec) == [90, 81, 82, 7, 8]
     assert scanned == ["2.tar"], "changed at once, of the same size"
+    scanned.clear()
+    times = (folder / "2.tar").stat().st_mtime_ns
+    write_tar(folder / "2.tar", numbered(90, 99))
+    os.utime(folder / "2.tar", ns=(times, times))
+    assert levels(spec) == [90, *range(90, 99), 7, 8]
+    assert scanned == ["2.tar"], "changed, with the time it had"
     os.truncate(folder / "3.tar", 1000)
     with pytest.raises(UserError, match=r"3.tar: .*; download it again"):
         open_source(spec)
