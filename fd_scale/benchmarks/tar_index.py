@@ -99,12 +99,12 @@ def _generated(num_images: int, num_shards: int) -> Iterator[Shard]:
     for shard in range(num_shards):
         count = (shard + 1) * num_images // num_shards - shard * num_images // num_shards
         sizes = rng.integers(_IMAGE_BYTES // 2, 3 * _IMAGE_BYTES // 2, count, dtype=np.uint32)
-        offsets = np.cumsum((sizes.astype(np.int64) + 2047) // 512 * 512) - int(sizes[0])
+        blocks = (sizes.astype(np.int64) + 1023) // 512 * 512  # with its header
         ends = (np.arange(1, count + 1) * len(name % 0)).astype(np.uint32)
         yield Shard(
-            num_bytes=int(offsets[-1]) + _IMAGE_BYTES, offsets=offsets, sizes=sizes,
+            num_bytes=int(blocks.sum()) + 1024, offsets=np.cumsum(blocks) - blocks + 512, sizes=sizes,
             labels=rng.integers(0, NUM_CLASSES, count, dtype=np.int32), name_ends=ends,
-            names=names.replace(_SHARD_NUMBER, b"%05d" % shard)[: int(ends[-1])],
+            names=names.replace(_SHARD_NUMBER, b"%05d" % shard)[: count * len(name % 0)],
         )  # fmt: skip
 
 
