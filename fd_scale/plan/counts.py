@@ -105,6 +105,9 @@ class Counts:
     """Which path of the ops was counted."""
     partitioned_teacher_bytes: int = 0
     """Weights of the teachers of which each GPU holds a part."""
+    frozen_bytes: int = 0
+    """Weights of the trained module that are not trained themselves, a probe's backbone: as those of teachers, which
+    ZeRO-3 partitions."""
 
     @property
     def num_parameters(self) -> int:
@@ -129,7 +132,7 @@ def count(recipe: Recipe, source: Source | None = None) -> Counts:
     ) as error:  # an op that needs values, or (NotImplementedError) has no shapes of its own
         raise NotCountedError(
             f"plan: {recipe.model.name} or a teacher of it cannot be followed without values: "
-            f"{' '.join(str(error).split())[:200]}; plan a model of another family"
+            f"{' '.join(str(error).split())[:200]}; plan another model, or another head"
         ) from None
 
 
@@ -185,8 +188,15 @@ def _count(task: Task, recipe: Recipe, shares: list[float], kernels: str) -> Cou
             working=line(*[step.peak - step.kept for step in steps]),
             recomputed_flops=flops - plain_flops,
         )
+    trained = [parameter for parameter in task.module.parameters() if parameter.requires_grad]
+    frozen = [parameter for parameter in task.module.parameters() if not parameter.requires_grad]
+    if frozen:
+        # What has no backward pass counts as a teacher's.
+        teacher_flops += forward_flops - (plain_flops - forward_flops) / 2
+        forward_flops = (plain_flops - forward_flops) / 2
     return Counts(
-        parameters=tuple(parameter.numel() for parameter in task.module.parameters()),
+        parameters=tuple(parameter.numel() for parameter in trained),
+        frozen_bytes=sum(parameter.nbytes for parameter in frozen),
         teacher_bytes=sum(_bytes_of(teacher.model) for teacher in teachers if not teacher.config.partitioned),
         partitioned_teacher_bytes=sum(
             _bytes_of(teacher.model) for teacher in teachers if teacher.config.partitioned
@@ -343,7 +353,11 @@ def _measured_step(module: nn.Module, inputs: dict[str, Any]) -> _Step:
     def drop(parameter: Tensor) -> None:
         parameter.grad = None
 
-    hooks = [parameter.register_post_accumulate_grad_hook(drop) for parameter in module.parameters()]
+    hooks = [
+        parameter.register_post_accumulate_grad_hook(drop)
+        for parameter in module.parameters()
+        if parameter.requires_grad
+    ]
     given = [leaf for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)]
     with Meter([*module.parameters(), *module.buffers(), *given]) as meter:
         with keeping(module) as storages:

@@ -16,7 +16,15 @@ from fd_scale.distributed import micro_batch_of_a_rank
 from fd_scale.errors import UserError
 from fd_scale.hardware import GPUS, GPUS_PER_NODE, Gpu, mfu, model_flops, named_like
 from fd_scale.plan.counts import Counts, Policy, count
-from fd_scale.plan.memory import HIERARCHICAL, STAGES, Memory, memory, persistent_parameters, state
+from fd_scale.plan.memory import (
+    HIERARCHICAL,
+    STAGES,
+    Memory,
+    frozen_in_parts,
+    memory,
+    persistent_parameters,
+    state,
+)
 
 UTILISATION = 0.4
 """Assumed unless a measured one is given."""
@@ -248,7 +256,7 @@ def _choice(
             num_gpus,
             accumulation,
             zero,
-            counts.partitioned_teacher_bytes,
+            frozen_in_parts(counts, stage),
         ),
     )
 

@@ -33,6 +33,7 @@ class State:
     optimizer: float
     """fp32 master weights and AdamW's two moments."""
     teacher: float
+    """And what else is frozen."""
     buffers: float
     """Of communication: buckets, and at stage 3 the parameters that are gathered at a time."""
     step: float
@@ -61,8 +62,9 @@ def state(
     total = counts.num_parameters
     bucket = size * float(zero.get("reduce_bucket_size", _REDUCE_BUCKET))
     ranks = min(num_gpus, GPUS_PER_NODE) if stage == HIERARCHICAL else num_gpus
-    in_parts = counts.partitioned_teacher_bytes
-    teacher = counts.teacher_bytes + in_parts / ranks
+    in_parts = frozen_in_parts(counts, stage)
+    whole = counts.teacher_bytes + counts.frozen_bytes + counts.partitioned_teacher_bytes - in_parts
+    teacher = whole + in_parts / ranks
     most_live = size * float(zero.get("stage3_max_live_parameters", _LIVE_PARAMETERS))
     teacher_live = min(in_parts, most_live) if num_gpus > 1 else 0
     if stage == "0":
@@ -76,9 +78,10 @@ def state(
     stays = offload_device({"zero_optimization": zero}, "offload_optimizer") == "none"
     if stage in ("1", "2"):
         # Stage 1 accumulates whole gradients; where it does not accumulate, they go as they are reduced.
-        whole = stage == "1" and accumulation > 1
+        all_gradients = stage == "1" and accumulation > 1
         return State(
-            parameters=size * total, gradients=size * (total if whole else own * stays), optimizer=12 * own * stays,
+            parameters=size * total, gradients=size * (total if all_gradients else own * stays),
+            optimizer=12 * own * stays,
             teacher=teacher, buffers=bucket * (2 if zero.get("overlap_comm", False) else 1) + teacher_live,
             step=4 * own * stays,
         )  # fmt: skip
@@ -91,6 +94,11 @@ def state(
         teacher=teacher, buffers=bucket + max(live, teacher_live),  # teacher and student are gathered in turns
         step=4 * min(own, float(zero.get("sub_group_size", _SUB_GROUP))) * stays,
     )  # fmt: skip
+
+
+def frozen_in_parts(counts: Counts, stage: str) -> int:
+    """Bytes of weights that are not trained, of which each GPU holds a part and gathers the rest."""
+    return counts.partitioned_teacher_bytes + counts.frozen_bytes * (stage in ("3", HIERARCHICAL))
 
 
 def persistent_parameters(parameters: Sequence[int], zero: dict[str, Any]) -> list[int]:

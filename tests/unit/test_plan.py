@@ -215,6 +215,24 @@ def test_other_tasks_are_planned(
     assert found.num_steps == 6
 
 
+def test_a_frozen_backbone_is_planned_as_a_teacher(make_recipe: Callable[..., Recipe]) -> None:
+    """Its weights have no gradient and no optimizer, its layers no backward pass; ZeRO-3 holds them in parts."""
+    head = {"num_classes": 3, "head": "linear", "auxiliary_weight": 0.0}
+    trained, frozen = (
+        count(make_recipe("segmentation", segmentation=head | {"frozen": frozen})) for frozen in (False, True)
+    )
+    backbone = 4 * (trained.num_parameters - frozen.num_parameters)  # fp32
+    assert (trained.frozen_bytes, frozen.frozen_bytes) == (0, backbone)
+    assert frozen.student_flops < 0.2 * trained.student_flops
+    assert frozen.student_flops + frozen.teacher_flops == pytest.approx(trained.student_flops)
+    none = Policy("none")
+    assert frozen.activations[none].kept.an_image < 0.5 * trained.activations[none].kept.an_image
+    for stage, whole in (("2", 1.0), ("3", 0.25)):
+        held = state(frozen, stage, 4, "fp32", 1, {})
+        assert held.teacher == whole * backbone
+        assert held.optimizer == 12 * frozen.num_parameters / 4
+
+
 def numbers(num_parameters: int = 10 * G, kept: float = 1 * G, teacher: int = 0) -> Counts:
     """Counts made up: few large parameters, and small ones that stay whole at stage 3."""
     costs = {

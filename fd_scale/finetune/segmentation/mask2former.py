@@ -46,6 +46,8 @@ class Mask2FormerHead(Mask2FormerPreTrainedModel):
         config.num_labels = num_classes
         super().__init__(config)
         self.pixel_decoder = Mask2FormerPixelDecoder(config, list(in_channels))
+        # Transformers makes it by `torch.Tensor(...)`, which knows of no `torch.device` around it.
+        self.pixel_decoder.level_embed = nn.Parameter(torch.empty(self.pixel_decoder.level_embed.shape))
         self.transformer = Mask2FormerTransformerModule(channels, config)
         self.class_predictor = nn.Linear(channels, num_classes + 1)
         self.weights = {
@@ -83,7 +85,7 @@ class Mask2FormerHead(Mask2FormerPreTrainedModel):
     ) -> Tensor:
         """Sums the images' losses, of all layers; fp32 scalar. An image without a class has none.
 
-        Pixels without a class belong to no mask. On the meta device nothing can be matched, and the loss is 0.
+        Pixels without a class belong to no mask.
 
         Args:
             layers: what `forward` returns.
@@ -93,8 +95,6 @@ class Mask2FormerHead(Mask2FormerPreTrainedModel):
         layers = [{name: part.float() for name, part in layer.items()} for layer in layers]
         total = sum(part.sum() * 0 for layer in layers for part in layer.values())
         assert isinstance(total, Tensor)
-        if masks_BHW.is_meta:
-            return total
         devices = [masks_BHW.device] if masks_BHW.is_cuda else []
         for index, (mask_HW, seed) in enumerate(zip(masks_BHW, seeds, strict=True)):
             present = mask_HW.unique()
