@@ -47,6 +47,7 @@ from fd_scale.finetune import (
     fine_tuning_task,
 )
 from fd_scale.hardware import find_gpu
+from fd_scale.index import index
 from fd_scale.lock import RunLock
 from fd_scale.log import console
 from fd_scale.metrics import Recorder
@@ -63,8 +64,8 @@ from fd_scale.randomness import hash64
 from fd_scale.trainer import Task, Trainer
 
 __all__ = [
-    "build_task", "build_trainer", "convert", "evaluate", "export", "fetch", "interpolate", "load_recipe", "measure",
-    "plan", "predict", "start", "train",
+    "build_task", "build_trainer", "convert", "evaluate", "export", "fetch", "index", "interpolate", "load_recipe",
+    "measure", "plan", "predict", "start", "train",
 ]  # fmt: skip
 
 logger = logging.getLogger(__name__)

@@ -24,7 +24,7 @@ TRAINING_VERBS = {
 
 
 def add_training(verbs: Verbs) -> None:
-    """Adds `distill`, `pretrain`, `finetune`, `evaluate`, `check` and `fetch`."""
+    """Adds `distill`, `pretrain`, `finetune`, `evaluate`, `check`, `fetch` and `index`."""
     for verb, (tasks, summary) in TRAINING_VERBS.items():
         wanted = " or ".join(f"`{task}`" for task in tasks)
         training = add_verb(
@@ -51,6 +51,21 @@ def add_training(verbs: Verbs) -> None:
     )  # fmt: skip
     add_recipe(fetch)
     fetch.set_defaults(run=_fetch)
+
+    index = add_verb(
+        verbs, "index", "where the images of tar shards lie, found out ahead of the run",
+        "Reads the headers of all shards into a file of the cache, which all ranks and workers of a node map. A run\n"
+        "that finds none makes it. Of shards that were indexed before, those that changed are read alone.",
+        "  fd-scale index 'tar:/data/in22k/*.tar' --processes 16",
+    )  # fmt: skip
+    index.add_argument("source", metavar="SOURCE", help="tar:PATH, as in data.train")
+    index.add_argument(
+        "--processes",
+        type=int,
+        default=0,
+        help="that read headers (default: threads of one process, as in a run)",
+    )
+    index.set_defaults(run=_index)
 
 
 def _add_evaluate(verbs: Verbs) -> None:
@@ -136,4 +151,11 @@ def _fetch(options: argparse.Namespace) -> None:
     from fd_scale.fetch import fetch
 
     for line in fetch(recipe):
+        print(line)
+
+
+def _index(options: argparse.Namespace) -> None:
+    from fd_scale.index import index
+
+    for line in index(options.source, options.processes):
         print(line)

@@ -1,6 +1,6 @@
 """Images from disk to batches: sources, decoding, transforms, and a loader that resumes exactly."""
 
-from fd_scale.data.base import IGNORED, UNLABELLED, ObjectSource, Source, Targets, object_source
+from fd_scale.data.base import IGNORED, UNLABELLED, Labels, ObjectSource, Source, Targets, object_source
 from fd_scale.data.instances import Detections, Instances
 from fd_scale.data.loader import Batch, TrainLoader, evaluation_batches
 from fd_scale.data.mask_transforms import fill_colour
@@ -25,6 +25,7 @@ __all__ = [
     "Detections",
     "ImageAlone",
     "Instances",
+    "Labels",
     "ObjectSource",
     "Objects",
     "Source",

@@ -6,7 +6,7 @@ import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Literal, Protocol, cast
+from typing import Any, Literal, Protocol, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +22,8 @@ IGNORED = 255
 """Class of a pixel without one."""
 Targets = Literal["labels", "masks", "instances"]
 """What is known of an image: one label, a class for each pixel, or the objects in it."""
+Labels = npt.NDArray[np.signedinteger[Any]]
+"""A label of each image: int64, or int32 where they are many."""
 Target = int | Image.Image | Objects
 IMAGE_SUFFIXES = frozenset(
     {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".jp2", ".avif"}
@@ -47,7 +49,7 @@ class Source(Protocol):
     def num_classes(self) -> int:
         """Number of classes; 0 where nothing is labelled."""
 
-    def all_labels(self) -> npt.NDArray[np.int64]:
+    def all_labels(self) -> Labels:
         """Label of each sample, -1 where it has none; known without reading images."""
 
     @property

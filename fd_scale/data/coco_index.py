@@ -1,25 +1,17 @@
-"""Annotations in COCO's JSON, converted once into a file that all workers and ranks map into memory.
+"""Annotations in COCO's JSON, converted once into a `MappedFile`: outlines, in the JSON's order, then columns.
 
-    MAGIC | outlines, in the JSON's order | columns, sorted by image | header, JSON | its length, 8 bytes | MAGIC
-
-The last MAGIC is written last, so that a file without it is one whose writing ended early. An outline begins at a
-multiple of 8 bytes: of polygons, fp64: how many, the numbers of each, then all of
-them; of runs, COCO's compressed bytes.
+Columns are sorted by image. An outline begins at a multiple of 8 bytes: of polygons, fp64: how many, the numbers of
+each, then all of them; of runs, COCO's compressed bytes.
 
 Shape legend: M = images, N = annotations.
 """
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
-import json
 import logging
 import os
-import tempfile
 import time
 from array import array
-from collections.abc import Iterator
 from itertools import pairwise
 from math import isfinite
 from pathlib import Path
@@ -29,59 +21,23 @@ import numpy as np
 import numpy.typing as npt
 from pycocotools import mask as coco_mask
 
-from fd_scale.data.base import content_hash
 from fd_scale.data.json_lists import JsonLists
+from fd_scale.data.mapped_file import Columns, MappedFile, cache_file, make_once, unwritable
 from fd_scale.data.objects import Objects, Outline
 from fd_scale.errors import UserError
 
 logger = logging.getLogger(__name__)
 
 VERSION = 1
-_MAGIC = b"FDCOCO1\n"
 _POLYGONS, _RUNS = 1, 2
 _POINTS = 3  # of a polygon at least: pycocotools takes two points for a box
-Columns = dict[str, npt.NDArray[Any]]
 
 
-class CocoIndex:
-    """What a converted file holds; a copy for a worker maps the file itself.
+class CocoIndex(MappedFile):
+    """What `convert` wrote."""
 
-    Args:
-        file: written by `convert`.
-
-    Raises:
-        UserError: it is not whole.
-    """
-
-    def __init__(self, file: Path) -> None:
-        self.file = file
-        self._open()
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"file": self.file}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.file = state["file"]
-        self._open()
-
-    def _open(self) -> None:
-        try:
-            self._bytes = np.memmap(self.file, dtype=np.uint8, mode="r")
-            size = int.from_bytes(self._bytes[-16:-8].tobytes(), "little")
-            whole = self._bytes[:8].tobytes() == self._bytes[-8:].tobytes() == _MAGIC
-            self.header: dict[str, Any] = json.loads(self._bytes[-16 - size : -16].tobytes()) if whole else {}
-        except (OSError, ValueError) as error:
-            raise UserError(f"{self.file}: no index of annotations ({error}); remove it") from None
-        if self.header.get("at") != len(self._bytes) - size - 16:
-            raise UserError(
-                f"{self.file}: this index of annotations is not whole; remove it, it is made again from the JSON"
-            )
-        self.columns: Columns = {
-            name: np.frombuffer(self._bytes, dtype=dtype, count=int(np.prod(shape)), offset=offset).reshape(
-                shape
-            )
-            for name, (dtype, shape, offset) in self.header["columns"].items()
-        }
+    MAGIC = b"FDCOCO1\n"
+    CONTENT, ORIGIN = "annotations", "the JSON"
 
     def __len__(self) -> int:
         return len(self.columns["image_ids"])
@@ -109,10 +65,10 @@ class CocoIndex:
 
     def _outline(self, kind: int, start: int, size: int) -> Outline:
         if kind == _RUNS:
-            return self._bytes[start : start + size].tobytes()
+            return self.bytes[start : start + size].tobytes()
         if kind != _POLYGONS:
             return None
-        numbers = np.frombuffer(self._bytes, dtype=np.float64, count=size // 8, offset=start)
+        numbers = np.frombuffer(self.bytes, dtype=np.float64, count=size // 8, offset=start)
         ends = (
             1 + int(numbers[0]) + np.concatenate([[0], numbers[1 : 1 + int(numbers[0])].cumsum()])
         ).tolist()
@@ -131,29 +87,14 @@ def index_of(file: Path) -> CocoIndex:
         state = file.stat()
     except OSError as error:
         raise UserError(f"{file} cannot be read ({error.strerror}); check the path") from None
-    place = content_hash([str(file.resolve()), str(state.st_size), str(state.st_mtime_ns), str(VERSION)])
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fd-scale"
-    index = cache / f"{file.stem}-{place[:16]}.index"
+    index = cache_file(
+        file.stem, [str(file.resolve()), str(state.st_size), str(state.st_mtime_ns), str(VERSION)]
+    )
     try:
-        if not index.exists():
-            cache.mkdir(parents=True, exist_ok=True)
-            with _lock(index.with_suffix(".lock")):
-                if not index.exists():  # whoever had the lock before may have made it
-                    convert(file, index)
+        make_once(index, lambda: convert(file, index))
     except OSError as error:
-        raise UserError(
-            f"{index} cannot be written ({error.strerror}); make room, or set XDG_CACHE_HOME to a folder that can"
-        ) from None
+        raise unwritable(index, error) from None
     return CocoIndex(index)
-
-
-@contextlib.contextmanager
-def _lock(file: Path) -> Iterator[None]:
-    """Keeps others waiting; where a file system has no locks, each converts for itself and the last one stays."""
-    with file.open("w") as opened:
-        with contextlib.suppress(OSError):
-            fcntl.flock(opened, fcntl.LOCK_EX)
-        yield
 
 
 def convert(source: Path, target: Path) -> None:
@@ -170,27 +111,18 @@ def convert(source: Path, target: Path) -> None:
     """
     began = time.monotonic()
     logger.info("%s: an index of it is made, once", source)
-    with tempfile.NamedTemporaryFile(
-        dir=target.parent, prefix=target.stem, suffix=".tmp", buffering=2**20, delete=False
-    ) as out:
-        try:
-            table = _Table(source, out.file)
-            lists = JsonLists(source)
-            for name, value in lists:
-                table.add(name, value)
-            columns = _write_columns(out.file, table.columns())
-            facts = {"digest": lists.digest.hexdigest(), "columns": columns, "at": out.tell(), **table.facts}
-            header = json.dumps(facts).encode()
-            out.write(header + len(header).to_bytes(8, "little") + _MAGIC)
-            out.flush()
-            os.fsync(out.fileno())
-            os.replace(out.name, target)
-        except BaseException:
-            os.unlink(out.name)
-            raise
-    counts = ", ".join(f"{count} {what}" for what, count in table.facts["left_out"].items() if count)
+
+    def fill(out: IO[bytes]) -> tuple[Columns, dict[str, Any]]:
+        table, lists = _Table(source, out), JsonLists(source)
+        for name, value in lists:
+            table.add(name, value)
+        return table.columns(), {"digest": lists.digest.hexdigest(), **table.facts}
+
+    CocoIndex.create(target, fill)
+    index = CocoIndex(target)
+    counts = ", ".join(f"{count} {what}" for what, count in index.header["left_out"].items() if count)
     logger.info(
-        "%s: %d images, %d annotations, indexed in %.0f s%s", source, len(table.image_ids), len(table.ids),
+        "%s: %d images, %d annotations, indexed in %.0f s%s", source, len(index), len(index.columns["ids"]),
         time.monotonic() - began, f"; not learned: {counts}" if counts else "",
     )  # fmt: skip
 
@@ -211,7 +143,7 @@ class _Table:
         self.runs_of: list[tuple[int, int, int]] = []
         """Position of an annotation with runs, their height and width."""
         self.short_polygons = 0
-        self.at = out.write(_MAGIC)
+        self.at = out.tell()
 
     def add(self, name: str, value: Any) -> None:
         """Takes an element of the list `name`; lists of other things are passed over."""
@@ -391,13 +323,3 @@ def pixels_of_runs(counts: bytes) -> int:
     for parity in (1, 2):
         runs[parity::2] = runs[parity::2].cumsum()
     return int(runs.sum()) if runs.min() >= 0 else -1
-
-
-def _write_columns(out: IO[bytes], columns: Columns) -> dict[str, Any]:
-    """Writes arrays and returns where they are: dtype, shape and offset of each."""
-    places = {}
-    for name, column in columns.items():
-        out.write(bytes(-out.tell() % 8))
-        places[name] = (column.dtype.str, list(column.shape), out.tell())
-        out.write(np.ascontiguousarray(column).tobytes())
-    return places

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from fd_scale.data.base import UNLABELLED, Source, Target, content_hash, object_source
+from fd_scale.data.base import UNLABELLED, Labels, Source, Target, content_hash, object_source
 from fd_scale.data.objects import Objects
 from fd_scale.errors import UserError
 
@@ -31,7 +31,7 @@ class Subset:
         self.num_classes = source.num_classes
         self.targets = source.targets
 
-    def all_labels(self) -> npt.NDArray[np.int64]:
+    def all_labels(self) -> Labels:
         """See `Source`."""
         return self.source.all_labels()[self.sample_ids_N]
 
@@ -146,7 +146,7 @@ class Mixture:
             )
         self.num_classes = sources[0].num_classes if self.labels_agree else 0
 
-    def all_labels(self) -> npt.NDArray[np.int64]:
+    def all_labels(self) -> Labels:
         """See `Source`."""
         if not self.labels_agree:
             return np.full(len(self), UNLABELLED)

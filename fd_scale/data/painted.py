@@ -3,10 +3,9 @@
 from collections.abc import Sequence
 
 import numpy as np
-import numpy.typing as npt
 from PIL import Image
 
-from fd_scale.data.base import IGNORED, Source, Targets, content_hash
+from fd_scale.data.base import IGNORED, Labels, Source, Targets, content_hash
 from fd_scale.data.masks import MaskValues
 from fd_scale.data.objects import Objects, Window, mask_in
 from fd_scale.errors import UserError
@@ -48,7 +47,7 @@ class PaintedSource:
     def __len__(self) -> int:
         return len(self.source)
 
-    def all_labels(self) -> npt.NDArray[np.int64]:
+    def all_labels(self) -> Labels:
         """See `Source`: an image as a whole has no label."""
         return self.source.all_labels()
 

@@ -8,6 +8,7 @@ from fd_scale.data import UNLABELLED, Source
 from fd_scale.errors import UserError
 
 _NUM_NAMED = 5
+_NUM_AT_ONCE = 2**20
 
 
 def doubts_of_labels(key: str, source: Source) -> list[str]:
@@ -25,14 +26,20 @@ def doubts_of_labels(key: str, source: Source) -> list[str]:
         UserError: a label is none of the classes.
     """
     labels_N, num_classes = source.all_labels(), source.num_classes
-    wrong_N = np.flatnonzero((labels_N < UNLABELLED) | (labels_N >= num_classes))
-    if len(wrong_N):
-        first = int(wrong_N[0])
+    first, num_wrong, images_K = 0, 0, np.zeros(num_classes, dtype=np.int64)
+    for start in range(0, len(labels_N), _NUM_AT_ONCE):  # a copy of a hundred million would not be small
+        part_n = labels_N[start : start + _NUM_AT_ONCE]
+        wrong = np.flatnonzero((part_n < UNLABELLED) | (part_n >= num_classes))
+        if num_wrong == 0 and len(wrong):
+            first = start + int(wrong[0])
+        num_wrong += len(wrong)
+        if num_wrong == 0:
+            images_K += np.bincount(part_n[part_n != UNLABELLED], minlength=num_classes)
+    if num_wrong:
         raise UserError(
-            f"{key}: {source.name(first)} has label {labels_N[first]}, and {len(wrong_N) - 1} more are like it; "
+            f"{key}: {source.name(first)} has label {labels_N[first]}, and {num_wrong - 1} more are like it; "
             f"expected 0 to {num_classes - 1}, or {UNLABELLED} for none: its file numbers the classes otherwise"
         )
-    images_K = np.bincount(labels_N[labels_N != UNLABELLED], minlength=num_classes)
     empty = np.flatnonzero(images_K == 0)
     if not len(empty):
         return []

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from fd_scale.checkpoint import write_atomically
 from fd_scale.config import Recipe
-from fd_scale.data import UNLABELLED, Batch, Source, Targets, TrainLoader
+from fd_scale.data import UNLABELLED, Batch, Labels, Source, Targets, TrainLoader
 from fd_scale.distributed import World
 from fd_scale.errors import UserError
 from fd_scale.evaluation import AccuracyCounter, EvaluationSet, Forward, evaluated_batches
@@ -74,7 +74,7 @@ class FeatureSource:
     def __len__(self) -> int:
         return len(self.images)
 
-    def all_labels(self) -> npt.NDArray[np.int64]:
+    def all_labels(self) -> Labels:
         """See `Source`."""
         return self.labels_N
 

@@ -47,6 +47,16 @@ def test_labels_that_are_no_class_are_refused_by_name() -> None:
         )
 
 
+def test_labels_are_seen_part_by_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    few = digits(lambda labels: np.where(labels == 4, 5, labels))
+    wrong = digits(lambda labels: np.where(np.arange(len(labels)) % 500 == 499, 77, labels))
+    for at_once in (2**20, 7):
+        monkeypatch.setattr("fd_scale.finetune.labels._NUM_AT_ONCE", at_once)
+        assert doubts_of_labels("data.train", few) == ["data.train: no image of 1 of 10 classes: 4 (4)"]
+        with pytest.raises(UserError, match="digits:train:499 has label 77, and 1 more"):
+            doubts_of_labels("data.train", wrong)
+
+
 def test_empty_classes_are_named(
     make_recipe: Callable[..., Recipe], tmp_path: Path, caplog: pytest.LogCaptureFixture,
     capsys: pytest.CaptureFixture[str],

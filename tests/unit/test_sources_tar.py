@@ -249,7 +249,7 @@ def test_a_file_that_is_damaged_or_changes_is_a_bad_sample(tmp_path: Path) -> No
     with pytest.raises(DecodeError):
         source.read(0)
     assert level(source, 1) == 1
-    os.truncate(path, int(source.offsets_N[2]) + 10)
+    os.truncate(path, int(source.index.offsets_N[2]) + 10)
     assert level(source, 1) == 1
     with pytest.raises(DecodeError, match=r"gave 10 of \d+ bytes"):
         source.read(2)
