@@ -31,8 +31,10 @@ miniature-cpu: setup  ## the paper's experiment on CIFAR-10, within an hour on t
 miniature-gpu: setup  ## the same and its ablations on one GPU, 9 minutes a call, resumed; DATA= as above
 	$(BIN)/fd-scale miniature --study gpu --minutes 9 --run-dir runs/miniature_gpu --data "$(DATA)"
 
-test: setup  ## all tests, in two processes; no GPU, no network; those of SLURM where it is installed
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadgroup $(PYTEST_OPTIONS)
+# Those that start ranks of their own take two cores each: one at a time.
+test: setup  ## all tests; no GPU, no network; those of SLURM where it is installed
+	$(BIN)/python -m pytest tests/unit tests/kernels --numprocesses 2 --dist loadfile $(PYTEST_OPTIONS)
+	$(BIN)/python -m pytest tests/distributed tests/end_to_end tests/slurm $(PYTEST_OPTIONS)
 
 lint: setup  ## ruff, mypy, codespell, shellcheck
 	$(BIN)/ruff check .

@@ -51,10 +51,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    for item in items:
-        # With `--dist loadgroup` files go whole to one of the processes; those of SLURM share a cluster.
-        file = item.path.relative_to(config.rootpath)
-        item.add_marker(pytest.mark.xdist_group("slurm" if "slurm" in file.parts else str(file)))
     if torch.cuda.is_available() or config.getoption("--require-gpu"):
         return
     for item in items:
