@@ -389,7 +389,9 @@ def build_task(
     evaluation = None
     if recipe.data.evaluation is not None:
         images = open_source(recipe.data.evaluation)
-        require_targets("data.evaluation", recipe.data.evaluation, images, recipe.targets)
+        # What is not trained may detect without measuring.
+        annotated = source is not None
+        require_targets("data.evaluation", recipe.data.evaluation, images, recipe.targets, annotated)
         evaluation = _evaluation_set(recipe, images)
     if recipe.linear_probe is not None:
         assert source is not None, "a trainer builds it"

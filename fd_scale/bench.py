@@ -19,6 +19,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from fd_scale import api, distributed, log
+from fd_scale.benchmarks.records import write_json
 from fd_scale.checkpoint import write_atomically
 from fd_scale.config import Recipe, load_recipe
 from fd_scale.data import Batch, TrainLoader, open_source
@@ -55,8 +56,7 @@ def bench_step(recipe: str, overrides: list[str], num_steps: int, json_file: str
             )
     result = {"environment": environment(), "recipe": recipe, "overrides": overrides, "rows": rows}
     _show(result)
-    if json_file is not None:
-        write_atomically(Path(json_file), json.dumps(result, indent=1))
+    write_json(json_file, result)
     return result
 
 

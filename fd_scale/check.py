@@ -79,9 +79,20 @@ class _Subject:
     def source(self) -> Source:
         return open_source(self.recipe.data.train)
 
-    @cached_property
+    @property
     def num_trained(self) -> int:
-        """Parameters of the trained module."""
+        """Trained parameters."""
+        return self._num_parameters[0]
+
+    @property
+    def checkpoint_bytes(self) -> int:
+        """About what a checkpoint takes; of what is frozen the weights alone."""
+        trained, frozen = self._num_parameters
+        return trained * BYTES_PER_PARAMETER + frozen * (4 if self.recipe.train.precision == "fp32" else 2)
+
+    @cached_property
+    def _num_parameters(self) -> tuple[int, int]:
+        """Trained ones of the module, and frozen ones."""
         recipe = self.recipe
         task: DistillationTask | ContrastiveTask | MaskedTask | FineTuningTask
         with torch.device("meta"):
@@ -93,10 +104,12 @@ class _Subject:
                 task = MaskedTask(recipe, None)
             elif recipe.linear_probe is not None:
                 num_features = build_model(replace(recipe.model, weights=None)).num_features
-                return (num_features + 1) * self.source.num_classes * len(recipe.linear_probe.lr_factors)
+                return (num_features + 1) * self.source.num_classes * len(recipe.linear_probe.lr_factors), 0
             else:
                 task = fine_tuning_task(recipe, None, self.source)
-        return sum(parameter.numel() for parameter in task.module.parameters())
+        parameters = list(task.module.parameters())
+        trained = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
+        return trained, sum(parameter.numel() for parameter in parameters) - trained
 
     @property
     def run_dir(self) -> Path:
@@ -321,7 +334,7 @@ def _resume(subject: _Subject) -> str:
 
 
 def _disk(subject: _Subject) -> str:
-    size = subject.num_trained * BYTES_PER_PARAMETER
+    size = subject.checkpoint_bytes
     free = shutil.disk_usage(subject.existing_dir).free
     # Beside the newest ones: the best, and the one being written.
     held = subject.recipe.checkpoint.keep_last + 2

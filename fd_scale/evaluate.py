@@ -184,7 +184,7 @@ def _measured_images(
     assert task.evaluation is not None, "the recipe names images"
     source = task.evaluation.source
     manifest = hashlib.sha256((checkpoint / "manifest.json").read_bytes()).hexdigest()
-    of = json.dumps([manifest, source.fingerprint, str(recipe.data.evaluation), _changes(recipe, run)])
+    of = json.dumps([manifest, source.fingerprint, _evaluated_as(recipe)])
     progress = Progress(file=file.with_suffix(".progress"), of=of)
     if isinstance(task, DetectionTask):
         return _measured_objects(task, task.evaluation, file, world, progress)
@@ -228,13 +228,16 @@ def _make(folder: Path) -> None:
         raise run_folder.not_writable(folder, error) from None
 
 
-def _changes(recipe: Recipe, run: Path) -> dict[str, Any]:
-    """What of an evaluation is other than the run's own: images, size, how they are predicted."""
-    own, now = (run_folder.flat(to_dict(each)) for each in (run_folder.read_recipe(run), recipe))
+def _evaluated_as(recipe: Recipe) -> dict[str, Any]:
+    """Images, size, and how they are predicted."""
     shown = ("data.evaluation", "train.precision", *_OTHER_SIZE, *run_folder.PREDICTION_SETTINGS)
-    return {
-        key: now.get(key) for key in {**own, **now} if key.startswith(shown) and now.get(key) != own.get(key)
-    }
+    return {key: value for key, value in run_folder.flat(to_dict(recipe)).items() if key.startswith(shown)}
+
+
+def _changes(recipe: Recipe, run: Path) -> dict[str, Any]:
+    """What of an evaluation is other than the run's own."""
+    own, now = _evaluated_as(run_folder.read_recipe(run)), _evaluated_as(recipe)
+    return {key: now.get(key) for key in {**own, **now} if now.get(key) != own.get(key)}
 
 
 def _file_name(checkpoint: Path, recipe: Recipe, run: Path) -> str:

@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
-from fd_scale.checkpoint import write_atomically
+from fd_scale.benchmarks.records import write_json
 from fd_scale.data.coco_index import CocoIndex, convert
+from fd_scale.errors import UserError
 from fd_scale.log import console
 
 NUM_CLASSES = 80
@@ -85,7 +86,13 @@ def _converted(source: Path, target: Path) -> tuple[float, float]:
 
 
 def bench_annotations(num_images: int, num_objects: int, json_file: str | None) -> None:
-    """Measures the conversion in a process of its own, then how long the index takes to open."""
+    """Measures the conversion in a process of its own, then how long the index takes to open.
+
+    Raises:
+        UserError: there is nothing to convert.
+    """
+    if min(num_images, num_objects) < 1:
+        raise UserError(f"--images, --objects: got {num_images} and {num_objects}, expected at least 1")
     with tempfile.TemporaryDirectory() as folder:
         source, target = Path(folder) / "instances.json", Path(folder) / "instances.index"
         write_annotations(source, num_images, num_objects)
@@ -102,5 +109,4 @@ def bench_annotations(num_images: int, num_objects: int, json_file: str | None) 
     for name, value in found.items():
         table.add_row(name, f"{value:.4g}" if isinstance(value, float) else f"{value:,}")
     console.print(table)
-    if json_file is not None:
-        write_atomically(Path(json_file), json.dumps(found, indent=1))
+    write_json(json_file, found)

@@ -5,11 +5,9 @@ Shape legend: B = images, C = channels, H, W = pixels, h, w = places of a map, R
 
 from __future__ import annotations
 
-import json
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,7 +25,7 @@ from fd_scale import api
 from fd_scale.bench import WARM_UP_STEPS
 from fd_scale.benchmarks.beside import Peer, beside
 from fd_scale.benchmarks.finetune import show
-from fd_scale.checkpoint import write_atomically
+from fd_scale.benchmarks.records import write_json
 from fd_scale.config import Recipe
 from fd_scale.data import Batch, open_source
 from fd_scale.data.instances import Instances, unpacked
@@ -182,8 +180,7 @@ def bench_detection(
     show(result, PEER, result["images"])
     detections = {f"{loop}_ms": result[f"{loop}_detection_ms"] for loop in ("ours", PEER)}
     show(detections, PEER, 1)
-    if json_file is not None:
-        write_atomically(Path(json_file), json.dumps(result, indent=1))
+    write_json(json_file, result)
     return result
 
 

@@ -5,12 +5,10 @@ Shape legend: B = images, R = residual branches, K = classes.
 
 from __future__ import annotations
 
-import json
 import statistics
 import tempfile
 import time
 from collections.abc import Generator, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,7 +22,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from fd_scale import api, distributed, log
-from fd_scale.checkpoint import write_atomically
+from fd_scale.benchmarks.records import write_json
 from fd_scale.config import Recipe, load_recipe
 from fd_scale.data import Batch, Source, TrainLoader, open_source
 from fd_scale.data.transforms import mend_posterize
@@ -197,8 +195,7 @@ def bench_finetune(
         "ours_ms": turns.ours_ms[WARM_UP_STEPS:], "timm_ms": turns.timm_ms[WARM_UP_STEPS:],
     }  # fmt: skip
     show(result, "timm", recipe.train.global_batch)
-    if json_file is not None:
-        write_atomically(Path(json_file), json.dumps(result, indent=1))
+    write_json(json_file, result)
     return result
 
 

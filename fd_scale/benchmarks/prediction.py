@@ -5,11 +5,9 @@ Shape legend: C = 3 colours, H, W = pixels.
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +15,7 @@ from rich.table import Table
 from torch import Tensor
 
 from fd_scale import api, distributed, log
-from fd_scale.checkpoint import write_atomically
+from fd_scale.benchmarks.records import write_json
 from fd_scale.config import load_recipe
 from fd_scale.errors import UserError
 from fd_scale.finetune import SegmentationTask
@@ -89,6 +87,5 @@ def bench_prediction(
             f"{mean:.2f} ({', '.join(f'{each:.2f}' for each in seconds[1:])})", f"{1 / mean:.2f}", f"{peak_gib:.2f}",
         )  # fmt: skip
     console.print(table)
-    if json_file is not None:
-        write_atomically(Path(json_file), json.dumps(result, indent=1))
+    write_json(json_file, result)
     return result

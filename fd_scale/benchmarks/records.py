@@ -14,6 +14,23 @@ from fd_scale.checkpoint import write_atomically
 from fd_scale.errors import UserError
 from fd_scale.run_folder import environment
 
+
+def write_json(file: str | None, found: Any) -> None:
+    """Writes measurements where a user wants them; none: nowhere.
+
+    Raises:
+        UserError: they cannot be written there.
+    """
+    if file is None:
+        return
+    try:
+        write_atomically(Path(file), json.dumps(found, indent=1))
+    except OSError as error:
+        raise UserError(
+            f"--json {file}: cannot be written ({error.strerror}); the table above has it"
+        ) from None
+
+
 _PACKAGES = ("torch", "triton", "deepspeed", "timm")
 
 

@@ -5,9 +5,7 @@ Shape legend: B = images, H, W = pixels, K = classes, h, w = places of a map, R 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -15,7 +13,7 @@ from torch import Tensor, nn
 from fd_scale import api
 from fd_scale.benchmarks.beside import Peer, beside
 from fd_scale.benchmarks.finetune import show
-from fd_scale.checkpoint import write_atomically
+from fd_scale.benchmarks.records import write_json
 from fd_scale.config import Recipe
 from fd_scale.data import Batch, open_source
 from fd_scale.errors import UserError
@@ -105,8 +103,7 @@ def bench_segmentation(
         Peer(name=PEER, refuse=_refuse, of=_Peer, settings=["segmentation.norm=batch"]),
     )  # fmt: skip
     show(result, PEER, result["images"])
-    if json_file is not None:
-        write_atomically(Path(json_file), json.dumps(result, indent=1))
+    write_json(json_file, result)
     return result
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import json
 import multiprocessing
 import os
 import tarfile
@@ -17,10 +16,11 @@ from pathlib import Path
 import numpy as np
 from rich.table import Table
 
-from fd_scale.checkpoint import write_atomically
+from fd_scale.benchmarks.records import write_json
 from fd_scale.data.order import order
 from fd_scale.data.shards import TarSource
 from fd_scale.data.tar_index import Shard, TarIndex, identified, index_of, write_shards
+from fd_scale.errors import UserError
 from fd_scale.finetune.labels import doubts_of_labels
 from fd_scale.log import console
 
@@ -41,6 +41,8 @@ def bench_index(num_images: int, num_shards: int, num_tars: int, json_file: str 
         num_tars: real shards of 500 images with labels.
         json_file: where the measurements go too.
     """
+    if min(num_images, num_shards, num_tars) < 1:
+        raise UserError("--images, --shards, --tars: expected at least 1 of each")
     with tempfile.TemporaryDirectory() as folder, _cache_in(Path(folder) / "cache"):
         found = _large(Path(folder) / "large", num_images, num_shards) | _real(
             Path(folder) / "real", num_tars
@@ -49,8 +51,7 @@ def bench_index(num_images: int, num_shards: int, num_tars: int, json_file: str 
     for name, value in found.items():
         table.add_row(name, f"{value:.4g}" if isinstance(value, float) else f"{value:,}")
     console.print(table)
-    if json_file is not None:
-        write_atomically(Path(json_file), json.dumps(found, indent=1))
+    write_json(json_file, found)
 
 
 @contextlib.contextmanager

@@ -30,6 +30,7 @@ logger = logging.getLogger(__name__)
 
 VERSION = 1
 _POLYGONS, _RUNS = 1, 2
+_FARTHEST_PX = 10**6
 _POINTS = 3  # of a polygon at least: pycocotools takes two points for a box
 
 
@@ -164,15 +165,22 @@ class _Table:
         self.image_ids.append(value["id"])
         self.heights.append(value["height"])
         self.widths.append(value["width"])
-        self.file_names.append(os.fsencode(value["file_name"]))
+        name = value["file_name"]
+        if not Path(name).parts or "\0" in name:
+            raise ValueError(f"its file_name is {name!r}")
+        self.file_names.append(os.fsencode(name))
         if min(self.heights[-1], self.widths[-1]) < 1:
             raise ValueError(f"its size is {self.widths[-1]} x {self.heights[-1]}")
 
     def _category(self, value: dict[str, Any]) -> None:
-        number, name = value["id"], str(value["name"])
+        number, name = value["id"], value["name"]
+        if type(number) is not int or not isinstance(name, str):
+            raise ValueError(
+                f"its id is {number!r} and its name {name!r}; expected a whole number and a word"
+            )
         if number in self.categories or name in self.categories.values():
             raise ValueError(f"two categories have its number or its name, {name!r}; give each its own")
-        self.categories[int(number)] = name
+        self.categories[number] = name
 
     def _annotation(self, value: dict[str, Any]) -> None:
         self.ids.append(value["id"])
@@ -182,7 +190,10 @@ class _Table:
         if not isfinite(left + top + width + height):
             raise ValueError(f"its bbox is {value['bbox']}")
         self.boxes.extend((left, top, width, height))
-        self.areas.append(value.get("area", width * height))
+        area = value.get("area", width * height)
+        if not isfinite(area):
+            raise ValueError(f"its area is {area}")
+        self.areas.append(area)
         self.crowd.append(bool(value.get("iscrowd", 0)))
         outline = value.get("segmentation")
         kind, body = 0, b""
@@ -199,8 +210,11 @@ class _Table:
     def _polygons(self, polygons: list[list[float]]) -> bytes:
         kept = [array("d", polygon) for polygon in polygons]
         for polygon in kept:
-            if len(polygon) % 2 or not isfinite(sum(polygon)):
-                raise ValueError(f"a polygon of {len(polygon)} numbers; expected pairs of finite x and y")
+            # pycocotools' rasteriser writes outside of its memory where corners are far away, or no numbers.
+            if len(polygon) % 2 or not all(abs(value) <= _FARTHEST_PX for value in polygon):
+                raise ValueError(
+                    f"a polygon of {len(polygon)} numbers; expected pairs of x and y, at most {_FARTHEST_PX} px away"
+                )
         long = [polygon for polygon in kept if len(polygon) >= 2 * _POINTS]
         self.short_polygons += len(kept) - len(long)
         if not long:
@@ -211,7 +225,7 @@ class _Table:
     def _runs(self, runs: dict[str, Any]) -> bytes:
         (height, width), counts = runs["size"], runs["counts"]
         if isinstance(counts, list):
-            total = sum(counts) if min(counts) >= 0 else -1
+            total = sum(counts) if all(type(count) is int and count >= 0 for count in counts) else -1
         else:
             counts = counts.encode()
             total = pixels_of_runs(counts)

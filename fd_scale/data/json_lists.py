@@ -56,6 +56,8 @@ class JsonLists:
         self._expect("{")
         while self._next() != "}":
             name = self._value()
+            if not isinstance(name, str):
+                raise self._broken(f"{str(name)[:20]} in place of a name")
             self._expect(":")
             if self._next() != "[":
                 yield name, self._value()
@@ -102,7 +104,7 @@ class JsonLists:
         for _ in range(_MOST_CHUNKS):
             try:
                 value, end = self._decoder.raw_decode(self._text, self._at)
-            except (json.JSONDecodeError, RecursionError) as error:
+            except (ValueError, RecursionError) as error:  # an integer of thousands of digits is a ValueError
                 problem = str(error)
             else:
                 if end < len(self._text):  # else a number may go on

@@ -116,7 +116,7 @@ class _Reader:
                 images.append(pixels)
                 labels.append(label if isinstance(label, Instances) else torch.as_tensor(label))
         # Images have their own number of objects each, which do not stack.
-        together = in_few_storages(labels) if self.source.targets == "instances" else torch.stack(labels)
+        together = in_few_storages(labels) if isinstance(labels[0], Instances) else torch.stack(labels)
         return Batch(torch.stack(images), together, torch.tensor(positions), num_bad), bad
 
     def _candidates(self, epoch: int, sample_id: int) -> Iterator[int]:

@@ -6,7 +6,7 @@ import numpy as np
 from PIL import Image
 
 from fd_scale.data.base import IGNORED, Labels, Source, Targets, content_hash
-from fd_scale.data.masks import MaskValues
+from fd_scale.data.masks import NO_CLASS, MaskValues
 from fd_scale.data.objects import Objects, Window, mask_in
 from fd_scale.errors import UserError
 
@@ -36,6 +36,8 @@ class PaintedSource:
             )
         self.source = source
         names: Sequence[str] = source.class_names or []
+        if NO_CLASS in names:
+            raise UserError(f"{kind}: a category is called {NO_CLASS!r}, which means no class; rename it")
         self.class_names = MaskValues(kind, [BACKGROUND, *names]).class_names
         self.num_classes = len(self.class_names)
 

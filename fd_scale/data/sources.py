@@ -65,7 +65,9 @@ _LEARNED = {
 }
 
 
-def require_targets(key: str, sources: str | list[SourceConfig], source: Source, wanted: Targets) -> None:
+def require_targets(
+    key: str, sources: str | list[SourceConfig], source: Source, wanted: Targets, annotated: bool = True
+) -> None:
     """Refuses a source that has other targets than a task learns.
 
     Args:
@@ -73,9 +75,10 @@ def require_targets(key: str, sources: str | list[SourceConfig], source: Source,
         sources: what it names.
         source: the same, opened.
         wanted: `Recipe.targets` of the task.
+        annotated: whether images without any object are refused, as those of COCO's test parts are.
 
     Raises:
-        UserError: it has another kind of target; or training images have no object.
+        UserError: it has another kind of target, or no object.
     """
     if source.targets != wanted:
         if wanted != "labels":
@@ -87,7 +90,7 @@ def require_targets(key: str, sources: str | list[SourceConfig], source: Source,
             f"{key}: {sources} has {source.targets}, which only task {_LEARNED[source.targets][0]} learns; name its "
             "images, imagefolder:PATH/images, or another source"
         )
-    if wanted == "instances" and key == "data.train" and not object_source(source).is_annotated:
+    if wanted == "instances" and annotated and not object_source(source).is_annotated:
         raise UserError(
             f"{key}: {sources} has no annotations, of {len(source)} images; expected at least one object"
         )

@@ -13,6 +13,7 @@ Shape legend: S = shards, N = images.
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import io
 import itertools
@@ -248,8 +249,12 @@ def _let_clock_pass(newest_ns: int) -> None:
 def _known(shards: ShardSet) -> dict[str, tuple[TarIndex, int]]:
     """Finds shards in older indexes of their folder: of each identity, the index and the shard's number in it."""
     files = shards.file.parent.glob(f"{glob.escape(shards.stem)}-*.index")
-    older = sorted(files, key=lambda file: file.stat().st_mtime_ns)
-    indexes = [TarIndex(file) for file in older[-_NUM_OLDER:]]
+    indexes = []
+    # They only spare work: one that is damaged, or that somebody removes now, spares none.
+    with contextlib.suppress(OSError):
+        for file in sorted(files, key=lambda file: file.stat().st_mtime_ns)[-_NUM_OLDER:]:
+            with contextlib.suppress(OSError, UserError):
+                indexes.append(TarIndex(file))
     return {
         identity.decode(): (index, shard)
         for index in indexes

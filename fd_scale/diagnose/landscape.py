@@ -5,6 +5,7 @@ Shape legend: F = filters of a weight (its first dimension), K = points along a 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import math
@@ -210,8 +211,12 @@ def landscape_of(
     task.evaluation = replace(task.evaluation, source=spread(task.evaluation.source, num_images))
     folder = checkpoint.parent.parent / "diagnosis"
     file = folder / f"{grid.name}.json"
-    step = read_manifest(checkpoint)["state"]["step"]
-    key = asdict(grid) | {"step": step, "images": str(recipe.data.evaluation), "num_images": num_images}
+    key = asdict(grid) | {
+        "step": read_manifest(checkpoint)["state"]["step"], "images": str(recipe.data.evaluation),
+        "num_images": num_images, "fingerprint": task.evaluation.source.fingerprint,
+        "precision": recipe.train.precision,
+        "checkpoint": hashlib.sha256((checkpoint / "manifest.json").read_bytes()).hexdigest(),
+    }  # fmt: skip
     parameters = [each for each in task.module.parameters() if each.requires_grad]
     batch = next(iter(_batches(task.evaluation, world)))
     more = {"top_eigenvalue": top_eigenvalue(lambda: _loss(task, batch), parameters)}
@@ -258,9 +263,9 @@ def read_places(file: Path, key: dict[str, Any]) -> list[Metrics]:
     """Returns what an earlier call measured on the same grid around the same weights; nothing: there was none."""
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+        return [place for row in found["rows"] for place in row] if found["of"] == key else []
+    except (OSError, ValueError, KeyError):  # none, or one that somebody cut
         return []
-    return [place for row in found["rows"] for place in row] if found["of"] == key else []
 
 
 def write_places(file: Path, key: dict[str, Any], found: list[Metrics], more: dict[str, Any]) -> None:

@@ -109,7 +109,8 @@ def found_in(
     Returns:
         What was found, in the order of the source, on the main rank; on others nothing.
     """
-    found = progress.read() if progress is not None and world.is_main else []
+    known = progress.read() if progress is not None and world.is_main else []
+    found = list({each["sample"]: each for each in known}.values())  # two may have written to one file
     done = set(world.from_main([each["sample"] for each in found]))
     left = [sample_id for sample_id in range(len(evaluation.source)) if sample_id not in done]
     images = single_images(evaluation, left[world.rank :: world.size], world)

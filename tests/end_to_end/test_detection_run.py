@@ -11,6 +11,7 @@ from PIL import Image
 
 from fd_scale import api, cli
 from fd_scale.config import build_recipe
+from fd_scale.diagnose.run import Options, diagnose
 from fd_scale.errors import UserError
 from fd_scale.metrics import read_metrics
 
@@ -57,6 +58,7 @@ def test_it_learns_objects_by_heart_and_shows_them(
     )
     assert more["box_ap"] > 0.4
     assert len(list((run / "evaluations").iterdir())) == 4, "a file for each way"
+    assert len(diagnose([str(run)], tmp_path / "looked", Options(num_images=2, batch_size=2))["models"]) == 1
     with pytest.raises(UserError, match="its model is what it was trained as"):
         api.evaluate(run, ["detection.head=htc"])
 

@@ -136,6 +136,7 @@ def test_parts_of_coco_and_objects365(tmp_path: Path, write_objects: WriteObject
         UserError, match=r"data.train: .* has no annotations, of 8 images; expected at least one"
     ):
         require_targets("data.train", "coco_test_dev:x", test, "instances")
+    require_targets("data.evaluation", "coco_test_dev:x", test, "instances", annotated=False)
 
 
 def test_objects365_as_distributed_and_as_named(tmp_path: Path, write_objects: WriteObjects) -> None:
@@ -230,6 +231,18 @@ BROKEN: list[tuple[Callable[[dict[str, Any]], object], str]] = [
     ),
     (lambda v: first(v).update(segmentation=[["a"] * 6]), "annotations, 1: must be real number"),
     (
+        lambda v: first(v).update(segmentation=[[0, 0, 9, 0, 9, -1e9]]),
+        "annotations, 1: a polygon of 6 numbers; expected pairs of x and y, at most 1000000 px away",
+    ),
+    (lambda v: first(v).update(area=float("nan")), "annotations, 1: its area is nan"),
+    (
+        lambda v: v["annotations"][1]["segmentation"].update(counts=[1.5, 10**4 - 1.5]),
+        "annotations, 2: its runs fill -1 pixels",
+    ),
+    (lambda v: v["categories"][0].update(name=None), "categories, 7: its id is 7 and its name None"),
+    (lambda v: v["images"][0].update(file_name="."), "images, 5: its file_name is '.'"),
+    (lambda v: v["images"][0].update(file_name="a\0b"), "images, 5: its file_name is 'a"),
+    (
         lambda v: v["annotations"][1]["segmentation"]["counts"].append(3),
         r"annotations, 2: its runs fill \d+ pixels, and its size is",
     ),
@@ -265,6 +278,8 @@ def test_broken_annotations(
         ('{"images": [{"id": 1, "height"', "no JSON at character 12"),
         ("[1]", "no JSON at character 0 .*'\\[' in place of '{'"),
         ('{"images" [', "no JSON at character 10"),
+        ("{{}: 2}", "in place of a name"),
+        ('{"images": [' + "1" * 5000 + "]}", "no JSON at character 12"),
         ("", "the file ends"),
         ("\xff", "cannot be read"),
     ],

@@ -265,6 +265,7 @@ def test_an_evaluation_goes_on_where_one_was_killed(
     resumed = detection_of(images, detect := Guesser(source), ALONE, progress)
     assert detect.calls == [3, 4, 5, 6, 7]
     assert resumed == whole
+    progress.add(progress.read()[2:5])  # as another evaluation of the same would, at the same time
     assert detection_of(images, detect := Guesser(source), ALONE, progress) == whole
     assert not detect.calls
     other = replace(progress, of="another")

@@ -1,5 +1,6 @@
 """A detector as a whole: losses and detections against torchvision's, images that do not touch each other, views."""
 
+import math
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -174,6 +175,15 @@ def test_nothing_to_learn_from_is_no_accident(name: str) -> None:
             assert torch.isfinite(parameter.grad).all(), key
 
 
+@pytest.mark.parametrize("where", ["backbone.patch_embed.proj.weight", "heads.box_heads.0.deltas.weight"])
+def test_what_is_no_number_is_a_loss_that_says_so(where: str) -> None:
+    """The trainer skips such a step and counts it; nothing breaks on the way."""
+    detector = built("swin", CONFIGS["htc"])
+    detector.get_parameter(where).data.view(-1)[0] = math.nan
+    losses = losses_of(detector(pictures(1), [objects(2, seed=3)], torch.tensor([7])))
+    assert not torch.isfinite(torch.stack(list(losses.values())).sum())
+
+
 @pytest.mark.parametrize("name", ["mask_rcnn", "htc"])
 def test_an_image_learns_alike_in_any_batch(name: str) -> None:
     """Losses of a batch are the sums of its images': 2 ranks are 1. Padding, and who else is there, change nothing."""
@@ -307,6 +317,7 @@ def test_global_attention_is_torchs() -> None:
     tokens = F.layer_norm(x.flatten(2).mT, (64,))
     expected = x + theirs(tokens, tokens, tokens)[0].mT.unflatten(2, (3, 5))
     torch.testing.assert_close(ours(x), expected, rtol=1e-4, atol=1e-5)
+    assert SelfAttention(50)(torch.randn(1, 50, 3, 5)).shape == (1, 50, 3, 5), "no heads of 32 channels"
     with pytest.raises(UserError, match=r"detection.global_attention: the blocks of a plain ViT"):
         built("vit", replace(CONFIGS["htc"], global_attention=True))
 

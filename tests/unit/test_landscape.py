@@ -98,6 +98,8 @@ def test_places_of_another_grid_are_not_taken(tmp_path: Path) -> None:
     assert [len(row) for row in json.loads(file.read_text())["rows"]] == [3, 2]
     assert read_places(file, {"points": 3}) == found
     assert read_places(file, {"points": 5}) == []
+    file.write_text(file.read_text()[:20])
+    assert read_places(file, {"points": 3}) == [], "somebody cut it"
 
 
 @pytest.mark.parametrize(

@@ -125,6 +125,11 @@ def test_what_cannot_be_painted(tmp_path: Path, write_shapes: Write, write_objec
     kind, _, root = write_objects(tmp_path / "own").partition(":")
     file = Path(root) / "instances.json"
     values = json.loads(file.read_text())
+    named = json.loads(file.read_text())
+    named["categories"][0]["name"] = "-"
+    file.write_text(json.dumps(named))
+    with pytest.raises(UserError, match="a category is called '-'"):
+        open_source(f"painted:{kind}:{root}")
     for each in values["annotations"]:
         each.pop("segmentation", None)
         each["iscrowd"] = 0

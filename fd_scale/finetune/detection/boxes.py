@@ -48,12 +48,15 @@ def encoded(boxes_M4: Tensor, references_M4: Tensor, weights: Sequence[float]) -
 
 
 def decoded(deltas_M4: Tensor, references_M4: Tensor, weights: Sequence[float]) -> Tensor:
-    """Returns the boxes that deltas mean, fp32 (..., 4); the inverse of `encoded`."""
+    """Returns the boxes that deltas mean, fp32 (..., 4); the inverse of `encoded`.
+
+    What is not a number becomes 0: a step that went wrong has a loss that says so, and its boxes are used as indices.
+    """
     deltas_M4 = deltas_M4.float() / _on(deltas_M4, weights)
     centres, sizes = _centres_and_sizes(references_M4)
     moved = centres + deltas_M4[..., :2] * sizes
     half = 0.5 * deltas_M4[..., 2:].clamp(max=MAX_LOG_RATIO).exp() * sizes
-    return torch.cat([moved - half, moved + half], dim=-1)
+    return torch.cat([moved - half, moved + half], dim=-1).nan_to_num(0.0)
 
 
 def clipped(boxes_M4: Tensor, height: float, width: float) -> Tensor:

@@ -73,7 +73,7 @@ class ChannelNorm(nn.LayerNorm):
 
 
 class SelfAttention(nn.Module):
-    """x + attention over all places of a map (B, C, h, w), each head of 32 channels where they divide.
+    """x + attention over all places of a map (B, C, h, w), heads of 32 channels where they divide, else one.
 
     The source says no more than "an extra global self-attention layer appended at the output of last stage": norm,
     heads and the residual connection are those of a pre-norm transformer, and there is no position encoding.
@@ -83,7 +83,7 @@ class SelfAttention(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.num_heads = max(channels // 32, 1)
+        self.num_heads = channels // 32 if channels % 32 == 0 else 1
         self.norm = nn.LayerNorm(channels)
         self.qkv = HeadLinear(channels, 3 * channels, std=0.02)
         self.proj = HeadLinear(channels, channels, std=0.02)
