@@ -99,13 +99,12 @@ def test_changed_shards_alone_are_read_again(tmp_path: Path, cache: Path, scanne
     assert levels(spec) == [90, 81, 82, 7, 8]
     assert scanned == ["2.tar"], "changed at once, of the same size"
     scanned.clear()
-    scanned.clear()
     times = (folder / "2.tar").stat().st_mtime_ns
     write_tar(folder / "2.tar", numbered(90, 99))
     os.utime(folder / "2.tar", ns=(times, times))
     assert levels(spec) == [90, *range(90, 99), 7, 8]
     assert scanned == ["2.tar"], "changed, with the time it had"
-    for old in cache.glob("*.index"):
+    for old in {*cache.glob("*.index")} - {before.index.file}:
         os.truncate(old, 100)
     assert levels(f"tar:{folder}/[12].tar") == [90, *range(90, 99)], (
         "damaged ones spare no work, and are no hindrance"
