@@ -84,7 +84,7 @@ def bench_prediction(
         mean = sum(seconds[1:]) / repeats
         table.add_row(
             str(side), str(windows),
-            f"{mean:.2f} ({', '.join(f'{each:.2f}' for each in seconds[1:])})", f"{1 / mean:.2f}", f"{peak_gib:.2f}",
+            f"{mean:.2f} ({', '.join(f'{each:.2f}' for each in seconds[1:])})", f"{1 / mean:.3g}", f"{peak_gib:.2f}",
         )  # fmt: skip
     console.print(table)
     write_json(json_file, result)
