@@ -30,8 +30,7 @@ def add_bench(verbs: Verbs) -> None:
         "recipe", metavar="RECIPE", nargs="?", default="digits/distill", help="default: digits/distill"
     )
     step.add_argument("overrides", metavar="key=value", nargs="*", help="settings that replace the recipe's")
-    step.add_argument("--steps", type=int, default=30, help="measured steps of each loop (default: 30)")
-    step.add_argument("--json", metavar="FILE", help="write the measurements there too")
+    _add_steps(step)
     step.set_defaults(run=_bench)
 
     finetune = add_verb(
@@ -40,8 +39,7 @@ def add_bench(verbs: Verbs) -> None:
         "  fd-scale bench finetune digits/finetune model.weights=null",
     )  # fmt: skip
     add_recipe(finetune)
-    finetune.add_argument("--steps", type=int, default=30, help="measured steps of each loop (default: 30)")
-    finetune.add_argument("--json", metavar="FILE", help="write the measurements there too")
+    _add_steps(finetune)
     finetune.set_defaults(run=_bench_finetune)
 
     segmentation = add_verb(
@@ -51,16 +49,24 @@ def add_bench(verbs: Verbs) -> None:
         "  fd-scale bench segmentation ade20k/tiny data.train=ade20k_val:ADEChallengeData2016",
     )  # fmt: skip
     add_recipe(segmentation)
-    segmentation.add_argument(
-        "--steps", type=int, default=30, help="measured steps of each loop (default: 30)"
-    )
-    segmentation.add_argument("--json", metavar="FILE", help="write the measurements there too")
+    _add_steps(segmentation)
     segmentation.set_defaults(run=_bench_segmentation)
 
     _add_bench_prediction(subjects)
     _add_bench_detection(subjects)
     _add_bench_index(subjects)
 
+    _add_bench_kernels(subjects)
+    _add_bench_giant(subjects)
+    _add_bench_scale(subjects)
+
+
+def _add_steps(bench: argparse.ArgumentParser) -> None:
+    bench.add_argument("--steps", type=int, default=30, help="measured ones of each loop (default: 30)")
+    bench.add_argument("--json", metavar="FILE", help="write the measurements there too")
+
+
+def _add_bench_kernels(subjects: Verbs) -> None:
     kernels = add_verb(
         subjects, "kernels", "the Triton kernels beside their peers, on a GPU",
         "Measures the kernels beside eager, compiled, SDPA and FlexAttention; goes on where the last call stopped.\n"
@@ -74,9 +80,6 @@ def add_bench(verbs: Verbs) -> None:
     kernels.add_argument("--report", metavar="FILE", nargs="?", const="-", help="measure nothing; the table")
     kernels.add_argument("--plot", metavar="FILE", help="draw what was measured")
     kernels.set_defaults(run=_bench_kernels)
-
-    _add_bench_giant(subjects)
-    _add_bench_scale(subjects)
 
 
 def _add_bench_prediction(subjects: Verbs) -> None:
@@ -104,10 +107,7 @@ def _add_bench_detection(subjects: Verbs) -> None:
         "  fd-scale bench detection coco/tiny data.train=coco_val:coco",
     )  # fmt: skip
     add_recipe(detection)
-    detection.add_argument(
-        "--steps", type=int, default=30, help="measured steps, and detections, of each (default: 30)"
-    )
-    detection.add_argument("--json", metavar="FILE", help="write the measurements there too")
+    _add_steps(detection)
     detection.set_defaults(run=_bench_detection)
 
     annotations = add_verb(
