@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fd_scale import distributed, ds_config, log, run_folder
+from fd_scale import distributed, ds_config, log, run_folder, teacher_features
 from fd_scale.checkpoint import Checkpoints, TrainState, refuse_other_identity
 from fd_scale.config import Recipe, load_recipe
 from fd_scale.data import (
@@ -60,12 +60,12 @@ from fd_scale.plan.measure import Measured
 from fd_scale.plan.measure import measure as measure_trainer
 from fd_scale.predict import class_names_of, predict_images
 from fd_scale.pretrain import ContrastiveTask, MaskedTask
-from fd_scale.randomness import hash64
+from fd_scale.randomness import initial_seed
 from fd_scale.trainer import Task, Trainer
 
 __all__ = [
-    "build_task", "build_trainer", "convert", "evaluate", "export", "fetch", "index", "interpolate", "load_recipe",
-    "measure", "plan", "predict", "start", "train",
+    "build_task", "build_trainer", "convert", "evaluate", "export", "features", "fetch", "index", "interpolate",
+    "load_recipe", "measure", "plan", "predict", "start", "train",
 ]  # fmt: skip
 
 logger = logging.getLogger(__name__)
@@ -151,6 +151,30 @@ def landscape(
         )
     restore(task, recipe, checkpoint, world)
     return landscape_of(task, recipe, checkpoint, grid, num_images, world)
+
+
+def features(recipe: Recipe) -> None:
+    """Computes the teachers' features that a recipe reads from disk, where they are not there; ranks share the images.
+
+    Args:
+        recipe: of a distillation, with `distill.features`.
+
+    Raises:
+        UserError: the folder has features of something else, or no room; or the recipe keeps none.
+    """
+    if recipe.distill is None or recipe.distill.features is None:
+        raise UserError(
+            "distill.features.folder: names no folder; add distill.features.folder=PATH, and to the runs too"
+        )
+    world = distributed.start(recipe.train.device, recipe.train.timeout_s)
+    log.set_up(world.rank)
+    recipe = resolved(recipe)
+    choose_kernels(recipe.train.kernels, world.device)
+    source = open_source(recipe.data.train)
+    teacher_features.compute(recipe, teacher_features.train_part(recipe, source), world)
+    if recipe.data.evaluation is not None:
+        images = _evaluation_set(recipe, open_source(recipe.data.evaluation))
+        teacher_features.compute(recipe, teacher_features.evaluation_part(recipe, images), world)
 
 
 def _to_evaluate(recipe: Recipe) -> tuple[Task, Recipe, World]:
@@ -320,6 +344,11 @@ def build_trainer(
 
 def _loader(recipe: Recipe, source: Source, micro_batch: int, world: World) -> TrainLoader:
     transform, num_workers = training_transform(recipe, source), recipe.data.num_workers
+    files = None
+    if recipe.distill is not None and recipe.distill.features is not None:
+        part = teacher_features.train_part(recipe, source)
+        world.on_main(lambda: part.files.open(part.identity, make=False))
+        files = part.files
     if recipe.linear_probe is not None:
         features = features_of(_evaluation_set(recipe, source), Path(recipe.run_dir) / "features/train")
         source, transform, num_workers = features.source, features.transform, features.num_workers
@@ -340,6 +369,7 @@ def _loader(recipe: Recipe, source: Source, micro_batch: int, world: World) -> T
         num_workers=num_workers,
         max_bad_fraction=recipe.data.max_bad_fraction,
         pin_memory=world.device.type == "cuda",
+        features=files,
     )
 
 
@@ -385,7 +415,7 @@ def build_task(
         in_parts: where those of teachers are that the recipe wants partitioned.
     """
     recipe = resolved(recipe)
-    torch.manual_seed(int(hash64(recipe.seed, "initialisation")) % 2**63)
+    torch.manual_seed(initial_seed(recipe.seed))
     evaluation = None
     if recipe.data.evaluation is not None:
         images = open_source(recipe.data.evaluation)
@@ -411,6 +441,10 @@ def build_task(
                     "distill.knn_images: neighbours need labels, of data.train and of data.evaluation; set it to 0"
                 )
             bank = replace(evaluation, source=spread(source, recipe.distill.knn_images))
+        if evaluation is not None and recipe.distill.features is not None:
+            part = teacher_features.evaluation_part(recipe, evaluation)
+            part.files.open(part.identity, make=False)
+            evaluation = replace(evaluation, features=part.files)
         return DistillationTask(recipe, evaluation, bank, placement, in_parts)
     with placement.building(dtype_of(recipe.train.precision)):
         if recipe.contrastive is not None:

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import time
-from collections.abc import Callable, Iterator
-
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from collections.abc import Iterator
 
 from fd_scale import log
 from fd_scale.data.shards import TarSource
 from fd_scale.data.tar_index import identified, index_of
 from fd_scale.errors import UserError
-
-_LINE_EVERY_S = 10.0
 
 
 def index(source: str, processes: int) -> Iterator[str]:
@@ -33,7 +28,7 @@ def index(source: str, processes: int) -> Iterator[str]:
     if processes < 0:
         raise UserError(f"--processes: got {processes}, expected 0 for threads, or how many")
     began = time.monotonic()
-    with _progress() as told:
+    with log.counting("shards") as told:
         opened = TarSource(path, functools.partial(index_of, processes=processes, told=told, in_memory=False))
     size = sum(opened.index.num_bytes_S.tolist())
     yield (
@@ -41,23 +36,3 @@ def index(source: str, processes: int) -> Iterator[str]:
         f"{size:,} bytes, {time.monotonic() - began:.1f} s"
     )
     yield f"{identified(opened.paths).file}: {opened.index.bytes.nbytes:,} bytes"
-
-
-@contextlib.contextmanager
-def _progress() -> Iterator[Callable[[int, int], None]]:
-    """Shows how many shards have been read: as a bar on a terminal, else by a line now and then."""
-    if log.console.is_terminal:
-        columns = (TextColumn("shards"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        with Progress(*columns, console=log.console) as progress:
-            task = progress.add_task("")
-            yield lambda done, total: progress.update(task, completed=done, total=total)
-        return
-    last = time.monotonic()
-
-    def told(done: int, total: int) -> None:
-        nonlocal last
-        if done == total or time.monotonic() - last > _LINE_EVERY_S:
-            log.console.print(f"{done:,} of {total:,} shards", highlight=False)
-            last = time.monotonic()
-
-    yield told

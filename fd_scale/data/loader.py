@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from fd_scale.data.base import Source
 from fd_scale.data.decode import DecodeError
+from fd_scale.data.feature_files import FeatureFiles
 from fd_scale.data.instances import Instances, in_few_storages
 from fd_scale.data.order import order
 from fd_scale.data.transforms import Transform
@@ -50,12 +51,17 @@ class Batch(NamedTuple):
     """int64 (B,): step * global_batch + row in a training stream, the sample id in an evaluation."""
     num_bad: int
     """How many samples could not be decoded and were replaced by others."""
+    features: Tensor | None = None
+    """Records of teachers' features, uint8 (B, bytes of a record), where they are kept on disk."""
 
     def to(self, device: torch.device | str) -> "Batch":
-        """Returns images and labels on a device (from pinned memory without waiting), positions on the host."""
+        """Returns all but the positions on a device (from pinned memory without waiting)."""
         images = self.images.to(device, non_blocking=True)
         if isinstance(self.labels, Tensor):
-            return self._replace(images=images, labels=self.labels.to(device, non_blocking=True))
+            features = self.features if self.features is None else self.features.to(device, non_blocking=True)
+            return self._replace(
+                images=images, labels=self.labels.to(device, non_blocking=True), features=features
+            )
         moved = [
             Instances(*(tensor.to(device, non_blocking=True) for tensor in each)) for each in self.labels
         ]
@@ -93,8 +99,11 @@ class _Reader:
     transform: Transform
     seed: int
     num_replacements: int
+    features: FeatureFiles | None = None
 
     def load(self, positions: range, epoch: int, sample_ids: npt.NDArray[np.int64]) -> _Loaded:
+        if self.features is not None:
+            epoch %= self.features.num_views
         images, bad = [], []
         labels: list[Any] = []
         num_bad = 0
@@ -117,7 +126,10 @@ class _Reader:
                 labels.append(label if isinstance(label, Instances) else torch.as_tensor(label))
         # Images have their own number of objects each, which do not stack.
         together = in_few_storages(labels) if isinstance(labels[0], Instances) else torch.stack(labels)
-        return Batch(torch.stack(images), together, torch.tensor(positions), num_bad), bad
+        features = None
+        if self.features is not None:
+            features = torch.from_numpy(self.features.read(epoch, sample_ids.tolist()))
+        return Batch(torch.stack(images), together, torch.tensor(positions), num_bad, features), bad
 
     def _candidates(self, epoch: int, sample_id: int) -> Iterator[int]:
         yield sample_id
@@ -129,20 +141,22 @@ class _Reader:
 class _TrainingSamples(Dataset[_Loaded]):
     reader: _Reader
     samples_per_epoch: int
+    order_seed: int
 
     def __getitem__(self, positions: range) -> _Loaded:
         epoch, first = divmod(positions.start, self.samples_per_epoch)
         in_epoch = np.arange(first, first + len(positions))
-        sample_ids = order(self.reader.seed, epoch, in_epoch, len(self.reader.source))
+        sample_ids = order(self.order_seed, epoch, in_epoch, len(self.reader.source))
         return self.reader.load(positions, epoch, sample_ids)
 
 
 @dataclass(frozen=True)
-class _EvaluationSamples(Dataset[_Loaded]):
+class _SamplesInOrder(Dataset[_Loaded]):
     reader: _Reader
+    epoch: int = 0
 
     def __getitem__(self, positions: range) -> _Loaded:
-        return self.reader.load(positions, 0, np.array(positions))
+        return self.reader.load(positions, self.epoch, np.array(positions))
 
 
 class TrainLoader:
@@ -161,6 +175,7 @@ class TrainLoader:
         num_workers: int,
         max_bad_fraction: float = 0.01,
         pin_memory: bool = False,
+        features: FeatureFiles | None = None,
     ) -> None:
         """Checks the sizes; starts nothing.
 
@@ -175,6 +190,7 @@ class TrainLoader:
             num_workers: processes of this rank that read and augment; 0 for none.
             max_bad_fraction: part of the samples that may be impossible to decode, 0 to 1.
             pin_memory: whether batches lie in pinned memory, from which a GPU copies without waiting.
+            features: teachers' features that each batch brings along, and of how many views of an image.
 
         Raises:
             UserError: sizes that do not fit together.
@@ -208,8 +224,8 @@ class TrainLoader:
         self._num_seen = 0
         self._num_bad = 0
         self._bad_names: dict[int, str] = {}
-        reader = _Reader(source, transform, seed, _NUM_REPLACEMENTS)
-        self._samples = _TrainingSamples(reader, self.steps_per_epoch * global_batch)
+        reader = _Reader(source, transform, seed, _NUM_REPLACEMENTS, features)
+        self._samples = _TrainingSamples(reader, self.steps_per_epoch * global_batch, seed)
 
     def iterate(self, start_step: int, reordered: int = 0) -> Generator[list[Batch], None, None]:
         """Yields the micro-batches of each step from `start_step` on, without end.
@@ -228,7 +244,9 @@ class TrainLoader:
         samples = self._samples
         if reordered:
             seed = int(hash64(samples.reader.seed, "reordered", reordered))
-            samples = replace(samples, reader=replace(samples.reader, seed=seed))
+            # Views whose features are kept stay what they are.
+            reader = samples.reader if samples.reader.features else replace(samples.reader, seed=seed)
+            samples = replace(samples, reader=reader, order_seed=seed)
         with contextlib.closing(_run(samples, requests, self._num_workers, self._pin_memory)) as loaded:
             while True:
                 yield [self._checked(*next(loaded)) for _ in range(self.accumulation)]
@@ -260,7 +278,14 @@ class TrainLoader:
 
 
 def evaluation_batches(
-    source: Source, transform: Transform, *, batch_size: int, rank: int, world_size: int, num_workers: int
+    source: Source,
+    transform: Transform,
+    *,
+    batch_size: int,
+    rank: int,
+    world_size: int,
+    num_workers: int,
+    features: FeatureFiles | None = None,
 ) -> Generator[Batch, None, None]:
     """Yields a rank's part of a data set: each sample once over all ranks, in order, nothing padded.
 
@@ -274,6 +299,7 @@ def evaluation_batches(
         rank: number of this process, 0 to world_size - 1.
         world_size: number of processes.
         num_workers: processes of this rank that read and transform; 0 for none.
+        features: teachers' features that each batch brings along.
 
     Raises:
         UserError: a sample that cannot be decoded, or too few samples for the ranks.
@@ -290,8 +316,45 @@ def evaluation_batches(
         )
     first_ids = [part * len(source) // num_parts for part in range(num_parts + 1)]
     own = first_ids[rank * num_batches : (rank + 1) * num_batches + 1]
-    samples = _EvaluationSamples(_Reader(source, transform, seed=0, num_replacements=0))
-    requests = itertools.starmap(range, itertools.pairwise(own))
+    yield from view_batches(
+        source,
+        transform,
+        seed=0,
+        view=0,
+        requests=itertools.starmap(range, itertools.pairwise(own)),
+        num_workers=num_workers,
+        num_replacements=0,
+        features=features,
+    )
+
+
+def view_batches(
+    source: Source,
+    transform: Transform,
+    *,
+    seed: int,
+    view: int,
+    requests: Iterable[range],
+    num_workers: int,
+    num_replacements: int = _NUM_REPLACEMENTS,
+    features: FeatureFiles | None = None,
+) -> Generator[Batch, None, None]:
+    """Yields images as a training of a seed shows them in an epoch, in an order of one's own.
+
+    Args:
+        source: the data set.
+        transform: as of `TrainLoader`.
+        seed: seed of the run.
+        view: the epoch.
+        requests: the sample ids of each batch, which become its positions.
+        num_workers: processes that read and transform; 0 for none.
+        num_replacements: others that are tried in place of a sample that cannot be decoded.
+        features: teachers' features that each batch brings along.
+
+    Raises:
+        UserError: a sample cannot be decoded, nor can any of its replacements.
+    """
+    samples = _SamplesInOrder(_Reader(source, transform, seed, num_replacements, features), view)
     with contextlib.closing(_run(samples, requests, num_workers, pin_memory=False)) as loaded:
         for batch, bad in loaded:
             if batch is None:

@@ -24,6 +24,9 @@ from fd_scale.errors import UserError
 Values = Callable[..., dict[str, Any]]
 
 
+REQUIRED_BESIDE = {"distill.features.views": {"folder": "features"}}
+
+
 def leaves(cls: type, prefix: str = "") -> set[str]:
     """Every setting below a dataclass, as `describe_keys` spells it."""
     found = set()
@@ -130,6 +133,7 @@ def test_every_setting_is_described() -> None:
         ("checkpoint.save_every_steps", 0), ("checkpoint.keep_last", 0),
         ("log.every_steps", 0), ("log.images_every_steps", -1), ("log.evaluate_every_steps", -1),
         ("distill.beta", 0.0), ("distill.phi_s_images", 0), ("distill.knn_images", -1),
+        ("distill.features.views", 0),
         ("distill.teachers.0.weight", 0.0),
         ("distill.teachers.0.share", 0.0), ("distill.teachers.0.share", 1.1), ("distill.teachers.0.cls_weight", -1.0),
         ("distill.teachers.0.layers", []), ("contrastive.temperature", 0.0), ("contrastive.projection_dim", 0),
@@ -149,10 +153,12 @@ def test_every_setting_is_described() -> None:
     ],
 )  # fmt: skip
 def test_range(recipe_values: Values, key: str, value: Any) -> None:
-    section, *_, name = key.split(".")
+    section, *inner, name = key.split(".")
     task = section if section in TASKS else "distill"
-    values = recipe_values(task)
-    (values["distill"]["teachers"][0] if ".0." in key else values.setdefault(section, {}))[name] = value
+    values = place = recipe_values(task)
+    for part in (section, *inner):
+        place = place[0] if part == "0" else place.setdefault(part, {})
+    place.update(REQUIRED_BESIDE.get(key, {}) | {name: value})
     with pytest.raises(UserError, match=rf"recipe: .*{re.escape(key.replace('.0.', '.'))}.*: got .*expected"):
         build_recipe(values)
 
@@ -167,7 +173,7 @@ def test_every_limit_is_in_the_table_above() -> None:
         "data.evaluation", "train.epochs", "train.precision", "train.device", "train.ds_config",
         "train.activation_checkpointing", "train.kernels", "distill.teachers", "distill.teachers.0.precision",
         "distill.teachers.0.target", "distill.teachers.0.projector", "distill.teachers.0.partitioned",
-        "distill.teachers.0.drop_path",
+        "distill.teachers.0.drop_path", "distill.features.folder", "distill.features.precision",
         "distill.loss", "contrastive.jitter",
         "classification.head_init_scale", "log.profile", "train.compile", "data.interpolation", "data.rand_augment",
         "optim.schedule", "segmentation.head", "segmentation.frozen", "segmentation.norm",
