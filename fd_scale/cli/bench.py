@@ -42,6 +42,16 @@ def add_bench(verbs: Verbs) -> None:
     _add_steps(finetune)
     finetune.set_defaults(run=_bench_finetune)
 
+    features = add_verb(
+        subjects, "features", "a distillation's step with its teachers, and with their features read from disk",
+        "Computes one view of all images of data.train, so name few; then steps of both kinds take turns, images and\n"
+        "all. Says what the features take on disk, and what is lost of them.",
+        "  fd-scale bench features imagenet/dino_vit_base data.train=tar:imagenet-sample --steps 20",
+    )  # fmt: skip
+    add_recipe(features)
+    _add_steps(features)
+    features.set_defaults(run=_bench_features)
+
     segmentation = add_verb(
         subjects, "segmentation", "one step of a segmentation, beside Transformers' UPerNet on the same backbone",
         "Measures in turns steps on the same batches in memory: our trainer with our head, and a bare loop with\n"
@@ -212,6 +222,12 @@ def _bench_finetune(options: argparse.Namespace) -> None:
     from fd_scale.benchmarks.finetune import bench_finetune
 
     bench_finetune(options.recipe, options.overrides, options.steps, options.json)
+
+
+def _bench_features(options: argparse.Namespace) -> None:
+    from fd_scale.benchmarks.features import bench_features
+
+    bench_features(options.recipe, options.overrides, options.steps, options.json)
 
 
 def _bench_annotations(options: argparse.Namespace) -> None:

@@ -1,6 +1,8 @@
 """Teachers' features on disk: exact or with the stated error, whole or refused, of the views that a training shows."""
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -323,3 +325,26 @@ def test_an_evaluation_asks_the_teacher_itself(keeping: Callable[..., Recipe], t
     found = recipe_of(Path(recipe.run_dir), tmp_path, ["data.evaluation=digits:test"])
     assert found.distill is not None
     assert found.distill.features is None
+
+
+@pytest.mark.slow
+def test_the_benchmark_measures_both_kinds_of_step(keeping: Callable[..., Recipe], tmp_path: Path) -> None:
+    file, out = tmp_path / "recipe.yaml", tmp_path / "out.json"
+    file.write_text(to_yaml(keeping()))
+    command = [
+        sys.executable,
+        "-m",
+        "fd_scale",
+        "bench",
+        "features",
+        str(file),
+        "--steps",
+        "2",
+        "--json",
+        str(out),
+    ]
+    subprocess.run(command, check=True, timeout=120)
+    found = json.loads(out.read_text())
+    assert [len(found[key]) for key in ("features_ms", "teachers_ms")] == [2, 2]
+    assert found["precisions"]["int8"]["bytes"] < 0.55 * found["precisions"]["bf16"]["bytes"]
+    assert 0 < found["precisions"]["bf16"]["rms"] < found["precisions"]["int8"]["rms"] < 0.01
