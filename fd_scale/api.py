@@ -295,11 +295,7 @@ def build_trainer(
     source = open_source(recipe.data.train) if source is None else source
     require_targets("data.train", recipe.data.train, source, recipe.targets)
     loader = _loader(recipe, source, engine_config["train_micro_batch_size_per_gpu"], world)
-    num_steps = recipe.train.steps or round((recipe.train.epochs or 0) * loader.steps_per_epoch)
-    if num_steps < 1:
-        raise UserError(
-            f"train.epochs: {recipe.train.epochs} epochs of {loader.steps_per_epoch} steps are no step; raise it"
-        )
+    num_steps = _num_steps(recipe, loader)
     peak_images_per_s = None
     if must_fit and world.device.type == "cuda" and recipe.linear_probe is None:
         peak_images_per_s = world.on_main(lambda: _refuse_what_does_not_fit(recipe, source, world))
@@ -309,9 +305,7 @@ def build_trainer(
         task = build_task(recipe, source, parts if stage == 3 else WHOLE, parts)
     if recipe.train.compile:
         _compile(task)
-    if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in task.module.modules()):
-        logger.warning("the model has BatchNorm, whose statistics are those of a micro-batch, of a rank or of all: on "
-                       "another number of ranks it trains otherwise")  # fmt: skip
+    _warn_of_batch_norm(task.module)
     run_dir = Path(recipe.run_dir)
     identity = world.on_main(lambda: run_folder.identity(recipe, source.fingerprint, stage, world.size))
     refuse_other_identity(run_dir, identity)
@@ -340,6 +334,21 @@ def build_trainer(
         lock=lock,
         world=world,
     )
+
+
+def _num_steps(recipe: Recipe, loader: TrainLoader) -> int:
+    num_steps = recipe.train.steps or round((recipe.train.epochs or 0) * loader.steps_per_epoch)
+    if num_steps < 1:
+        raise UserError(
+            f"train.epochs: {recipe.train.epochs} epochs of {loader.steps_per_epoch} steps are no step; raise it"
+        )
+    return num_steps
+
+
+def _warn_of_batch_norm(module: nn.Module) -> None:
+    if any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in module.modules()):
+        logger.warning("the model has BatchNorm, whose statistics are those of a micro-batch, of a rank or of all: on "
+                       "another number of ranks it trains otherwise")  # fmt: skip
 
 
 def _loader(recipe: Recipe, source: Source, micro_batch: int, world: World) -> TrainLoader:

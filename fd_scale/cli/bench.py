@@ -42,15 +42,7 @@ def add_bench(verbs: Verbs) -> None:
     _add_steps(finetune)
     finetune.set_defaults(run=_bench_finetune)
 
-    features = add_verb(
-        subjects, "features", "a distillation's step with its teachers, and with their features read from disk",
-        "Computes one view of all images of data.train, so name few; then steps of both kinds take turns, images and\n"
-        "all. Says what the features take on disk, and what is lost of them.",
-        "  fd-scale bench features imagenet/dino_vit_base data.train=tar:imagenet-sample --steps 20",
-    )  # fmt: skip
-    add_recipe(features)
-    _add_steps(features)
-    features.set_defaults(run=_bench_features)
+    _add_bench_features(subjects)
 
     segmentation = add_verb(
         subjects, "segmentation", "one step of a segmentation, beside Transformers' UPerNet on the same backbone",
@@ -74,6 +66,18 @@ def add_bench(verbs: Verbs) -> None:
 def _add_steps(bench: argparse.ArgumentParser) -> None:
     bench.add_argument("--steps", type=int, default=30, help="measured ones of each loop (default: 30)")
     bench.add_argument("--json", metavar="FILE", help="write the measurements there too")
+
+
+def _add_bench_features(subjects: Verbs) -> None:
+    features = add_verb(
+        subjects, "features", "a distillation's step with its teachers, and with their features read from disk",
+        "Computes one view of all images of data.train, so name few; then steps of both kinds take turns, images and\n"
+        "all. Says what the features take on disk, and what is lost of them.",
+        "  fd-scale bench features imagenet/dino_vit_base data.train=tar:imagenet-sample --steps 20",
+    )  # fmt: skip
+    add_recipe(features)
+    _add_steps(features)
+    features.set_defaults(run=_bench_features)
 
 
 def _add_bench_kernels(subjects: Verbs) -> None:
