@@ -236,6 +236,7 @@ def _length(subject: _Subject) -> str:
         rank=0,
         world_size=subject.num_ranks,
         num_workers=0,
+        shard_window=recipe.data.shard_window,
     )
     return f"{loader.steps_per_epoch} steps an epoch"
 

@@ -9,6 +9,7 @@ Shape suffixes: B = samples of a micro-batch.
 import contextlib
 import itertools
 import logging
+import math
 import multiprocessing
 import os
 import threading
@@ -22,10 +23,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from fd_scale.data.base import Source
+from fd_scale.data.base import Source, sharded
 from fd_scale.data.decode import DecodeError
 from fd_scale.data.instances import Instances, in_few_storages
-from fd_scale.data.order import order
+from fd_scale.data.order import ShardOrder, order
 from fd_scale.data.transforms import Transform
 from fd_scale.errors import UserError
 from fd_scale.randomness import hash64
@@ -36,6 +37,8 @@ logger = logging.getLogger(__name__)
 _NUM_REPLACEMENTS = 16
 # The share of bad samples is judged over at least so many, or over the data set if it is smaller.
 _MIN_JUDGED_SAMPLES = 1000
+# Micro-batches that a worker loads ahead of their use.
+_NUM_PREPARED = 2
 
 
 class Batch(NamedTuple):
@@ -129,11 +132,16 @@ class _Reader:
 class _TrainingSamples(Dataset[_Loaded]):
     reader: _Reader
     samples_per_epoch: int
+    by_shards: ShardOrder | None
 
     def __getitem__(self, positions: range) -> _Loaded:
         epoch, first = divmod(positions.start, self.samples_per_epoch)
         in_epoch = np.arange(first, first + len(positions))
-        sample_ids = order(self.reader.seed, epoch, in_epoch, len(self.reader.source))
+        seed = self.reader.seed
+        if self.by_shards is None:
+            sample_ids = order(seed, epoch, in_epoch, len(self.reader.source))
+        else:
+            sample_ids = self.by_shards(seed, epoch, in_epoch)
         return self.reader.load(positions, epoch, sample_ids)
 
 
@@ -159,6 +167,7 @@ class TrainLoader:
         rank: int,
         world_size: int,
         num_workers: int,
+        shard_window: int = 0,
         max_bad_fraction: float = 0.01,
         pin_memory: bool = False,
     ) -> None:
@@ -173,11 +182,12 @@ class TrainLoader:
             rank: number of this process, 0 to world_size - 1.
             world_size: number of processes.
             num_workers: processes of this rank that read and augment; 0 for none.
+            shard_window: how many shards are read at a time (`ShardOrder`); 0: samples come in an order over all.
             max_bad_fraction: part of the samples that may be impossible to decode, 0 to 1.
             pin_memory: whether batches lie in pinned memory, from which a GPU copies without waiting.
 
         Raises:
-            UserError: sizes that do not fit together.
+            UserError: sizes that do not fit together, or an order by shards of a source that has none.
         """
         assert 0 <= rank < world_size, (rank, world_size)
         rows = micro_batch * world_size
@@ -208,8 +218,14 @@ class TrainLoader:
         self._num_seen = 0
         self._num_bad = 0
         self._bad_names: dict[int, str] = {}
+        by_shards = None
+        if shard_window:
+            by_shards = ShardOrder(sharded(source).first_of_shards(), shard_window)
+            # Workers are ahead of each other by what they have prepared for later steps.
+            ahead = num_workers * _NUM_PREPARED * rows / len(source) * len(by_shards.sizes_S)
+            sharded(source).keep_shards(min(by_shards.window + 1 + math.ceil(ahead), len(by_shards.sizes_S)))
         reader = _Reader(source, transform, seed, _NUM_REPLACEMENTS)
-        self._samples = _TrainingSamples(reader, self.steps_per_epoch * global_batch)
+        self._samples = _TrainingSamples(reader, self.steps_per_epoch * global_batch, by_shards)
 
     def iterate(self, start_step: int, reordered: int = 0) -> Generator[list[Batch], None, None]:
         """Yields the micro-batches of each step from `start_step` on, without end.
@@ -312,10 +328,11 @@ def _run(
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload([__name__])
     loader = DataLoader(
-        samples,
+        _Caught(samples),
         batch_size=None,  # a request is a whole micro-batch
         sampler=requests,
         num_workers=num_workers,
+        prefetch_factor=_NUM_PREPARED if num_workers else None,
         collate_fn=_as_it_is,
         worker_init_fn=_end_with_main_process,
         multiprocessing_context=context,
@@ -324,9 +341,23 @@ def _run(
     )
     iterator = iter(loader)
     try:
-        yield from iterator
+        for loaded in iterator:
+            if isinstance(loaded, UserError):
+                raise loaded
+            yield loaded
     finally:
         del iterator  # the last reference: torch ends the workers here, whoever still holds a traceback
+
+
+@dataclass(frozen=True)
+class _Caught(Dataset[_Loaded | UserError]):
+    samples: Dataset[_Loaded]
+
+    def __getitem__(self, positions: range) -> _Loaded | UserError:
+        try:
+            return self.samples[positions]
+        except UserError as error:
+            return error
 
 
 def _end_with_main_process(worker_id: int) -> None:

@@ -123,13 +123,14 @@ def _write_column(out: IO[bytes], column: npt.NDArray[Any] | Sequence[npt.NDArra
     return parts[0].dtype.str, shape, offset
 
 
-def cache_file(stem: str, identity: Sequence[str]) -> Path:
-    """Returns where a file lies that is made from what has an identity: in the user's cache.
+def cache_folder() -> Path:
+    """Returns the user's cache: `$XDG_CACHE_HOME/fd-scale` (`~/.cache/fd-scale`)."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fd-scale"
 
-    That is `$XDG_CACHE_HOME/fd-scale` (`~/.cache/fd-scale`).
-    """
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fd-scale"
-    return cache / f"{stem}-{content_hash(identity)[:16]}.index"
+
+def cache_file(stem: str, identity: Sequence[str]) -> Path:
+    """Returns where a file lies that is made from what has an identity: in the user's cache."""
+    return cache_folder() / f"{stem}-{content_hash(identity)[:16]}.index"
 
 
 def make_once(file: Path, make: Callable[[], None]) -> None:
@@ -141,20 +142,20 @@ def make_once(file: Path, make: Callable[[], None]) -> None:
     if file.exists():
         return
     file.parent.mkdir(parents=True, exist_ok=True)
-    with _lock(file.with_suffix(".lock")):
+    with locked(file.with_suffix(".lock")):
         if not file.exists():  # whoever had the lock before may have made it
             make()
 
 
 @contextlib.contextmanager
-def _lock(file: Path) -> Iterator[None]:
+def locked(file: Path) -> Iterator[None]:
     """Keeps others waiting; where a file system has no locks, each makes its own and the last one stays."""
     with file.open("w") as opened:
         with contextlib.suppress(OSError):
             try:
                 fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                logger.info("%s: waits for the process that makes this index", file.with_suffix(".index"))
+                logger.info("%s: waits for the process that has it", file)
                 fcntl.flock(opened, fcntl.LOCK_EX)
         yield
 

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from fd_scale.data.base import UNLABELLED, Labels, Source, Target, content_hash, object_source
+from fd_scale.data.base import UNLABELLED, Labels, Source, Target, content_hash, object_source, sharded
 from fd_scale.data.objects import Objects
 from fd_scale.errors import UserError
 
@@ -34,6 +34,15 @@ class Subset:
     def all_labels(self) -> Labels:
         """See `Source`."""
         return self.source.all_labels()[self.sample_ids_N]
+
+    def first_of_shards(self) -> npt.NDArray[np.int64]:
+        """See `Sharded`: those of the whole source, each with what is left of it."""
+        assert (np.diff(self.sample_ids_N) > 0).all(), "lists of images keep their order"
+        return np.searchsorted(self.sample_ids_N, sharded(self.source).first_of_shards())
+
+    def keep_shards(self, count: int) -> None:
+        """See `Sharded`."""
+        sharded(self.source).keep_shards(count)
 
     @property
     def fingerprint(self) -> str:
@@ -156,6 +165,19 @@ class Mixture:
                 for source, weight in zip(self.sources, self.weights, strict=True)
             ]
         )
+
+    def first_of_shards(self) -> npt.NDArray[np.int64]:
+        """See `Sharded`: those of each source, as often as it weighs."""
+        sizes = [
+            np.tile(np.diff(sharded(source).first_of_shards()), weight)
+            for source, weight in zip(self.sources, self.weights, strict=True)
+        ]
+        return np.cumsum(np.concatenate([[0], *sizes]))
+
+    def keep_shards(self, count: int) -> None:
+        """See `Sharded`: all of them may be of one source."""
+        for source in self.sources:
+            sharded(source).keep_shards(count)
 
     @property
     def fingerprint(self) -> str:

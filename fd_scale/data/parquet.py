@@ -86,6 +86,14 @@ class Rows:
             for path, num_rows in zip(self.paths, self._num_file_rows, strict=True)
         )
 
+    def first_of_shards(self) -> npt.NDArray[np.int64]:
+        """See `Sharded`: of each row group."""
+        return np.array(self._first_ids)
+
+    def keep_shards(self, count: int) -> None:
+        """See `Sharded`: in the memory of each process."""
+        self._max_cached = max(self._max_cached, count)
+
     def name(self, sample_id: int) -> str:
         """File and row."""
         file_id, _ = self._row_groups[bisect.bisect_right(self._first_ids, sample_id) - 1]
@@ -175,6 +183,14 @@ class ParquetSource:
     def all_labels(self) -> npt.NDArray[np.int64]:
         """See `Source`."""
         return self.labels_N
+
+    def first_of_shards(self) -> npt.NDArray[np.int64]:
+        """See `Sharded`."""
+        return self.rows.first_of_shards()
+
+    def keep_shards(self, count: int) -> None:
+        """See `Sharded`."""
+        self.rows.keep_shards(count)
 
     def name(self, sample_id: int) -> str:
         return self.rows.name(sample_id)
