@@ -55,8 +55,10 @@ def add_training(verbs: Verbs) -> None:
     index = add_verb(
         verbs, "index", "where the images of tar shards lie, found out ahead of the run",
         "Reads the headers of all shards into a file of the cache, which all ranks and workers of a node map. A run\n"
-        "that finds none makes it. Of shards that were indexed before, those that changed are read alone.",
-        "  fd-scale index 'tar:/data/in22k/*.tar' --processes 16",
+        "that finds none makes it. Of shards that were indexed before, those that changed are read alone. Of shards\n"
+        "in a store all bytes pass by; a copy of the index beside them, fd-scale.index, spares that to others.",
+        "  fd-scale index 'tar:/data/in22k/*.tar' --processes 16\n"
+        "  fd-scale index 'tar:s3://bucket/in22k/{0000..1999}.tar' --processes 16 --out fd-scale.index",
     )  # fmt: skip
     index.add_argument("source", metavar="SOURCE", help="tar:PATH, as in data.train")
     index.add_argument(
@@ -65,6 +67,7 @@ def add_training(verbs: Verbs) -> None:
         default=0,
         help="that read headers (default: threads of one process, as in a run)",
     )
+    index.add_argument("--out", metavar="FILE", help="write a copy of the index there")
     index.set_defaults(run=_index)
 
 
@@ -157,5 +160,5 @@ def _fetch(options: argparse.Namespace) -> None:
 def _index(options: argparse.Namespace) -> None:
     from fd_scale.index import index
 
-    for line in index(options.source, options.processes):
+    for line in index(options.source, options.processes, options.out):
         print(line)

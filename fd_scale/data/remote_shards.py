@@ -15,21 +15,18 @@ import contextlib
 import logging
 import os
 import shutil
-import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from fd_scale.data import store
-from fd_scale.data.mapped_file import cache_folder, locked, make_once
+from fd_scale.data.mapped_file import cache_folder, locked, make_once, written_whole
 from fd_scale.data.tar_index import TarIndex, identity_of
 from fd_scale.errors import UserError
 
 logger = logging.getLogger(__name__)
 
 DEFAULT_MAX_BYTES = 100 * 2**30
-_NUM_CHUNKS_AT_ONCE = 4
 # A cache that failed is left alone for so long, and a shard's version is believed.
 _FAILED_S = 600.0
 _BELIEVED_S = 600.0
@@ -81,26 +78,13 @@ class ShardCache:
         return data
 
     def _fetch(self, url: str, identity: str, num_bytes: int, file: Path) -> None:
-        """Downloads under another name, which ranks as a use of the cache from its beginning."""
-        with tempfile.NamedTemporaryFile(dir=self.folder, suffix=".tmp", delete=False) as out:
-            try:
-                with locked(self.folder / "room.lock"):
-                    self._make_room(num_bytes)
-                    os.posix_fallocate(out.fileno(), 0, num_bytes)
-
-                def fetched(start: int) -> None:
-                    chunk = store.read(url, start, min(store.CHUNK_BYTES, num_bytes - start))
-                    os.pwrite(out.fileno(), chunk, start)
-
-                with ThreadPoolExecutor(_NUM_CHUNKS_AT_ONCE) as executor:
-                    for _ in executor.map(fetched, range(0, num_bytes, store.CHUNK_BYTES)):
-                        pass
-                refuse_changed(url, identity)
-                os.fsync(out.fileno())
-                os.replace(out.name, file)
-            except BaseException:
-                Path(out.name).unlink(missing_ok=True)
-                raise
+        """Downloads under another name, which has its room in the cache from the beginning."""
+        with written_whole(file) as out:
+            with locked(self.folder / "room.lock"):
+                self._make_room(num_bytes)
+                os.posix_fallocate(out.fileno(), 0, num_bytes)
+            store.fetch(url, num_bytes, out)
+            refuse_changed(url, identity)
 
     def _make_room(self, num_bytes: int) -> None:
         files = _held(self.folder)

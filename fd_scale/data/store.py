@@ -17,7 +17,7 @@ import re
 import time
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 from fd_scale import hub
 from fd_scale.errors import UserError
@@ -31,6 +31,7 @@ FIRST_PAUSE_S = 1.0
 """Before the second try; doubled before each further one."""
 CHUNK_BYTES = 8 * 2**20
 _NUM_ASKED_AT_ONCE = 16
+_NUM_CHUNKS_AT_ONCE = 4
 _URL = re.compile(r"([a-z][a-z0-9]*)://")
 _CLIENTS = {
     "http": "aiohttp, pip install aiohttp", "https": "aiohttp, pip install aiohttp",
@@ -136,6 +137,23 @@ def read(url: str, offset: int, size: int) -> bytes:
         except FileNotFoundError:
             raise UserError(f"{url}: is not there any more; put it back, or start again without it") from None
     return b"".join(chunks)
+
+
+def fetch(url: str, size: int, out: IO[bytes]) -> None:
+    """Downloads a file, some ranges of it at a time.
+
+    Raises:
+        OSError: what came cannot be written.
+        UserError: as of `read`.
+    """
+
+    def fetched(start: int) -> None:
+        chunk = read(url, start, min(CHUNK_BYTES, size - start))
+        os.pwrite(out.fileno(), chunk, start)
+
+    with ThreadPoolExecutor(_NUM_CHUNKS_AT_ONCE) as executor:
+        for _ in executor.map(fetched, range(0, size, CHUNK_BYTES)):
+            pass
 
 
 def opened(url: str) -> io.BufferedReader:

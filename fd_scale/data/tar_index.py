@@ -34,13 +34,15 @@ import numpy.typing as npt
 
 from fd_scale.data import store
 from fd_scale.data.base import IMAGE_SUFFIXES, UNLABELLED, content_hash
-from fd_scale.data.mapped_file import Columns, MappedFile, cache_file, make_once, unwritable
+from fd_scale.data.mapped_file import Columns, MappedFile, cache_file, make_once, unwritable, written_whole
 from fd_scale.data.store import State
 from fd_scale.errors import UserError
 
 logger = logging.getLogger(__name__)
 
 VERSION = 1
+PUBLISHED = "fd-scale.index"
+"""Name of an index that lies beside shards in a store."""
 # Some, since a network disk answers late; few, since they compute one at a time.
 _NUM_SCAN_THREADS = 4
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
@@ -208,6 +210,9 @@ def index_of(
     def fill(out: IO[bytes]) -> tuple[Columns, dict[str, Any]]:
         began = time.monotonic()
         known = _known(shard_set)
+        if store.is_remote(paths[0]) and not known.keys() >= set(identities):
+            _fetch_published(shard_set)
+            known = _known(shard_set)
         unknown = [path for path, identity in zip(paths, identities, strict=True) if identity not in known]
         logger.info(
             "%s: an index of %d shards is made, once; %d are new", shard_set.folder, len(paths), len(unknown)
@@ -278,6 +283,22 @@ def _known(shards: ShardSet) -> dict[str, tuple[TarIndex, int]]:
         for index in indexes
         for shard, identity in enumerate(index.identities_S.tolist())
     }
+
+
+def _fetch_published(shards: ShardSet) -> None:
+    """Lays the index that somebody put beside shards in a store among the older ones here, if there is one."""
+    url = f"{shards.folder}/{PUBLISHED}"
+    state = store.state(url)
+    if state is None:
+        logger.info("%s: is not there; with it no headers would be read", url)
+        return
+    file = cache_file(shards.stem, [url, *map(str, state)])
+
+    def fetched() -> None:
+        with written_whole(file) as out:
+            store.fetch(url, state.size, out)
+
+    make_once(file, fetched)
 
 
 def _executor(processes: int) -> Executor:

@@ -11,7 +11,7 @@ Fault = Callable[[str, str], str | int | None]
 
 
 class FakeStore:
-    """Files by their paths, and what has been asked for.
+    """Files by their paths, what has been asked for, and how many bytes of each were sent.
 
     A fault, asked with method and path, is the number of an answer, or `reset`, `hang`, `cut` (half of what is
     promised), `whole` (no ranges) or `no size`; none: as it should be.
@@ -21,7 +21,7 @@ class FakeStore:
         self.files: dict[str, bytes] = {}
         self.fault: Fault = lambda method, path: None
         self.asked: collections.Counter[tuple[str, str]] = collections.Counter()
-        self.sent_bytes = 0
+        self.sent: collections.Counter[str] = collections.Counter()
         self.lock = threading.Lock()
         self.ended = threading.Event()
         self.url = ""
@@ -31,7 +31,7 @@ class FakeStore:
 
     def forget(self) -> None:
         self.asked.clear()
-        self.sent_bytes = 0
+        self.sent.clear()
 
 
 def failing(fault: str | int, times: int, method: str = "GET") -> Fault:
@@ -96,7 +96,7 @@ def _handler(store: FakeStore) -> type[BaseHTTPRequestHandler]:
                 self.close_connection = fault in ("cut", "no size")
                 with contextlib.suppress(OSError):
                     self.wfile.write(data)
-                store.sent_bytes += len(data)
+                store.sent[self.path] += len(data)
             else:
                 self.close_connection = True
 
