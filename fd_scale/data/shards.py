@@ -7,10 +7,9 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-from PIL import Image
-
 from fd_scale.data.base import IMAGE_SUFFIXES, Labels, Targets, content_hash, data_files
-from fd_scale.data.decode import DecodeError, decode
+from fd_scale.data.decode import DecodeError
+from fd_scale.data.picture import Picture
 from fd_scale.data.tar_index import TarIndex, index_of, key_of
 from fd_scale.errors import UserError
 
@@ -63,7 +62,7 @@ class TarSource:
     def key(self, sample_id: int) -> str:
         return key_of(self.index.member(sample_id))
 
-    def read(self, sample_id: int) -> tuple[Image.Image, int]:
+    def read(self, sample_id: int) -> tuple[Picture, int]:
         size = int(self.index.sizes_N[sample_id])
         try:
             file = self._file(self.index.shard(sample_id))
@@ -74,7 +73,7 @@ class TarSource:
             raise DecodeError(
                 f"the shard gave {len(data)} of {size} bytes: it has been cut or changed since the start"
             )
-        return decode(data), int(self.index.labels_N[sample_id])
+        return Picture(data), int(self.index.labels_N[sample_id])
 
     def _file(self, shard: int) -> io.FileIO:
         # Reads carry their own offset, so that a forked process can share the handle.
