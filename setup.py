@@ -23,6 +23,7 @@ REQUIREMENTS = [
     "rich",
     "pyarrow",
     "pillow",
+    "simplejpeg>=1.8",
     "matplotlib",
     "scipy",
     "pycocotools",

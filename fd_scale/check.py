@@ -196,10 +196,11 @@ def _training_data(subject: _Subject) -> str:
     require_targets("data.train", subject.recipe.data.train, source, subject.recipe.targets)
     found = f"{_written(subject.recipe.data.train)}: {len(source)} images, {source.num_classes} classes"
     try:
-        image, _ = source.read(0)
+        picture, _ = source.read(0)
+        picture.pil()
     except DecodeError as error:
         return _Warning(f"{found}; {source.name(0)} cannot be decoded and would be replaced: {error}")
-    return f"{found}, the first {image.width}x{image.height} px"
+    return f"{found}, the first {picture.width}x{picture.height} px"
 
 
 def _evaluation_data(subject: _Subject) -> str:

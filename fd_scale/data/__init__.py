@@ -6,6 +6,7 @@ from fd_scale.data.loader import Batch, TrainLoader, evaluation_batches
 from fd_scale.data.mask_transforms import fill_colour
 from fd_scale.data.mixture import spread, subset
 from fd_scale.data.objects import Objects
+from fd_scale.data.picture import Picture
 from fd_scale.data.sources import open_source, require_targets
 from fd_scale.data.transforms import (
     ImageAlone,
@@ -28,6 +29,7 @@ __all__ = [
     "Labels",
     "ObjectSource",
     "Objects",
+    "Picture",
     "Source",
     "Targets",
     "TrainLoader",

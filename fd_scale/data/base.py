@@ -15,6 +15,7 @@ from PIL import Image
 from fd_scale import hub
 from fd_scale.data import store
 from fd_scale.data.objects import Objects
+from fd_scale.data.picture import Picture
 from fd_scale.errors import UserError
 
 UNLABELLED = -1
@@ -65,14 +66,14 @@ class Source(Protocol):
     def key(self, sample_id: int) -> str:
         """Name of the sample within its source, wherever that lies: what lists of samples hold, a line each."""
 
-    def read(self, sample_id: int) -> tuple[Image.Image, Target]:
-        """Returns the image, 8-bit RGB, and its target.
+    def read(self, sample_id: int) -> tuple[Picture, Target]:
+        """Returns the image and its target.
 
         That is its label, `UNLABELLED` (-1) where it has none; or a mask of the image's size, 8-bit grey, of classes
         and `IGNORED` (255); or its objects.
 
         Raises:
-            DecodeError: the image cannot be decoded, or its mask or its objects do not fit it.
+            DecodeError: the image cannot be read, or its mask or its objects do not fit it.
         """
 
 

@@ -104,18 +104,17 @@ class _Reader:
         augment_seeds = hash64(self.seed, "augment", epoch, sample_ids)
         with torch.random.fork_rng(devices=[]):
             for sample_id, augment_seed in zip(sample_ids.tolist(), augment_seeds.tolist(), strict=True):
-                # Not torch.manual_seed, which would seed the GPUs of this process as well.
-                torch.default_generator.manual_seed(augment_seed)
                 for candidate in self._candidates(epoch, sample_id):
+                    # Not torch.manual_seed, which would seed the GPUs of this process as well.
+                    torch.default_generator.manual_seed(augment_seed)
                     try:
-                        image, target = self.source.read(candidate)
+                        pixels, label = self.transform(*self.source.read(candidate))
                         break
                     except DecodeError as error:
                         bad.append(_BadSample(candidate, self.source.name(candidate), str(error)))
                 else:
                     return None, bad
                 num_bad += candidate != sample_id
-                pixels, label = self.transform(image, target)
                 images.append(pixels)
                 labels.append(label if isinstance(label, Instances) else torch.as_tensor(label))
         # Images have their own number of objects each, which do not stack.
@@ -175,7 +174,7 @@ class TrainLoader:
 
         Args:
             source: the data set.
-            transform: PIL RGB image and target -> uint8 tensor and target; random by torch's default generator only.
+            transform: picture and target -> uint8 tensor and target; random by torch's default generator only.
             seed: seed of the run.
             global_batch: samples of an optimizer step, over all ranks.
             micro_batch: samples of a forward pass on one rank.
@@ -285,7 +284,7 @@ def evaluation_batches(
 
     Args:
         source: the data set.
-        transform: PIL RGB image and target -> uint8 tensor and target.
+        transform: picture and target -> uint8 tensor and target.
         batch_size: samples of a batch at most.
         rank: number of this process, 0 to world_size - 1.
         world_size: number of processes.

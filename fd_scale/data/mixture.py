@@ -7,10 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
 
 from fd_scale.data.base import UNLABELLED, Labels, Source, Target, content_hash, object_source, sharded
 from fd_scale.data.objects import Objects
+from fd_scale.data.picture import Picture
 from fd_scale.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -58,7 +58,7 @@ class Subset:
     def key(self, sample_id: int) -> str:
         return self.source.key(int(self.sample_ids_N[sample_id]))
 
-    def read(self, sample_id: int) -> tuple[Image.Image, Target]:
+    def read(self, sample_id: int) -> tuple[Picture, Target]:
         return self.source.read(int(self.sample_ids_N[sample_id]))
 
     @property
@@ -198,7 +198,7 @@ class Mixture:
         source, inner_id = self._find(sample_id)
         return source.key(inner_id)
 
-    def read(self, sample_id: int) -> tuple[Image.Image, Target]:
+    def read(self, sample_id: int) -> tuple[Picture, Target]:
         source, inner_id = self._find(sample_id)
         image, label = source.read(inner_id)
         return image, label if self.labels_agree else UNLABELLED

@@ -16,8 +16,9 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from fd_scale.data.base import UNLABELLED, Targets, content_hash, data_files
-from fd_scale.data.decode import DecodeError, decode
+from fd_scale.data.decode import DecodeError
 from fd_scale.data.masks import NO_CLASS, MaskValues, ade20k_names, listed_classes
+from fd_scale.data.picture import Picture
 from fd_scale.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -198,9 +199,9 @@ class ParquetSource:
     def key(self, sample_id: int) -> str:
         return os.path.basename(self.name(sample_id))
 
-    def read(self, sample_id: int) -> tuple[Image.Image, int]:
+    def read(self, sample_id: int) -> tuple[Picture, int]:
         [image] = self.rows.read(sample_id)
-        return decode(image), int(self.labels_N[sample_id])
+        return Picture(image), int(self.labels_N[sample_id])
 
 
 class ParquetMaskSource:
@@ -236,9 +237,9 @@ class ParquetMaskSource:
     def key(self, sample_id: int) -> str:
         return os.path.basename(self.name(sample_id))
 
-    def read(self, sample_id: int) -> tuple[Image.Image, Image.Image]:
+    def read(self, sample_id: int) -> tuple[Picture, Image.Image]:
         image_bytes, mask_bytes = self.rows.read(sample_id)
-        image = decode(image_bytes)
+        image = Picture(image_bytes)
         return image, self.values.mask(mask_bytes, image, "of the same row")
 
 

@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
 
 from fd_scale.data import store
 from fd_scale.data.base import IMAGE_SUFFIXES, Labels, Targets, content_hash, data_files
-from fd_scale.data.decode import DecodeError, decode
+from fd_scale.data.decode import DecodeError
+from fd_scale.data.picture import Picture
 from fd_scale.data.remote_shards import RemoteShards
 from fd_scale.data.tar_index import TarIndex, index_of, key_of
 from fd_scale.errors import UserError
@@ -113,8 +113,8 @@ class TarSource:
         """See `Sharded`."""
         self.shards.keep(count)
 
-    def read(self, sample_id: int) -> tuple[Image.Image, int]:
+    def read(self, sample_id: int) -> tuple[Picture, int]:
         data = self.shards.read(
             self.index.shard(sample_id), int(self.index.offsets_N[sample_id]), int(self.index.sizes_N[sample_id])
         )  # fmt: skip
-        return decode(data), int(self.index.labels_N[sample_id])
+        return Picture(data), int(self.index.labels_N[sample_id])

@@ -22,6 +22,7 @@ from fd_scale.data.masks import ade20k_training, ade20k_validation, masks_folder
 from fd_scale.data.mixture import Mixture, filtered
 from fd_scale.data.painted import PaintedSource
 from fd_scale.data.parquet import ParquetSource, ade20k_parquet, masks_parquet
+from fd_scale.data.picture import Picture
 from fd_scale.data.shards import TarSource
 from fd_scale.errors import UserError
 
@@ -152,8 +153,9 @@ class DigitsSource:
     def key(self, sample_id: int) -> str:
         return str(sample_id)
 
-    def read(self, sample_id: int) -> tuple[Image.Image, int]:
-        return Image.fromarray(self.images_NHW[sample_id]).convert("RGB"), int(self.labels_N[sample_id])
+    def read(self, sample_id: int) -> tuple[Picture, int]:
+        image = Image.fromarray(self.images_NHW[sample_id]).convert("RGB")
+        return Picture.of(image), int(self.labels_N[sample_id])
 
 
 def _painted(rest: str) -> Source:
