@@ -35,7 +35,7 @@ def index(source: str, processes: int, out: str | None = None) -> Iterator[str]:
     if processes < 0:
         raise UserError(f"--processes: got {processes}, expected 0 for threads, or how many")
     began = time.monotonic()
-    with _progress() as told:
+    with progress("shards") as told:
         opened = TarSource(path, functools.partial(index_of, processes=processes, told=told, in_memory=False))
     size = sum(opened.index.num_bytes_S.tolist())
     yield (
@@ -53,20 +53,20 @@ def index(source: str, processes: int, out: str | None = None) -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def _progress() -> Iterator[Callable[[int, int], None]]:
-    """Shows how many shards have been read: as a bar on a terminal, else by a line now and then."""
+def progress(what: str) -> Iterator[Callable[[int, int], None]]:
+    """Shows how many of all have been seen to: as a bar on a terminal, else by a line now and then."""
     if log.console.is_terminal:
-        columns = (TextColumn("shards"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        with Progress(*columns, console=log.console) as progress:
-            task = progress.add_task("")
-            yield lambda done, total: progress.update(task, completed=done, total=total)
+        columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        with Progress(*columns, console=log.console) as bar:
+            task = bar.add_task("")
+            yield lambda done, total: bar.update(task, completed=done, total=total)
         return
     last = time.monotonic()
 
     def told(done: int, total: int) -> None:
         nonlocal last
         if done == total or time.monotonic() - last > _LINE_EVERY_S:
-            log.console.print(f"{done:,} of {total:,} shards", highlight=False)
+            log.console.print(f"{done:,} of {total:,} {what}", highlight=False)
             last = time.monotonic()
 
     yield told

@@ -24,7 +24,7 @@ TRAINING_VERBS = {
 
 
 def add_training(verbs: Verbs) -> None:
-    """Adds `distill`, `pretrain`, `finetune`, `evaluate`, `check`, `fetch` and `index`."""
+    """Adds `distill`, `pretrain`, `finetune`, `evaluate`, `check`, `fetch`, `index` and `shard`."""
     for verb, (tasks, summary) in TRAINING_VERBS.items():
         wanted = " or ".join(f"`{task}`" for task in tasks)
         training = add_verb(
@@ -69,6 +69,18 @@ def add_training(verbs: Verbs) -> None:
     )
     index.add_argument("--out", metavar="FILE", help="write a copy of the index there")
     index.set_defaults(run=_index)
+
+    shard = add_verb(
+        verbs, "shard", "images of any source as tar shards",
+        "Writes the files of images as they are, in a random order, with their labels, into uncompressed tars as\n"
+        "webdataset has them; then reads them again. OUT must be empty, or not be there.",
+        "  fd-scale shard imagefolder:/data/in22k /data/in22k-shards --size 512MB\n"
+        "  fd-scale shard 'parquet:hf://datasets/ILSVRC/imagenet-1k/data/train-*' /data/in1k-shards",
+    )  # fmt: skip
+    shard.add_argument("source", metavar="SOURCE", help="a source of images, as in data.train")
+    shard.add_argument("out", metavar="OUT", help="folder to write")
+    shard.add_argument("--size", default="512MB", help="of a shard at most (default: 512MB)")
+    shard.set_defaults(run=_shard)
 
 
 def _add_evaluate(verbs: Verbs) -> None:
@@ -154,6 +166,13 @@ def _fetch(options: argparse.Namespace) -> None:
     from fd_scale.fetch import fetch
 
     for line in fetch(recipe):
+        print(line)
+
+
+def _shard(options: argparse.Namespace) -> None:
+    from fd_scale.shard import shard
+
+    for line in shard(options.source, options.out, options.size):
         print(line)
 
 

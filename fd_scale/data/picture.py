@@ -56,6 +56,7 @@ class Picture:
     """
 
     def __init__(self, data: bytes) -> None:
+        self.encoded: bytes | None = data
         header = jpeg_header(data)
         if header is None:
             self._keep(decode(data))
@@ -69,6 +70,7 @@ class Picture:
     def of(cls, image: Image.Image) -> Picture:
         """Returns the picture of an image in memory, of mode RGB."""
         picture = cls.__new__(cls)
+        picture.encoded = None
         picture._keep(image)
         return picture
 
