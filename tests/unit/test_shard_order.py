@@ -1,6 +1,7 @@
 """The order by shards: each sample once, few shards at a time, resumed anywhere, on any number of ranks."""
 
 import itertools
+import json
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ import torch
 from shard_files import numbered, write_tar
 from test_randomness import chi_square
 
+from fd_scale.cli import main
 from fd_scale.config import SourceConfig
 from fd_scale.data import ImageAlone, TrainLoader, evaluation_transform, open_source, parquet
 from fd_scale.data.base import sharded
@@ -164,3 +166,17 @@ def test_sources_without_shards_are_refused(tars: str) -> None:
             UserError, match=r"data\.shard_window: an order by shards is for sources tar: and parquet:"
         ):
             loader(open_source(source), 3)
+
+
+def test_the_benchmark(tmp_path: Path) -> None:
+    main([
+        "bench", "order", "--shards", "20", "--shard-size", "50", "--batch", "100", "--window", "1", "20",
+        "--json", str(tmp_path / "out.json"),
+    ])  # fmt: skip
+    orders = json.loads((tmp_path / "out.json").read_text())["orders"]
+    assert [each["shards in a batch"] for each in orders.values()][:2] == [2, 20]
+    # The mean distance of two places drawn at random is a third; its standard error here is 0.0075.
+    assert abs(orders["over all"]["neighbours apart"] - 1 / 3) < 0.03
+    for arguments in (["--batch", "0"], ["--shards", "1", "--batch", "2000"]):
+        with pytest.raises(SystemExit, match="2"):
+            main(["bench", "order", *arguments])
