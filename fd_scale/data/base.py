@@ -111,6 +111,20 @@ class Sharded(Protocol):
         """Is told that from now on so many shards are read at a time, and then no more: it keeps them at hand."""
 
 
+@runtime_checkable
+class Expecting(Protocol):
+    """A source that reads sooner what it is told of."""
+
+    def expect(self, sample_ids: Iterable[int]) -> None:
+        """Is told what will be read next."""
+
+
+def expect(source: object, sample_ids: Iterable[int]) -> None:
+    """Tells a source what will be read next, if it wants to know."""
+    if isinstance(source, Expecting):
+        source.expect(sample_ids)
+
+
 def sharded(source: object) -> Sharded:
     """Returns a source that has shards, by its own type.
 

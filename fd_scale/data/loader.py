@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from fd_scale.data.base import Source, sharded
+from fd_scale.data.base import Source, expect, sharded
 from fd_scale.data.decode import DecodeError
 from fd_scale.data.instances import Instances, in_few_storages
 from fd_scale.data.order import ShardOrder, order
@@ -141,6 +141,7 @@ class _TrainingSamples(Dataset[_Loaded]):
             sample_ids = order(seed, epoch, in_epoch, len(self.reader.source))
         else:
             sample_ids = self.by_shards(seed, epoch, in_epoch)
+        expect(self.reader.source, sample_ids.tolist())
         return self.reader.load(positions, epoch, sample_ids)
 
 
@@ -149,6 +150,7 @@ class _EvaluationSamples(Dataset[_Loaded]):
     reader: _Reader
 
     def __getitem__(self, positions: range) -> _Loaded:
+        expect(self.reader.source, positions)
         return self.reader.load(positions, 0, np.array(positions))
 
 

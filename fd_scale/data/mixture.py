@@ -2,13 +2,22 @@
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
-from fd_scale.data.base import UNLABELLED, Labels, Source, Target, content_hash, object_source, sharded
+from fd_scale.data.base import (
+    UNLABELLED,
+    Labels,
+    Source,
+    Target,
+    content_hash,
+    expect,
+    object_source,
+    sharded,
+)
 from fd_scale.data.objects import Objects
 from fd_scale.data.picture import Picture
 from fd_scale.errors import UserError
@@ -43,6 +52,10 @@ class Subset:
     def keep_shards(self, count: int) -> None:
         """See `Sharded`."""
         sharded(self.source).keep_shards(count)
+
+    def expect(self, sample_ids: Iterable[int]) -> None:
+        """See `Expecting`."""
+        expect(self.source, [int(self.sample_ids_N[sample_id]) for sample_id in sample_ids])
 
     @property
     def fingerprint(self) -> str:
@@ -178,6 +191,12 @@ class Mixture:
         """See `Sharded`: all of them may be of one source."""
         for source in self.sources:
             sharded(source).keep_shards(count)
+
+    def expect(self, sample_ids: Iterable[int]) -> None:
+        """See `Expecting`."""
+        found = [self._find(sample_id) for sample_id in sample_ids]
+        for source in self.sources:
+            expect(source, [inner_id for its, inner_id in found if its is source])
 
     @property
     def fingerprint(self) -> str:

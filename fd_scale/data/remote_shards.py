@@ -16,6 +16,8 @@ import logging
 import os
 import shutil
 import time
+from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,10 @@ from fd_scale.errors import UserError
 logger = logging.getLogger(__name__)
 
 DEFAULT_MAX_BYTES = 100 * 2**30
+Range = tuple[int, int, int]
+"""Number of a shard, where in it, and how many bytes."""
+# By a worker; each is a connection.
+_NUM_READ_AT_ONCE = 16
 # A cache that failed is left alone for so long, and a shard's version is believed.
 _FAILED_S = 600.0
 _BELIEVED_S = 600.0
@@ -130,11 +136,30 @@ class RemoteShards:
         self.urls, self.index = urls, index
         self.cache = _cache()
         self.whole = int(index.num_bytes_S.sum()) <= self.cache.max_bytes
+        self._begin()
+
+    def _begin(self) -> None:
         self._seen_at: dict[int, float] = {}
+        self._executor: ThreadPoolExecutor | None = None
+        self._expected: dict[Range, Future[bytes]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leaves out what each process looks at for itself."""
-        return self.__dict__ | {"_seen_at": {}}
+        """Leaves out what each process does for itself."""
+        return {"urls": self.urls, "index": self.index, "cache": self.cache, "whole": self.whole}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__ |= state
+        self._begin()
+
+    def expect(self, ranges: Iterable[Range]) -> None:
+        """Begins to read what will be asked for next, and forgets what was expected before.
+
+        A store takes long to answer, but many answers do not take longer.
+        """
+        self._forget()
+        if self._executor is None:
+            self._executor = ThreadPoolExecutor(_NUM_READ_AT_ONCE)
+        self._expected = {each: self._executor.submit(self._read, *each) for each in ranges}
 
     def read(self, shard: int, offset: int, size: int) -> bytes:
         """Returns bytes of a shard.
@@ -142,6 +167,21 @@ class RemoteShards:
         Raises:
             UserError: the store fails, or the shard has changed.
         """
+        expected = self._expected.pop((shard, offset, size), None)
+        if expected is None:
+            return self._read(shard, offset, size)
+        try:
+            return expected.result()
+        except UserError:
+            self._forget()  # else the process would wait for all of them before it ends
+            raise
+
+    def _forget(self) -> None:
+        for future in self._expected.values():
+            future.cancel()
+        self._expected = {}
+
+    def _read(self, shard: int, offset: int, size: int) -> bytes:
         url, identity = self.urls[shard], self.index.identities_S[shard].decode()
         if self.whole:
             num_bytes = int(self.index.num_bytes_S[shard])

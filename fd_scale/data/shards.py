@@ -4,7 +4,7 @@ import collections
 import functools
 import io
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,7 @@ from fd_scale.data import store
 from fd_scale.data.base import IMAGE_SUFFIXES, Labels, Targets, content_hash, data_files
 from fd_scale.data.decode import DecodeError
 from fd_scale.data.picture import Picture
-from fd_scale.data.remote_shards import RemoteShards
+from fd_scale.data.remote_shards import Range, RemoteShards
 from fd_scale.data.tar_index import TarIndex, index_of, key_of
 from fd_scale.errors import UserError
 
@@ -51,6 +51,9 @@ class LocalShards:
 
     def keep(self, count: int) -> None:
         """Files are at hand."""
+
+    def expect(self, ranges: Iterable[Range]) -> None:
+        """So are their bytes, soon enough."""
 
     def _file(self, shard: int) -> io.FileIO:
         # Reads carry their own offset, so that a forked process can share the handle.
@@ -113,8 +116,14 @@ class TarSource:
         """See `Sharded`."""
         self.shards.keep(count)
 
+    def expect(self, sample_ids: Iterable[int]) -> None:
+        """See `Expecting`."""
+        self.shards.expect(map(self._range, sample_ids))
+
     def read(self, sample_id: int) -> tuple[Picture, int]:
-        data = self.shards.read(
-            self.index.shard(sample_id), int(self.index.offsets_N[sample_id]), int(self.index.sizes_N[sample_id])
-        )  # fmt: skip
+        data = self.shards.read(*self._range(sample_id))
         return Picture(data), int(self.index.labels_N[sample_id])
+
+    def _range(self, sample_id: int) -> Range:
+        index = self.index
+        return index.shard(sample_id), int(index.offsets_N[sample_id]), int(index.sizes_N[sample_id])
