@@ -45,7 +45,7 @@ def add_training(verbs: Verbs) -> None:
 
     fetch = add_verb(
         verbs, "fetch", "data and weights of a recipe from the Hugging Face hub, ahead of the run",
-        "Downloads what the recipe names on the hub into the cache (HF_HOME). No other verb uses the network.",
+        "Downloads what the recipe names on the hub into the cache (HF_HOME). No other verb asks the hub.",
         "  fd-scale fetch my.yaml\n"
         "  fd-scale fetch my.yaml 'data.train=tar:hf://datasets/timm/imagenet-1k-wds/imagenet1k-train-*.tar'",
     )  # fmt: skip

@@ -159,7 +159,7 @@ class RemoteShards:
         self._forget()
         if self._executor is None:
             self._executor = ThreadPoolExecutor(_NUM_READ_AT_ONCE)
-        self._expected = {each: self._executor.submit(self._read, *each) for each in ranges}
+        self._expected = {each: self._executor.submit(self._read, *each) for each in dict.fromkeys(ranges)}
 
     def read(self, shard: int, offset: int, size: int) -> bytes:
         """Returns bytes of a shard.

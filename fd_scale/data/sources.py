@@ -45,7 +45,8 @@ def open_source(sources: str | list[SourceConfig]) -> Source:
             "objects365_train:PATH", "objects365_val:PATH", a part of Objects365 v2;
             "instances:PATH", a folder `images` and `instances.json` in COCO's format;
             "painted:coco_train:PATH" and so on: instances as masks, with the class `background`.
-            parquet and tar take a file, a folder, a glob, a range in braces or hf://datasets/...
+            parquet and tar take a file, a folder, a glob, a range in braces or hf://datasets/...; tar also what lies in
+            a store, https://..., s3://... or gs://...
 
     Returns:
         The source; never empty.

@@ -2,8 +2,8 @@
 
 import collections
 import contextlib
-import hashlib
 import threading
+import time
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -14,7 +14,7 @@ class FakeStore:
     """Files by their paths, what has been asked for, and how many bytes of each were sent.
 
     A fault, asked with method and path, is the number of an answer, or `reset`, `hang`, `cut` (half of what is
-    promised), `whole` (no ranges) or `no size`; none: as it should be.
+    promised), `short` (half, and no more promised), `whole` (no ranges) or `no size`; none: as it should be.
     """
 
     def __init__(self) -> None:
@@ -22,6 +22,8 @@ class FakeStore:
         self.fault: Fault = lambda method, path: None
         self.asked: collections.Counter[tuple[str, str]] = collections.Counter()
         self.sent: collections.Counter[str] = collections.Counter()
+        self.delay_s = 0.0
+        self.num_now = self.most_at_once = 0
         self.lock = threading.Lock()
         self.ended = threading.Event()
         self.url = ""
@@ -64,6 +66,16 @@ def _handler(store: FakeStore) -> type[BaseHTTPRequestHandler]:
             with store.lock:
                 store.asked[method, self.path] += 1
                 fault = store.fault(method, self.path)
+                store.num_now += 1
+                store.most_at_once = max(store.most_at_once, store.num_now)
+            time.sleep(store.delay_s)
+            try:
+                self._answer_with(method, fault)
+            finally:
+                with store.lock:
+                    store.num_now -= 1
+
+        def _answer_with(self, method: str, fault: str | int | None) -> None:
             if fault == "hang":
                 store.ended.wait()
             if fault in ("reset", "hang"):
@@ -81,10 +93,11 @@ def _handler(store: FakeStore) -> type[BaseHTTPRequestHandler]:
             self._send(method, data, fault)
 
         def _send(self, method: str, data: bytes, fault: str | int | None) -> None:
-            etag, asked = hashlib.sha256(data).hexdigest(), self.headers.get("Range")
+            etag, asked = hash(data), self.headers.get("Range")
             if asked and fault != "whole":
                 first, last = asked.removeprefix("bytes=").split("-")
                 data = data[int(first) : int(last) + 1]
+            data = data[: len(data) // 2] if fault == "short" else data
             self.send_response(206 if asked and fault != "whole" else 200)
             self.send_header("Content-Type", "text/html" if self.path.endswith("/") else "application/x-tar")
             self.send_header("ETag", f'"{etag}"')
@@ -97,8 +110,6 @@ def _handler(store: FakeStore) -> type[BaseHTTPRequestHandler]:
                 with contextlib.suppress(OSError):
                     self.wfile.write(data)
                 store.sent[self.path] += len(data)
-            else:
-                self.close_connection = True
 
     return Handler
 
