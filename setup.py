@@ -23,6 +23,7 @@ REQUIREMENTS = [
     "rich",
     "pyarrow",
     "pillow",
+    "simplejpeg>=1.8",
     "matplotlib",
     "scipy",
     "pycocotools",
@@ -31,6 +32,9 @@ REQUIREMENTS = [
 EXTRAS = {
     "demo": ["scikit-learn"],
     "hf": ["transformers>=5"],
+    "remote": [
+        "aiohttp"
+    ],  # shards by http; s3fs and gcsfs want an older python-dateutil than the others: by hand
     "dev": [
         "codespell",
         "mypy",

@@ -197,10 +197,11 @@ def _training_data(subject: _Subject) -> str:
     require_targets("data.train", subject.recipe.data.train, source, subject.recipe.targets)
     found = f"{_written(subject.recipe.data.train)}: {len(source)} images, {source.num_classes} classes"
     try:
-        image, _ = source.read(0)
+        picture, _ = source.read(0)
+        picture.pil()
     except DecodeError as error:
         return _Warning(f"{found}; {source.name(0)} cannot be decoded and would be replaced: {error}")
-    return f"{found}, the first {image.width}x{image.height} px"
+    return f"{found}, the first {picture.width}x{picture.height} px"
 
 
 def _evaluation_data(subject: _Subject) -> str:
@@ -237,6 +238,7 @@ def _length(subject: _Subject) -> str:
         rank=0,
         world_size=subject.num_ranks,
         num_workers=0,
+        shard_window=recipe.data.shard_window,
     )
     return f"{loader.steps_per_epoch} steps an epoch"
 

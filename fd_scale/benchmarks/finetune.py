@@ -47,8 +47,8 @@ class _Images(Dataset[tuple[Any, Any]]):
         return len(self.source)
 
     def __getitem__(self, sample_id: int) -> tuple[Any, Any]:
-        image, label = self.source.read(sample_id)
-        return self.transform(image), label
+        picture, label = self.source.read(sample_id)
+        return self.transform(picture.pil()), label
 
 
 class TimmLoop:

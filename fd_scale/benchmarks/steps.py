@@ -27,7 +27,7 @@ from fd_scale.benchmarks.cells import FSDP2, PEERS, TIMM_COMPILED
 from fd_scale.benchmarks.peers import TimmPair, shard_and_compile
 from fd_scale.checkpoint import write_atomically
 from fd_scale.config import Recipe, load_recipe
-from fd_scale.data import Batch, Targets, TrainLoader, training_transform
+from fd_scale.data import Batch, Picture, Targets, TrainLoader, training_transform
 from fd_scale.data.base import UNLABELLED
 from fd_scale.distill import DistillationTask
 from fd_scale.distributed import World
@@ -64,9 +64,9 @@ class Noise:
     def all_labels(self) -> npt.NDArray[np.int64]:
         return np.full(len(self), UNLABELLED)
 
-    def read(self, sample_id: int) -> tuple[Image.Image, int]:
+    def read(self, sample_id: int) -> tuple[Picture, int]:
         words = hash64(0, "noise", sample_id, np.arange(224 * 224 * 3 // 8))
-        return Image.fromarray(words.view(np.uint8).reshape(224, 224, 3)), UNLABELLED
+        return Picture.of(Image.fromarray(words.view(np.uint8).reshape(224, 224, 3))), UNLABELLED
 
 
 def measured(recipe: Recipe, way: str, num_steps: int, world: World) -> dict[str, Any]:

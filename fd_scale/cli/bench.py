@@ -151,6 +151,19 @@ def _add_bench_index(subjects: Verbs) -> None:
     index.add_argument("--json", metavar="FILE", help="write the measurements there too")
     index.set_defaults(run=_bench_index)
 
+    order = add_verb(
+        subjects, "order", "how well an order by shards (data.shard_window) shuffles, and what it reads at a time",
+        "Measures one epoch of orders by shards and of the order over all samples. Classes are mixed in every shard,\n"
+        "or sorted: each in shards of its own. Neighbours apart: 0.333 of an epoch in a random order.",
+        "  fd-scale bench order --window 8 32 128",
+    )  # fmt: skip
+    order.add_argument("--shards", type=int, default=1000, help="of the data set (default: 1000)")
+    order.add_argument("--shard-size", type=int, default=1000, help="images in a shard (default: 1000)")
+    order.add_argument("--batch", type=int, default=4096, help="images of a step (default: 4096)")
+    order.add_argument("--window", type=int, nargs="+", default=[8, 32, 128], help="(default: 8 32 128)")
+    order.add_argument("--json", metavar="FILE", help="write the measurements there too")
+    order.set_defaults(run=_bench_order)
+
 
 def _add_bench_giant(subjects: Verbs) -> None:
     giant = add_verb(
@@ -244,6 +257,12 @@ def _bench_index(options: argparse.Namespace) -> None:
     from fd_scale.benchmarks.tar_index import bench_index
 
     bench_index(options.images, options.shards, options.tars, options.json)
+
+
+def _bench_order(options: argparse.Namespace) -> None:
+    from fd_scale.benchmarks.order import bench_order
+
+    bench_order(options.shards, options.shard_size, options.batch, options.window, options.json)
 
 
 def _bench_segmentation(options: argparse.Namespace) -> None:

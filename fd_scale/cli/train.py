@@ -24,7 +24,7 @@ TRAINING_VERBS = {
 
 
 def add_training(verbs: Verbs) -> None:
-    """Adds `distill`, `pretrain`, `finetune`, `evaluate`, `check`, `fetch`, `features` and `index`."""
+    """Adds `distill`, `pretrain`, `finetune`, `evaluate`, `check`, `fetch`, `features`, `index` and `shard`."""
     for verb, (tasks, summary) in TRAINING_VERBS.items():
         wanted = " or ".join(f"`{task}`" for task in tasks)
         training = add_verb(
@@ -45,7 +45,7 @@ def add_training(verbs: Verbs) -> None:
 
     fetch = add_verb(
         verbs, "fetch", "data and weights of a recipe from the Hugging Face hub, ahead of the run",
-        "Downloads what the recipe names on the hub into the cache (HF_HOME). No other verb uses the network.",
+        "Downloads what the recipe names on the hub into the cache (HF_HOME). No other verb asks the hub.",
         "  fd-scale fetch my.yaml\n"
         "  fd-scale fetch my.yaml 'data.train=tar:hf://datasets/timm/imagenet-1k-wds/imagenet1k-train-*.tar'",
     )  # fmt: skip
@@ -65,8 +65,10 @@ def add_training(verbs: Verbs) -> None:
     index = add_verb(
         verbs, "index", "where the images of tar shards lie, found out ahead of the run",
         "Reads the headers of all shards into a file of the cache, which all ranks and workers of a node map. A run\n"
-        "that finds none makes it. Of shards that were indexed before, those that changed are read alone.",
-        "  fd-scale index 'tar:/data/in22k/*.tar' --processes 16",
+        "that finds none makes it. Of shards that were indexed before, those that changed are read alone. Of shards\n"
+        "in a store all bytes pass by; a copy of the index beside them, fd-scale.index, spares that to others.",
+        "  fd-scale index 'tar:/data/in22k/*.tar' --processes 16\n"
+        "  fd-scale index 'tar:s3://bucket/in22k/{0000..1999}.tar' --processes 16 --out fd-scale.index",
     )  # fmt: skip
     index.add_argument("source", metavar="SOURCE", help="tar:PATH, as in data.train")
     index.add_argument(
@@ -75,7 +77,20 @@ def add_training(verbs: Verbs) -> None:
         default=0,
         help="that read headers (default: threads of one process, as in a run)",
     )
+    index.add_argument("--out", metavar="FILE", help="write a copy of the index there")
     index.set_defaults(run=_index)
+
+    shard = add_verb(
+        verbs, "shard", "images of any source as tar shards",
+        "Writes the files of images as they are, in a random order, with their labels, into uncompressed tars as\n"
+        "webdataset has them; then reads them again. OUT must be empty, or not be there.",
+        "  fd-scale shard imagefolder:/data/in22k /data/in22k-shards --size 512MB\n"
+        "  fd-scale shard 'parquet:hf://datasets/ILSVRC/imagenet-1k/data/train-*' /data/in1k-shards",
+    )  # fmt: skip
+    shard.add_argument("source", metavar="SOURCE", help="a source of images, as in data.train")
+    shard.add_argument("out", metavar="OUT", help="folder to write")
+    shard.add_argument("--size", default="512MB", help="of a shard at most (default: 512MB)")
+    shard.set_defaults(run=_shard)
 
 
 def _add_evaluate(verbs: Verbs) -> None:
@@ -170,8 +185,15 @@ def _features(options: argparse.Namespace) -> None:
     api.features(load_recipe(options.recipe, options.overrides))
 
 
+def _shard(options: argparse.Namespace) -> None:
+    from fd_scale.shard import shard
+
+    for line in shard(options.source, options.out, options.size):
+        print(line)
+
+
 def _index(options: argparse.Namespace) -> None:
     from fd_scale.index import index
 
-    for line in index(options.source, options.processes):
+    for line in index(options.source, options.processes, options.out):
         print(line)

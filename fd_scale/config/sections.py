@@ -80,6 +80,9 @@ class DataConfig:
     """Images that metrics are measured on, a source or a list as in `data.train`; none: no evaluation."""
     num_workers: int = 4
     """Loader processes on each rank; 0 decodes in the training process."""
+    shard_window: int = 0
+    """How many shards are read at a time, each for as many shards' images, all of which mix; 0: images come in a random
+    order over all. For `tar:` in stores and `parquet:` that are too large to be read at random."""
     max_bad_fraction: float = 0.01
     """Share of samples that may fail to decode (each is named and replaced) before the run stops."""
     crop_scale: tuple[float, float] = (0.08, 1.0)
@@ -100,7 +103,8 @@ class DataConfig:
         object.__setattr__(self, "train", checked_sources("data.train", self.train))
         if self.evaluation is not None:
             object.__setattr__(self, "evaluation", checked_sources("data.evaluation", self.evaluation))
-        require(self.num_workers >= 0, "data.num_workers", self.num_workers, "0 or more")
+        for key in ("num_workers", "shard_window"):
+            require(getattr(self, key) >= 0, f"data.{key}", getattr(self, key), "0 or more")
         require(
             0 <= self.max_bad_fraction <= 1,
             "data.max_bad_fraction",

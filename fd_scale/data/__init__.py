@@ -7,6 +7,7 @@ from fd_scale.data.loader import Batch, TrainLoader, evaluation_batches, view_ba
 from fd_scale.data.mask_transforms import fill_colour
 from fd_scale.data.mixture import spread, subset
 from fd_scale.data.objects import Objects
+from fd_scale.data.picture import Picture
 from fd_scale.data.sources import open_source, require_targets
 from fd_scale.data.transforms import (
     ImageAlone,
@@ -30,6 +31,7 @@ __all__ = [
     "Labels",
     "ObjectSource",
     "Objects",
+    "Picture",
     "Source",
     "Targets",
     "TrainLoader",

@@ -6,14 +6,16 @@ import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal, Protocol, cast
+from typing import Any, Literal, Protocol, cast, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
 from fd_scale import hub
+from fd_scale.data import store
 from fd_scale.data.objects import Objects
+from fd_scale.data.picture import Picture
 from fd_scale.errors import UserError
 
 UNLABELLED = -1
@@ -64,14 +66,14 @@ class Source(Protocol):
     def key(self, sample_id: int) -> str:
         """Name of the sample within its source, wherever that lies: what lists of samples hold, a line each."""
 
-    def read(self, sample_id: int) -> tuple[Image.Image, Target]:
-        """Returns the image, 8-bit RGB, and its target.
+    def read(self, sample_id: int) -> tuple[Picture, Target]:
+        """Returns the image and its target.
 
         That is its label, `UNLABELLED` (-1) where it has none; or a mask of the image's size, 8-bit grey, of classes
         and `IGNORED` (255); or its objects.
 
         Raises:
-            DecodeError: the image cannot be decoded, or its mask or its objects do not fit it.
+            DecodeError: the image cannot be read, or its mask or its objects do not fit it.
         """
 
 
@@ -98,6 +100,45 @@ class ObjectSource(Source, Protocol):
         """Returns what `read` does beside the image, without reading that."""
 
 
+@runtime_checkable
+class Sharded(Protocol):
+    """A source whose samples lie in shards, which are better read a few at a time."""
+
+    def first_of_shards(self) -> npt.NDArray[np.int64]:
+        """Returns the first sample of each shard, rising from 0, and one past the last sample."""
+
+    def keep_shards(self, count: int) -> None:
+        """Is told that from now on so many shards are read at a time, and then no more: it keeps them at hand."""
+
+
+@runtime_checkable
+class Expecting(Protocol):
+    """A source that reads sooner what it is told of."""
+
+    def expect(self, sample_ids: Iterable[int]) -> None:
+        """Is told what will be read next."""
+
+
+def expect(source: object, sample_ids: Iterable[int]) -> None:
+    """Tells a source what will be read next, if it wants to know."""
+    if isinstance(source, Expecting):
+        source.expect(sample_ids)
+
+
+def sharded(source: object) -> Sharded:
+    """Returns a source that has shards, by its own type.
+
+    Raises:
+        UserError: it has none.
+    """
+    if not isinstance(source, Sharded):
+        raise UserError(
+            "data.shard_window: an order by shards is for sources tar: and parquet:, alone or in a list, and one of "
+            "data.train is another; set data.shard_window=0"
+        )
+    return source
+
+
 def object_source(source: Source) -> ObjectSource:
     """Returns a source of instances, or of parts of such, by its own type."""
     assert source.targets == "instances", source.targets
@@ -109,11 +150,18 @@ def data_files(kind: str, path: str) -> list[str]:
 
     Args:
         kind: "parquet" or "tar", which is the files' suffix as well.
-        path: a file, a folder, a glob, each with braces or not, or `hf://datasets/ORG/NAME/PATTERN`.
+        path: a file, a folder, a glob, each with braces or not, or `hf://datasets/ORG/NAME/PATTERN`; for "tar" also
+            URLs of a store, with braces or `*`.
 
     Raises:
         UserError: there are none, one of a range is missing, or a folder holds several parts.
     """
+    if store.is_remote(path):
+        if kind != "tar":
+            raise UserError(
+                f"{kind}:{path}: from a store only tar shards are read; write these images as such: fd-scale shard"
+            )
+        return store.files(path)
     if path.startswith(hub.PREFIX):
         return [str(file) for file in hub.cached(hub.dataset_files(path))]
     if not os.path.isdir(path):

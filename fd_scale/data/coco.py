@@ -13,8 +13,9 @@ from PIL import Image
 
 from fd_scale.data.base import IGNORED, UNLABELLED, Targets, content_hash
 from fd_scale.data.coco_index import index_of
-from fd_scale.data.decode import DecodeError, decode, decode_mask
+from fd_scale.data.decode import DecodeError, decode_mask
 from fd_scale.data.objects import Objects
+from fd_scale.data.picture import Picture
 from fd_scale.errors import UserError
 
 NUM_STUFF_CLASSES = 183
@@ -85,11 +86,11 @@ class CocoSource:
         """See `ObjectSource`; without a map of pixels."""
         return self.index.objects(sample_id)
 
-    def read(self, sample_id: int) -> tuple[Image.Image, Objects]:
+    def read(self, sample_id: int) -> tuple[Picture, Objects]:
         """See `Source`. What does not fit the image names the annotations' file."""
         objects = self.index.objects(sample_id)
         try:
-            image = decode(Path(self.name(sample_id)).read_bytes())
+            image = Picture(Path(self.name(sample_id)).read_bytes())
         except OSError as error:
             raise DecodeError(f"it cannot be read: {error.strerror}") from error
         if image.size != (objects.width, objects.height):

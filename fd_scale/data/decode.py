@@ -1,7 +1,10 @@
 """Bytes of an image file to an 8-bit RGB image, or to the numbers that a mask holds."""
 
+import contextlib
 import io
 import struct
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -58,13 +61,36 @@ def decode(data: bytes) -> Image.Image:
     Raises:
         DecodeError: truncated, damaged, no image, unsupported, or more than `MAX_PIXELS` pixels.
     """
-    try:
-        image = _loaded(data)
+    with _damage_named():
+        image = _opened(data)
+        image.load()
         orientation = image.getexif().get(_EXIF_ORIENTATION)
         image = _to_rgb(image)
-    except _DAMAGE as error:
-        raise DecodeError(f"{type(error).__name__}: {error}") from error
     return image.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else image
+
+
+class JpegHeader(NamedTuple):
+    """What `decode` will make of a JPEG file."""
+
+    width: int
+    """As stored, in pixels."""
+    height: int
+    turn: Image.Transpose | None
+    """What turns it upright."""
+
+
+def jpeg_header(data: bytes) -> JpegHeader | None:
+    """Returns the header of a JPEG file that is grey or of three channels, none of any other image.
+
+    Raises:
+        DecodeError: no image, unsupported, or more than `MAX_PIXELS` pixels.
+    """
+    with _damage_named():
+        image = _opened(data)
+        if image.format != "JPEG" or image.mode not in ("RGB", "L"):
+            return None
+        orientation: Any = image.getexif().get(_EXIF_ORIENTATION)
+        return JpegHeader(*image.size, _UPRIGHT.get(orientation))
 
 
 def decode_mask(data: bytes) -> npt.NDArray[np.uint8]:
@@ -79,10 +105,9 @@ def decode_mask(data: bytes) -> npt.NDArray[np.uint8]:
     Raises:
         DecodeError: as of `decode`, or its pixels are no single numbers of 8 bits.
     """
-    try:
-        image = _loaded(data)
-    except _DAMAGE as error:
-        raise DecodeError(f"{type(error).__name__}: {error}") from error
+    with _damage_named():
+        image = _opened(data)
+        image.load()
     if image.mode not in ("L", "P", "1") and not image.mode.startswith("I"):
         raise DecodeError(
             f"a mask of mode {image.mode}, expected grey or a palette: one number for each pixel"
@@ -93,11 +118,18 @@ def decode_mask(data: bytes) -> npt.NDArray[np.uint8]:
     return mask_HW.astype(np.uint8)
 
 
-def _loaded(data: bytes) -> Image.Image:
+@contextlib.contextmanager
+def _damage_named() -> Iterator[None]:
+    try:
+        yield
+    except _DAMAGE as error:
+        raise DecodeError(f"{type(error).__name__}: {error}") from error
+
+
+def _opened(data: bytes) -> Image.Image:
     image = Image.open(io.BytesIO(data), formats=FORMATS)
     if image.width * image.height > MAX_PIXELS:
         raise DecodeError(f"{image.width} x {image.height} pixels are more than {MAX_PIXELS}")
-    image.load()
     return image
 
 

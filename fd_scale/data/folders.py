@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
 from scipy.io import loadmat
 
 from fd_scale.data.base import IMAGE_SUFFIXES, UNLABELLED, Targets, content_hash
-from fd_scale.data.decode import DecodeError, decode
+from fd_scale.data.decode import DecodeError
+from fd_scale.data.picture import Picture
 from fd_scale.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -60,12 +60,12 @@ class FileSource:
     def key(self, sample_id: int) -> str:
         return os.fsdecode(self.names_N[sample_id])
 
-    def read(self, sample_id: int) -> tuple[Image.Image, int]:
+    def read(self, sample_id: int) -> tuple[Picture, int]:
         try:
             data = Path(self.name(sample_id)).read_bytes()
         except OSError as error:
             raise DecodeError(f"cannot be read: {error.strerror}") from error
-        return decode(data), int(self.labels_N[sample_id])
+        return Picture(data), int(self.labels_N[sample_id])
 
 
 class ImageFolderSource(FileSource):

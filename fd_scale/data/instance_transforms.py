@@ -21,6 +21,7 @@ from fd_scale.data.decode import DecodeError
 from fd_scale.data.instances import Instances, unpacked
 from fd_scale.data.mask_transforms import distorted, padded
 from fd_scale.data.objects import Objects, Window, box_around, mask_in, nearest_in
+from fd_scale.data.picture import Picture
 
 MIN_SIDE = 1.0
 """Of a box, in pixels: what a crop leaves less of is no object; as torchvision's `SanitizeBoundingBoxes`."""
@@ -49,8 +50,9 @@ class InstanceCrop:
     fill: tuple[int, int, int]
     """Colour that a smaller image is filled up with, to the right and below."""
 
-    def __call__(self, image: Image.Image, objects: Objects) -> tuple[Tensor, Instances]:
+    def __call__(self, picture: Picture, objects: Objects) -> tuple[Tensor, Instances]:
         """Returns uint8 (3, side, side), and the objects in it with masks where the image has outlines."""
+        image = picture.pil()
         low, high = self.scale_range
         factor = self.side * (low + (high - low) * float(torch.rand(()))) / max(image.size)
         width, height = (max(1, round(length * factor)) for length in image.size)
@@ -147,18 +149,19 @@ class CopyPaste:
     """Where the other images are from."""
     probability: float
 
-    def __call__(self, image: Image.Image, objects: Objects) -> tuple[Tensor, Instances]:
+    def __call__(self, picture: Picture, objects: Objects) -> tuple[Tensor, Instances]:
         """As `InstanceCrop`."""
-        cropped = self.crop(image, objects)
+        cropped = self.crop(picture, objects)
         if float(torch.rand(())) >= self.probability:
             return cropped
         other_id = int(torch.randint(len(self.source), ()))
         try:
-            other_image, other_objects = self.source.read(other_id)
+            other_picture, other_objects = self.source.read(other_id)
+            assert isinstance(other_objects, Objects), "a source of objects"
+            other_cropped = self.crop(other_picture, other_objects)
         except DecodeError:
             return cropped
-        assert isinstance(other_objects, Objects), "a source of objects"
-        return pasted(*cropped, *self.crop(other_image, other_objects))
+        return pasted(*cropped, *other_cropped)
 
 
 def pasted(
@@ -204,8 +207,8 @@ def _covered(instances: Instances, over_Hw: Tensor) -> Instances:
     return _chosen(left, torch.tensor(kept, dtype=torch.int64))
 
 
-def whole_with_objects(image: Image.Image, objects: Objects) -> tuple[Tensor, Instances]:
+def whole_with_objects(picture: Picture, objects: Objects) -> tuple[Tensor, Instances]:
     """The transform of an evaluation: all of an image, uint8 (3, H, W), and its boxes, without masks."""
-    window = Window(0, 0, image.width, image.height, image.width, image.height)
+    window = Window(0, 0, *picture.size, *picture.size)
     boxes_alone = replace(objects, outlines=[None] * len(objects.outlines), semantic=None)
-    return pil_to_tensor(image), cut(boxes_alone, window, mirrored=False, side=max(image.size))
+    return pil_to_tensor(picture.pil()), cut(boxes_alone, window, mirrored=False, side=max(picture.size))

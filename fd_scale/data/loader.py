@@ -9,6 +9,7 @@ Shape suffixes: B = samples of a micro-batch.
 import contextlib
 import itertools
 import logging
+import math
 import multiprocessing
 import os
 import threading
@@ -22,11 +23,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from fd_scale.data.base import Source
+from fd_scale.data.base import Source, expect, sharded
 from fd_scale.data.decode import DecodeError
 from fd_scale.data.feature_files import FeatureFiles
 from fd_scale.data.instances import Instances, in_few_storages
-from fd_scale.data.order import order
+from fd_scale.data.order import ShardOrder, order
 from fd_scale.data.transforms import Transform
 from fd_scale.errors import UserError
 from fd_scale.randomness import hash64
@@ -37,6 +38,8 @@ logger = logging.getLogger(__name__)
 _NUM_REPLACEMENTS = 16
 # The share of bad samples is judged over at least so many, or over the data set if it is smaller.
 _MIN_JUDGED_SAMPLES = 1000
+# Micro-batches that a worker loads ahead of their use.
+_NUM_PREPARED = 2
 
 
 class Batch(NamedTuple):
@@ -110,18 +113,17 @@ class _Reader:
         augment_seeds = hash64(self.seed, "augment", epoch, sample_ids)
         with torch.random.fork_rng(devices=[]):
             for sample_id, augment_seed in zip(sample_ids.tolist(), augment_seeds.tolist(), strict=True):
-                # Not torch.manual_seed, which would seed the GPUs of this process as well.
-                torch.default_generator.manual_seed(augment_seed)
                 for candidate in self._candidates(epoch, sample_id):
+                    # Not torch.manual_seed, which would seed the GPUs of this process as well.
+                    torch.default_generator.manual_seed(augment_seed)
                     try:
-                        image, target = self.source.read(candidate)
+                        pixels, label = self.transform(*self.source.read(candidate))
                         break
                     except DecodeError as error:
                         bad.append(_BadSample(candidate, self.source.name(candidate), str(error)))
                 else:
                     return None, bad
                 num_bad += candidate != sample_id
-                pixels, label = self.transform(image, target)
                 images.append(pixels)
                 labels.append(label if isinstance(label, Instances) else torch.as_tensor(label))
         # Images have their own number of objects each, which do not stack.
@@ -141,12 +143,18 @@ class _Reader:
 class _TrainingSamples(Dataset[_Loaded]):
     reader: _Reader
     samples_per_epoch: int
+    by_shards: ShardOrder | None
     order_seed: int
 
     def __getitem__(self, positions: range) -> _Loaded:
         epoch, first = divmod(positions.start, self.samples_per_epoch)
         in_epoch = np.arange(first, first + len(positions))
-        sample_ids = order(self.order_seed, epoch, in_epoch, len(self.reader.source))
+        seed = self.order_seed
+        if self.by_shards is None:
+            sample_ids = order(seed, epoch, in_epoch, len(self.reader.source))
+        else:
+            sample_ids = self.by_shards(seed, epoch, in_epoch)
+        expect(self.reader.source, sample_ids.tolist())
         return self.reader.load(positions, epoch, sample_ids)
 
 
@@ -156,6 +164,7 @@ class _SamplesInOrder(Dataset[_Loaded]):
     epoch: int = 0
 
     def __getitem__(self, positions: range) -> _Loaded:
+        expect(self.reader.source, positions)
         return self.reader.load(positions, self.epoch, np.array(positions))
 
 
@@ -173,6 +182,7 @@ class TrainLoader:
         rank: int,
         world_size: int,
         num_workers: int,
+        shard_window: int = 0,
         max_bad_fraction: float = 0.01,
         pin_memory: bool = False,
         features: FeatureFiles | None = None,
@@ -181,19 +191,20 @@ class TrainLoader:
 
         Args:
             source: the data set.
-            transform: PIL RGB image and target -> uint8 tensor and target; random by torch's default generator only.
+            transform: picture and target -> uint8 tensor and target; random by torch's default generator only.
             seed: seed of the run.
             global_batch: samples of an optimizer step, over all ranks.
             micro_batch: samples of a forward pass on one rank.
             rank: number of this process, 0 to world_size - 1.
             world_size: number of processes.
             num_workers: processes of this rank that read and augment; 0 for none.
+            shard_window: how many shards are read at a time (`ShardOrder`); 0: samples come in an order over all.
             max_bad_fraction: part of the samples that may be impossible to decode, 0 to 1.
             pin_memory: whether batches lie in pinned memory, from which a GPU copies without waiting.
             features: teachers' features that each batch brings along, and of how many views of an image.
 
         Raises:
-            UserError: sizes that do not fit together.
+            UserError: sizes that do not fit together, or an order by shards of a source that has none.
         """
         assert 0 <= rank < world_size, (rank, world_size)
         rows = micro_batch * world_size
@@ -224,8 +235,14 @@ class TrainLoader:
         self._num_seen = 0
         self._num_bad = 0
         self._bad_names: dict[int, str] = {}
+        by_shards = None
+        if shard_window:
+            by_shards = ShardOrder(sharded(source).first_of_shards(), shard_window)
+            # Workers are ahead of each other by what they have prepared for later steps.
+            ahead = num_workers * _NUM_PREPARED * rows / len(source) * len(by_shards.sizes_S)
+            sharded(source).keep_shards(min(by_shards.window + 1 + math.ceil(ahead), len(by_shards.sizes_S)))
         reader = _Reader(source, transform, seed, _NUM_REPLACEMENTS, features)
-        self._samples = _TrainingSamples(reader, self.steps_per_epoch * global_batch, seed)
+        self._samples = _TrainingSamples(reader, self.steps_per_epoch * global_batch, by_shards, seed)
 
     def iterate(self, start_step: int, reordered: int = 0) -> Generator[list[Batch], None, None]:
         """Yields the micro-batches of each step from `start_step` on, without end.
@@ -294,7 +311,7 @@ def evaluation_batches(
 
     Args:
         source: the data set.
-        transform: PIL RGB image and target -> uint8 tensor and target.
+        transform: picture and target -> uint8 tensor and target.
         batch_size: samples of a batch at most.
         rank: number of this process, 0 to world_size - 1.
         world_size: number of processes.
@@ -375,10 +392,11 @@ def _run(
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload([__name__])
     loader = DataLoader(
-        samples,
+        _Caught(samples),
         batch_size=None,  # a request is a whole micro-batch
         sampler=requests,
         num_workers=num_workers,
+        prefetch_factor=_NUM_PREPARED if num_workers else None,
         collate_fn=_as_it_is,
         worker_init_fn=_end_with_main_process,
         multiprocessing_context=context,
@@ -387,9 +405,23 @@ def _run(
     )
     iterator = iter(loader)
     try:
-        yield from iterator
+        for loaded in iterator:
+            if isinstance(loaded, UserError):
+                raise loaded
+            yield loaded
     finally:
         del iterator  # the last reference: torch ends the workers here, whoever still holds a traceback
+
+
+@dataclass(frozen=True)
+class _Caught(Dataset[_Loaded | UserError]):
+    samples: Dataset[_Loaded]
+
+    def __getitem__(self, positions: range) -> _Loaded | UserError:
+        try:
+            return self.samples[positions]
+        except UserError as error:
+            return error
 
 
 def _end_with_main_process(worker_id: int) -> None:

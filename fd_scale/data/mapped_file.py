@@ -69,19 +69,21 @@ class MappedFile:
             size = int.from_bytes(self.bytes[-16:-8].tobytes(), "little")
             whole = self.bytes[:8].tobytes() == self.bytes[-8:].tobytes() == self.MAGIC
             self.header: dict[str, Any] = json.loads(self.bytes[-16 - size : -16].tobytes()) if whole else {}
+            if self.header.get("at") != len(self.bytes) - size - 16:
+                raise UserError(
+                    f"{self.file!s}: this index of {self.CONTENT} is not whole; remove it, it is made again from "
+                    f"{self.ORIGIN}"
+                )
+            self.columns: dict[str, npt.NDArray[Any]] = {
+                name: np.frombuffer(
+                    self.bytes, dtype=dtype, count=int(np.prod(shape)), offset=offset
+                ).reshape(shape)
+                for name, (dtype, shape, offset) in self.header["columns"].items()
+            }
+        except UserError:
+            raise
         except (OSError, ValueError) as error:
             raise UserError(f"{self.file!s}: no index of {self.CONTENT} ({error}); remove it") from None
-        if self.header.get("at") != len(self.bytes) - size - 16:
-            raise UserError(
-                f"{self.file!s}: this index of {self.CONTENT} is not whole; remove it, it is made again from "
-                f"{self.ORIGIN}"
-            )
-        self.columns: dict[str, npt.NDArray[Any]] = {
-            name: np.frombuffer(self.bytes, dtype=dtype, count=int(np.prod(shape)), offset=offset).reshape(
-                shape
-            )
-            for name, (dtype, shape, offset) in self.header["columns"].items()
-        }
 
     @classmethod
     def write(cls, out: IO[bytes], fill: Fill) -> None:
@@ -99,17 +101,8 @@ class MappedFile:
         Raises:
             OSError: it cannot be written.
         """
-        with tempfile.NamedTemporaryFile(
-            dir=target.parent, prefix=target.stem, suffix=".tmp", buffering=2**20, delete=False
-        ) as out:
-            try:
-                cls.write(out.file, fill)
-                out.flush()
-                os.fsync(out.fileno())
-                os.replace(out.name, target)
-            except BaseException:
-                os.unlink(out.name)
-                raise
+        with written_whole(target) as out:
+            cls.write(out, fill)
 
 
 def _write_column(out: IO[bytes], column: npt.NDArray[Any] | Sequence[npt.NDArray[Any]]) -> Any:
@@ -123,13 +116,34 @@ def _write_column(out: IO[bytes], column: npt.NDArray[Any] | Sequence[npt.NDArra
     return parts[0].dtype.str, shape, offset
 
 
-def cache_file(stem: str, identity: Sequence[str]) -> Path:
-    """Returns where a file lies that is made from what has an identity: in the user's cache.
+def cache_folder() -> Path:
+    """Returns the user's cache: `$XDG_CACHE_HOME/fd-scale` (`~/.cache/fd-scale`)."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fd-scale"
 
-    That is `$XDG_CACHE_HOME/fd-scale` (`~/.cache/fd-scale`).
+
+def cache_file(stem: str, identity: Sequence[str]) -> Path:
+    """Returns where a file lies that is made from what has an identity: in the user's cache."""
+    return cache_folder() / f"{stem}-{content_hash(identity)[:16]}.index"
+
+
+@contextlib.contextmanager
+def written_whole(target: Path) -> Iterator[IO[bytes]]:
+    """Gives a file to write, which becomes the target when all is well, and is gone when not.
+
+    Raises:
+        OSError: it cannot be written.
     """
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fd-scale"
-    return cache / f"{stem}-{content_hash(identity)[:16]}.index"
+    with tempfile.NamedTemporaryFile(
+        dir=target.parent, prefix=target.stem, suffix=".tmp", buffering=2**20, delete=False
+    ) as out:
+        try:
+            yield out.file
+            out.flush()
+            os.fsync(out.fileno())
+            os.replace(out.name, target)
+        except BaseException:
+            Path(out.name).unlink(missing_ok=True)
+            raise
 
 
 def make_once(file: Path, make: Callable[[], None]) -> None:
@@ -141,20 +155,20 @@ def make_once(file: Path, make: Callable[[], None]) -> None:
     if file.exists():
         return
     file.parent.mkdir(parents=True, exist_ok=True)
-    with _lock(file.with_suffix(".lock")):
+    with locked(file.with_suffix(".lock")):
         if not file.exists():  # whoever had the lock before may have made it
             make()
 
 
 @contextlib.contextmanager
-def _lock(file: Path) -> Iterator[None]:
+def locked(file: Path) -> Iterator[None]:
     """Keeps others waiting; where a file system has no locks, each makes its own and the last one stays."""
     with file.open("w") as opened:
         with contextlib.suppress(OSError):
             try:
                 fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                logger.info("%s: waits for the process that makes this index", file.with_suffix(".index"))
+                logger.info("%s: waits for the process that has it", file)
                 fcntl.flock(opened, fcntl.LOCK_EX)
         yield
 

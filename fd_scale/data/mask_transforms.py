@@ -1,4 +1,4 @@
-"""Transforms of an image together with its mask: PIL in, uint8 tensors out.
+"""Transforms of an image together with its mask: uint8 tensors out.
 
 As in `transforms`, they draw from torch's default generator only.
 
@@ -15,6 +15,7 @@ from torch import Tensor
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 from fd_scale.data.base import IGNORED
+from fd_scale.data.picture import Picture
 
 NUM_TRIES = 10
 """Places that are tried for a crop."""
@@ -61,8 +62,9 @@ class MaskCrop:
         self.distort = distort
         self.fill = fill
 
-    def __call__(self, image: Image.Image, mask: Image.Image) -> tuple[Tensor, Tensor]:
+    def __call__(self, picture: Picture, mask: Image.Image) -> tuple[Tensor, Tensor]:
         """Returns uint8 (3, side, side) and uint8 (side, side)."""
+        image = picture.pil()
         low, high = self.resize
         factor = self.side * (low + (high - low) * float(torch.rand(()))) / min(image.size)
         size = (max(1, round(image.width * factor)), max(1, round(image.height * factor)))
@@ -139,6 +141,6 @@ def _by_table(image: Image.Image, table_256: npt.NDArray[np.float64]) -> Image.I
     return image.point(table * len(image.getbands()))
 
 
-def whole_with_mask(image: Image.Image, mask: Image.Image) -> tuple[Tensor, Tensor]:
+def whole_with_mask(picture: Picture, mask: Image.Image) -> tuple[Tensor, Tensor]:
     """The transform of an evaluation: all of an image, uint8 (3, H, W), and its mask, uint8 (H, W)."""
-    return pil_to_tensor(image), pil_to_tensor(mask)[0]
+    return pil_to_tensor(picture.pil()), pil_to_tensor(mask)[0]

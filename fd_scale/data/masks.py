@@ -14,8 +14,9 @@ import numpy.typing as npt
 from PIL import Image
 
 from fd_scale.data.base import IGNORED, IMAGE_SUFFIXES, UNLABELLED, Targets, content_hash
-from fd_scale.data.decode import DecodeError, decode, decode_mask
+from fd_scale.data.decode import DecodeError, decode_mask
 from fd_scale.data.folders import file_size, walk_images
+from fd_scale.data.picture import Picture
 from fd_scale.errors import UserError
 
 NO_CLASS = "-"
@@ -50,7 +51,7 @@ class MaskValues:
         """What tells them from others."""
         return [*self.class_names, self.class_of_value.tobytes().hex()]
 
-    def mask(self, data: bytes, image: Image.Image, where: str) -> Image.Image:
+    def mask(self, data: bytes, image: Picture, where: str) -> Image.Image:
         """Decodes a mask: 8-bit grey, the class of each pixel.
 
         Args:
@@ -141,14 +142,14 @@ class MaskSource:
     def key(self, sample_id: int) -> str:
         return os.fsdecode(self.names_N[sample_id])
 
-    def read(self, sample_id: int) -> tuple[Image.Image, Image.Image]:
+    def read(self, sample_id: int) -> tuple[Picture, Image.Image]:
         """See `Source`. What is wrong with the mask names its file."""
         file = self._mask_file(self.key(sample_id))
         try:
             image_bytes, mask_bytes = Path(self.name(sample_id)).read_bytes(), file.read_bytes()
         except OSError as error:
             raise DecodeError(f"{error.filename} cannot be read: {error.strerror}") from error
-        image = decode(image_bytes)
+        image = Picture(image_bytes)
         return image, self.values.mask(mask_bytes, image, str(file))
 
 

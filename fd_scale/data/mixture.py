@@ -2,15 +2,24 @@
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
 
-from fd_scale.data.base import UNLABELLED, Labels, Source, Target, content_hash, object_source
+from fd_scale.data.base import (
+    UNLABELLED,
+    Labels,
+    Source,
+    Target,
+    content_hash,
+    expect,
+    object_source,
+    sharded,
+)
 from fd_scale.data.objects import Objects
+from fd_scale.data.picture import Picture
 from fd_scale.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -35,6 +44,19 @@ class Subset:
         """See `Source`."""
         return self.source.all_labels()[self.sample_ids_N]
 
+    def first_of_shards(self) -> npt.NDArray[np.int64]:
+        """See `Sharded`: those of the whole source, each with what is left of it."""
+        assert (np.diff(self.sample_ids_N) > 0).all(), "lists of images keep their order"
+        return np.searchsorted(self.sample_ids_N, sharded(self.source).first_of_shards())
+
+    def keep_shards(self, count: int) -> None:
+        """See `Sharded`."""
+        sharded(self.source).keep_shards(count)
+
+    def expect(self, sample_ids: Iterable[int]) -> None:
+        """See `Expecting`."""
+        expect(self.source, [int(self.sample_ids_N[sample_id]) for sample_id in sample_ids])
+
     @property
     def fingerprint(self) -> str:
         """See `Source`: that of the whole source, and which images are in."""
@@ -49,7 +71,7 @@ class Subset:
     def key(self, sample_id: int) -> str:
         return self.source.key(int(self.sample_ids_N[sample_id]))
 
-    def read(self, sample_id: int) -> tuple[Image.Image, Target]:
+    def read(self, sample_id: int) -> tuple[Picture, Target]:
         return self.source.read(int(self.sample_ids_N[sample_id]))
 
     @property
@@ -157,6 +179,25 @@ class Mixture:
             ]
         )
 
+    def first_of_shards(self) -> npt.NDArray[np.int64]:
+        """See `Sharded`: those of each source, as often as it weighs."""
+        sizes = [
+            np.tile(np.diff(sharded(source).first_of_shards()), weight)
+            for source, weight in zip(self.sources, self.weights, strict=True)
+        ]
+        return np.cumsum(np.concatenate([[0], *sizes]))
+
+    def keep_shards(self, count: int) -> None:
+        """See `Sharded`: all of them may be of one source."""
+        for source in self.sources:
+            sharded(source).keep_shards(count)
+
+    def expect(self, sample_ids: Iterable[int]) -> None:
+        """See `Expecting`."""
+        found = [self._find(sample_id) for sample_id in sample_ids]
+        for source in self.sources:
+            expect(source, [inner_id for its, inner_id in found if its is source])
+
     @property
     def fingerprint(self) -> str:
         """See `Source`: those of the sources, and their weights."""
@@ -176,7 +217,7 @@ class Mixture:
         source, inner_id = self._find(sample_id)
         return source.key(inner_id)
 
-    def read(self, sample_id: int) -> tuple[Image.Image, Target]:
+    def read(self, sample_id: int) -> tuple[Picture, Target]:
         source, inner_id = self._find(sample_id)
         image, label = source.read(inner_id)
         return image, label if self.labels_agree else UNLABELLED

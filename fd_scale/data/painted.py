@@ -8,6 +8,7 @@ from PIL import Image
 from fd_scale.data.base import IGNORED, Labels, Source, Targets, content_hash
 from fd_scale.data.masks import NO_CLASS, MaskValues
 from fd_scale.data.objects import Objects, Window, mask_in
+from fd_scale.data.picture import Picture
 from fd_scale.errors import UserError
 
 BACKGROUND = "background"
@@ -59,7 +60,7 @@ class PaintedSource:
     def key(self, sample_id: int) -> str:
         return self.source.key(sample_id)
 
-    def read(self, sample_id: int) -> tuple[Image.Image, Image.Image]:
+    def read(self, sample_id: int) -> tuple[Picture, Image.Image]:
         """See `Source`."""
         image, objects = self.source.read(sample_id)
         assert isinstance(objects, Objects), "a source of objects"

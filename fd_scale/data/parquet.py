@@ -16,8 +16,9 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from fd_scale.data.base import UNLABELLED, Targets, content_hash, data_files
-from fd_scale.data.decode import DecodeError, decode
+from fd_scale.data.decode import DecodeError
 from fd_scale.data.masks import NO_CLASS, MaskValues, ade20k_names, listed_classes
+from fd_scale.data.picture import Picture
 from fd_scale.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -85,6 +86,14 @@ class Rows:
             f"{os.path.basename(path)} {os.path.getsize(path)} {num_rows}"
             for path, num_rows in zip(self.paths, self._num_file_rows, strict=True)
         )
+
+    def first_of_shards(self) -> npt.NDArray[np.int64]:
+        """See `Sharded`: of each row group."""
+        return np.array(self._first_ids)
+
+    def keep_shards(self, count: int) -> None:
+        """See `Sharded`: in the memory of each process."""
+        self._max_cached = max(self._max_cached, count)
 
     def name(self, sample_id: int) -> str:
         """File and row."""
@@ -176,15 +185,23 @@ class ParquetSource:
         """See `Source`."""
         return self.labels_N
 
+    def first_of_shards(self) -> npt.NDArray[np.int64]:
+        """See `Sharded`."""
+        return self.rows.first_of_shards()
+
+    def keep_shards(self, count: int) -> None:
+        """See `Sharded`."""
+        self.rows.keep_shards(count)
+
     def name(self, sample_id: int) -> str:
         return self.rows.name(sample_id)
 
     def key(self, sample_id: int) -> str:
         return os.path.basename(self.name(sample_id))
 
-    def read(self, sample_id: int) -> tuple[Image.Image, int]:
+    def read(self, sample_id: int) -> tuple[Picture, int]:
         [image] = self.rows.read(sample_id)
-        return decode(image), int(self.labels_N[sample_id])
+        return Picture(image), int(self.labels_N[sample_id])
 
 
 class ParquetMaskSource:
@@ -220,9 +237,9 @@ class ParquetMaskSource:
     def key(self, sample_id: int) -> str:
         return os.path.basename(self.name(sample_id))
 
-    def read(self, sample_id: int) -> tuple[Image.Image, Image.Image]:
+    def read(self, sample_id: int) -> tuple[Picture, Image.Image]:
         image_bytes, mask_bytes = self.rows.read(sample_id)
-        image = decode(image_bytes)
+        image = Picture(image_bytes)
         return image, self.values.mask(mask_bytes, image, "of the same row")
 
 

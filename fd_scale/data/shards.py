@@ -4,13 +4,17 @@ import collections
 import functools
 import io
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
-from PIL import Image
+import numpy as np
+import numpy.typing as npt
 
+from fd_scale.data import store
 from fd_scale.data.base import IMAGE_SUFFIXES, Labels, Targets, content_hash, data_files
-from fd_scale.data.decode import DecodeError, decode
+from fd_scale.data.decode import DecodeError
+from fd_scale.data.picture import Picture
+from fd_scale.data.remote_shards import Range, RemoteShards
 from fd_scale.data.tar_index import TarIndex, index_of, key_of
 from fd_scale.errors import UserError
 
@@ -18,10 +22,53 @@ from fd_scale.errors import UserError
 _MAX_OPEN_SHARDS = 256
 
 
+class LocalShards:
+    """Reads images of shards that are files; a process opens those it reads from for itself."""
+
+    def __init__(self, paths: list[str]) -> None:
+        self.paths = paths
+        self._files: collections.OrderedDict[int, io.FileIO] = collections.OrderedDict()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leaves out what each process opens for itself."""
+        return self.__dict__ | {"_files": collections.OrderedDict()}
+
+    def read(self, shard: int, offset: int, size: int) -> bytes:
+        """Returns bytes of a shard.
+
+        Raises:
+            DecodeError: it is gone, or shorter than it was.
+        """
+        try:
+            data = os.pread(self._file(shard).fileno(), size, offset)
+        except OSError as error:
+            raise DecodeError(f"cannot be read: {error.strerror}") from error
+        if len(data) != size:
+            raise DecodeError(
+                f"the shard gave {len(data)} of {size} bytes: it has been cut or changed since the start"
+            )
+        return data
+
+    def keep(self, count: int) -> None:
+        """Files are at hand."""
+
+    def expect(self, ranges: Iterable[Range]) -> None:
+        """So are their bytes, soon enough."""
+
+    def _file(self, shard: int) -> io.FileIO:
+        # Reads carry their own offset, so that a forked process can share the handle.
+        if shard not in self._files:
+            if len(self._files) == _MAX_OPEN_SHARDS:
+                self._files.popitem(last=False)[1].close()
+            self._files[shard] = io.FileIO(self.paths[shard])
+        self._files.move_to_end(shard)
+        return self._files[shard]
+
+
 class TarSource:
     """Uncompressed tar files; members of one key are a sample: an image, and `.cls` or `.json` with its label.
 
-    Nothing is unpacked. A process opens the shards it reads from for itself.
+    Nothing is unpacked.
     """
 
     targets: Targets = "labels"
@@ -29,7 +76,6 @@ class TarSource:
 
     def __init__(self, path: str, index: Callable[[list[str]], TarIndex] = index_of) -> None:
         """Opens a set of shards: as `data_files` takes it, and what gives their index."""
-        self._files: collections.OrderedDict[int, io.FileIO] = collections.OrderedDict()
         self.paths = data_files("tar", path)
         self.index = index(self.paths)
         if not len(self.index):
@@ -37,10 +83,9 @@ class TarSource:
                 f"tar:{path} holds no images ({' '.join(sorted(IMAGE_SUFFIXES))}); check the path"
             )
         self.num_classes: int = self.index.header["num_classes"]
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Leaves out what each process opens for itself."""
-        return self.__dict__ | {"_files": collections.OrderedDict()}
+        self.shards = (
+            RemoteShards(self.paths, self.index) if store.is_remote(path) else LocalShards(self.paths)
+        )
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -63,24 +108,22 @@ class TarSource:
     def key(self, sample_id: int) -> str:
         return key_of(self.index.member(sample_id))
 
-    def read(self, sample_id: int) -> tuple[Image.Image, int]:
-        size = int(self.index.sizes_N[sample_id])
-        try:
-            file = self._file(self.index.shard(sample_id))
-            data = os.pread(file.fileno(), size, int(self.index.offsets_N[sample_id]))
-        except OSError as error:
-            raise DecodeError(f"cannot be read: {error.strerror}") from error
-        if len(data) != size:
-            raise DecodeError(
-                f"the shard gave {len(data)} of {size} bytes: it has been cut or changed since the start"
-            )
-        return decode(data), int(self.index.labels_N[sample_id])
+    def first_of_shards(self) -> npt.NDArray[np.int64]:
+        """See `Sharded`."""
+        return self.index.first_S
 
-    def _file(self, shard: int) -> io.FileIO:
-        # Reads carry their own offset, so that a forked process can share the handle.
-        if shard not in self._files:
-            if len(self._files) == _MAX_OPEN_SHARDS:
-                self._files.popitem(last=False)[1].close()
-            self._files[shard] = io.FileIO(self.paths[shard])
-        self._files.move_to_end(shard)
-        return self._files[shard]
+    def keep_shards(self, count: int) -> None:
+        """See `Sharded`."""
+        self.shards.keep(count)
+
+    def expect(self, sample_ids: Iterable[int]) -> None:
+        """See `Expecting`."""
+        self.shards.expect(map(self._range, sample_ids))
+
+    def read(self, sample_id: int) -> tuple[Picture, int]:
+        data = self.shards.read(*self._range(sample_id))
+        return Picture(data), int(self.index.labels_N[sample_id])
+
+    def _range(self, sample_id: int) -> Range:
+        index = self.index
+        return index.shard(sample_id), int(index.offsets_N[sample_id]), int(index.sizes_N[sample_id])

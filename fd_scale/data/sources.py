@@ -22,6 +22,7 @@ from fd_scale.data.masks import ade20k_training, ade20k_validation, masks_folder
 from fd_scale.data.mixture import Mixture, filtered
 from fd_scale.data.painted import PaintedSource
 from fd_scale.data.parquet import ParquetSource, ade20k_parquet, masks_parquet
+from fd_scale.data.picture import Picture
 from fd_scale.data.shards import TarSource
 from fd_scale.errors import UserError
 
@@ -44,7 +45,8 @@ def open_source(sources: str | list[SourceConfig]) -> Source:
             "objects365_train:PATH", "objects365_val:PATH", a part of Objects365 v2;
             "instances:PATH", a folder `images` and `instances.json` in COCO's format;
             "painted:coco_train:PATH" and so on: instances as masks, with the class `background`.
-            parquet and tar take a file, a folder, a glob, a range in braces or hf://datasets/...
+            parquet and tar take a file, a folder, a glob, a range in braces or hf://datasets/...; tar also what lies in
+            a store, https://..., s3://... or gs://...
 
     Returns:
         The source; never empty.
@@ -152,8 +154,9 @@ class DigitsSource:
     def key(self, sample_id: int) -> str:
         return str(sample_id)
 
-    def read(self, sample_id: int) -> tuple[Image.Image, int]:
-        return Image.fromarray(self.images_NHW[sample_id]).convert("RGB"), int(self.labels_N[sample_id])
+    def read(self, sample_id: int) -> tuple[Picture, int]:
+        image = Image.fromarray(self.images_NHW[sample_id]).convert("RGB")
+        return Picture.of(image), int(self.labels_N[sample_id])
 
 
 def _painted(rest: str) -> Source:

@@ -32,18 +32,23 @@ from typing import IO, Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from fd_scale.data import store
 from fd_scale.data.base import IMAGE_SUFFIXES, UNLABELLED, content_hash
-from fd_scale.data.mapped_file import Columns, MappedFile, cache_file, make_once, unwritable
+from fd_scale.data.mapped_file import Columns, MappedFile, cache_file, make_once, unwritable, written_whole
+from fd_scale.data.store import State
 from fd_scale.errors import UserError
 
 logger = logging.getLogger(__name__)
 
 VERSION = 1
+PUBLISHED = "fd-scale.index"
+"""Name of an index that lies beside shards in a store."""
 # Some, since a network disk answers late; few, since they compute one at a time.
 _NUM_SCAN_THREADS = 4
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 # As webdataset splits a member's path into the sample's key and the rest, at the first dot of the base name.
 _KEY = re.compile(r"((?:.*/)?[^./][^./]*)\.[^/]*")
+_LABELS = (".cls", ".json")
 # Linux gives 2 GiB a read at most: an image of more is a bad sample, whatever its size.
 _MAX_SIZE = 2**32 - 1
 # Of older indexes of the same folder, so many are searched for shards that have not changed.
@@ -57,6 +62,8 @@ class _Member(NamedTuple):
     name: str
     offset: int
     size: int
+    label: bytes = b""
+    """All of it, where it may hold a label."""
 
 
 class Shard(NamedTuple):
@@ -79,9 +86,9 @@ class ShardSet(NamedTuple):
     """What they all lie in."""
     stem: str
     """What the names of all indexes of the folder begin with."""
-    states: list[tuple[int, int]]
+    states: list[State]
     identities: list[str]
-    """Hashes of path, size and time of each."""
+    """As `identity_of` has them."""
     file: Path
     """Where the index lies."""
 
@@ -165,14 +172,18 @@ def identified(paths: list[str]) -> ShardSet:
     Raises:
         UserError: one is gone.
     """
-    folder = os.path.realpath(os.path.commonpath([os.path.dirname(os.path.abspath(path)) for path in paths]))
+    folders = {os.path.dirname(_whole(path)) for path in paths}
+    folder = os.path.commonpath(folders)
+    folder = folder.replace(":/", "://", 1) if store.is_remote(paths[0]) else os.path.realpath(folder)
     stem = f"{os.path.basename(folder)[:40] or 'root'}-{content_hash([folder, str(VERSION)])[:16]}"
-    states = [_state(path) for path in paths]
-    identities = [
-        content_hash([os.path.abspath(path), *map(str, state)])
-        for path, state in zip(paths, states, strict=True)
-    ]
+    states = _states(paths)
+    identities = [identity_of(path, state) for path, state in zip(paths, states, strict=True)]
     return ShardSet(folder, stem, states, identities, cache_file(stem, identities))
+
+
+def identity_of(path: str, state: State) -> str:
+    """Returns what changes when a shard does: a hash of its path or URL, its size, and its time or version."""
+    return content_hash([_whole(path), *map(str, state)])
 
 
 def index_of(
@@ -199,11 +210,15 @@ def index_of(
     def fill(out: IO[bytes]) -> tuple[Columns, dict[str, Any]]:
         began = time.monotonic()
         known = _known(shard_set)
+        if store.is_remote(paths[0]) and not known.keys() >= set(identities):
+            _fetch_published(shard_set)
+            known = _known(shard_set)
         unknown = [path for path, identity in zip(paths, identities, strict=True) if identity not in known]
         logger.info(
             "%s: an index of %d shards is made, once; %d are new", shard_set.folder, len(paths), len(unknown)
         )
-        _let_clock_pass(max(time_ns for _, time_ns in states))
+        if not store.is_remote(paths[0]):
+            _let_clock_pass(max(int(state.version) for state in states))
         with _executor(min(processes, len(unknown))) as executor:
             scanned = _counted(executor.map(_scan, unknown), len(unknown), told)
             shards = (
@@ -211,8 +226,8 @@ def index_of(
                 for identity in identities
             )
             filled = write_shards(out, identities, shards)
-        for path, state in zip(paths, states, strict=True):
-            if _state(path) != state:
+        for path, state, now in zip(paths, states, _states(paths), strict=True):
+            if now != state:
                 raise UserError(f"{path}: has changed while it was read; start again when it is written")
         logger.info("%s: indexed in %.0f s", shard_set.folder, time.monotonic() - began)
         return filled
@@ -231,13 +246,21 @@ def index_of(
     return TarIndex(file)
 
 
-def _state(path: str) -> tuple[int, int]:
-    """Size and time of a file."""
+def _whole(path: str) -> str:
+    return path if store.is_remote(path) else os.path.abspath(path)
+
+
+def _states(paths: list[str]) -> list[State]:
+    """Sizes of shards, and their times or versions."""
+    return store.states(paths) if store.is_remote(paths[0]) else [_state(path) for path in paths]
+
+
+def _state(path: str) -> State:
     try:
-        state = os.stat(path)
+        found = os.stat(path)
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}; check the path") from None
-    return state.st_size, state.st_mtime_ns
+    return State(found.st_size, str(found.st_mtime_ns))
 
 
 def _let_clock_pass(newest_ns: int) -> None:
@@ -262,6 +285,22 @@ def _known(shards: ShardSet) -> dict[str, tuple[TarIndex, int]]:
     }
 
 
+def _fetch_published(shards: ShardSet) -> None:
+    """Lays the index that somebody put beside shards in a store among the older ones here, if there is one."""
+    url = f"{shards.folder}/{PUBLISHED}"
+    state = store.state(url)
+    if state is None:
+        logger.info("%s: is not there; with it no headers would be read", url)
+        return
+    file = cache_file(shards.stem, [url, *map(str, state)])
+
+    def fetched() -> None:
+        with written_whole(file) as out:
+            store.fetch(url, state.size, out)
+
+    make_once(file, fetched)
+
+
 def _executor(processes: int) -> Executor:
     if processes < 2:
         return ThreadPoolExecutor(_NUM_SCAN_THREADS)
@@ -284,11 +323,11 @@ def key_of(member: str) -> str:
 
 
 def _scan(path: str) -> Shard:
-    """Reads the headers of a shard, and the labels."""
+    """Reads the headers of a shard, and the labels; all of one in a store passes by, once."""
     try:
-        with open(path, "rb") as file:
-            images, labels = _samples(path, file, _members(path, file))
-            num_bytes = os.fstat(file.fileno()).st_size
+        with store.opened(path) if store.is_remote(path) else open(path, "rb") as file:
+            images, labels = _samples(path, _members(path, file))
+            num_bytes = file.seek(0, os.SEEK_END)
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}; check the path") from None
     names = [os.fsencode(image.name) for image in images]
@@ -304,13 +343,14 @@ def _scan(path: str) -> Shard:
 
 def _members(path: str, file: io.BufferedReader) -> list[_Member]:
     """Reads the headers, from one to the next, of a shard that is a whole and harmless tar."""
+    file_size = file.seek(0, os.SEEK_END)
+    file.seek(0)
     start = file.read(6)
     for magic, method in _COMPRESSED.items():
         if start.startswith(magic):
             raise UserError(
                 f"{path}: is compressed ({method}), which cannot be read at random; unpack it to a plain .tar"
             )
-    file_size = file.seek(0, os.SEEK_END)
     file.seek(0)
     members = []
     try:
@@ -320,7 +360,11 @@ def _members(path: str, file: io.BufferedReader) -> list[_Member]:
                 if info.offset_data + info.size > file_size:
                     raise UserError(f"{path}: ends inside member {info.name!r}; download it again")
                 if info.isfile():
-                    members.append(_Member(info.name, info.offset_data, info.size))
+                    label = b""
+                    if info.name.lower().endswith(_LABELS):
+                        file.seek(info.offset_data)
+                        label = file.read(info.size)
+                    members.append(_Member(info.name, info.offset_data, info.size, label))
             end = archive.offset  # tarfile itself stops at damage as at the end
     except tarfile.TarError as error:
         raise UserError(f"{path}: is no tar file, or a damaged one ({error}); download it again") from None
@@ -353,10 +397,10 @@ def _refuse_unusual(path: str, info: tarfile.TarInfo) -> None:
     )
 
 
-def _samples(path: str, file: io.BufferedReader, members: list[_Member]) -> tuple[list[_Member], list[int]]:
+def _samples(path: str, members: list[_Member]) -> tuple[list[_Member], list[int]]:
     """Returns the image and the label of each key, wherever in the shard its members are."""
     images: dict[str, _Member] = {}
-    labels: dict[str, dict[str, _Member]] = {".cls": {}, ".json": {}}
+    labels: dict[str, dict[str, _Member]] = {suffix: {} for suffix in _LABELS}
     for member in members:
         key, suffix = key_of(member.name), os.path.splitext(member.name)[1].lower()
         if not key:
@@ -373,24 +417,24 @@ def _samples(path: str, file: io.BufferedReader, members: list[_Member]) -> tupl
     numbers = []
     for key in images:
         if key in labels[".cls"]:
-            numbers.append(_cls_label(path, file, labels[".cls"][key]))
+            numbers.append(_cls_label(path, labels[".cls"][key]))
         elif key in labels[".json"]:
-            numbers.append(_json_label(path, file, labels[".json"][key]))
+            numbers.append(_json_label(path, labels[".json"][key]))
         else:
             numbers.append(UNLABELLED)
     return list(images.values()), numbers
 
 
-def _cls_label(path: str, file: io.BufferedReader, member: _Member) -> int:
-    text = _payload(file, member)
+def _cls_label(path: str, member: _Member) -> int:
+    text = member.label
     if not re.fullmatch(rb"\s*(-1|\d{1,9})\s*", text):
         raise UserError(f"{path}: member {member.name!r} holds {text[:20]!r}, expected the number of a class")
     return int(text)
 
 
-def _json_label(path: str, file: io.BufferedReader, member: _Member) -> int:
+def _json_label(path: str, member: _Member) -> int:
     try:
-        values = json.loads(_payload(file, member))
+        values = json.loads(member.label)
     except ValueError as error:
         raise UserError(
             f"{path}: member {member.name!r} is no JSON ({error}); write the shard again"
@@ -403,8 +447,3 @@ def _json_label(path: str, file: io.BufferedReader, member: _Member) -> int:
             f"{path}: member {member.name!r} has the label {label!r}, expected the number of a class"
         )
     return label
-
-
-def _payload(file: io.BufferedReader, member: _Member) -> bytes:
-    file.seek(member.offset)
-    return file.read(member.size)

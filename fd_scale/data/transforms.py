@@ -1,4 +1,4 @@
-"""Image transforms: PIL RGB in, uint8 tensor out; beside it goes what is learned of the image.
+"""Image transforms: `Picture` in, uint8 tensor out; beside it goes what is learned of the image.
 
 Images stay uint8 until they are on the device, where each model normalises with its own mean and
 std. A transform draws from torch's default generator only: that is the one which the loader seeds.
@@ -16,17 +16,17 @@ import torch
 from numpy.random import mtrand
 from PIL import Image, ImageOps
 from torchvision.transforms import InterpolationMode, v2
-from torchvision.transforms.functional import pil_modes_mapping
 
 from fd_scale.config import Recipe
 from fd_scale.data.base import Source, object_source
 from fd_scale.data.instance_transforms import CopyPaste, InstanceCrop, whole_with_objects
 from fd_scale.data.mask_transforms import MaskCrop, fill_colour, whole_with_mask
+from fd_scale.data.picture import Box, Interpolation, Picture
 from fd_scale.errors import UserError
 
-View = Callable[[Image.Image], torch.Tensor]
+View = Callable[[Picture], torch.Tensor]
 """Image -> uint8 tensor."""
-Transform = Callable[[Image.Image, Any], tuple[torch.Tensor, Any]]
+Transform = Callable[[Picture, Any], tuple[torch.Tensor, Any]]
 """Image and target (`data.base.Target`) -> uint8 tensor, and the target as a tensor or a number."""
 
 
@@ -36,8 +36,8 @@ class ImageAlone:
 
     view: View
 
-    def __call__(self, image: Image.Image, target: Any) -> tuple[torch.Tensor, Any]:
-        return self.view(image), target
+    def __call__(self, picture: Picture, target: Any) -> tuple[torch.Tensor, Any]:
+        return self.view(picture), target
 
 
 # timm passes over sections that it does not know.
@@ -50,7 +50,7 @@ def training_view(
     *,
     crop_scale: tuple[float, float] = (0.08, 1.0),
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3),
-    interpolation: str = "bilinear",
+    interpolation: Interpolation = "bilinear",
     flip: float = 0.5,
     rand_augment: str | None = None,
     erasing: float = 0.0,
@@ -71,7 +71,7 @@ def training_view(
         std: of the model's input, in 0..1: the noise's, which is cut at black and white.
 
     Returns:
-        Callable, PIL RGB image -> uint8 (3, img_size, img_size).
+        Callable, `Picture` -> uint8 (3, img_size, img_size).
 
     Raises:
         UserError: that is no RandAugment.
@@ -79,10 +79,9 @@ def training_view(
     Source: distillation: Wei et al. 2022 (arXiv:2205.14141), as in the released code, crop and flip alone;
         classification: the same code, which takes timm's.
     """
-    steps: list[Any] = [_CropAndFlip(img_size, crop_scale, crop_ratio, _INTERPOLATIONS[interpolation], flip)]
+    steps: list[Any] = [_CropAndFlip(img_size, crop_scale, crop_ratio, interpolation, flip)]
     if rand_augment is not None:
-        steps.append(_seeded_rand_augment(rand_augment, img_size, mean))
-    steps.append(v2.PILToTensor())
+        steps += [v2.ToPILImage(), _seeded_rand_augment(rand_augment, img_size, mean), v2.PILToTensor()]
     if erasing:
         steps.append(_Erasing(erasing, mean, std))
     view: View = v2.Compose(steps)
@@ -90,28 +89,25 @@ def training_view(
 
 
 class _CropAndFlip:
-    """torchvision's RandomResizedCrop and RandomHorizontalFlip of a PIL image, without what looks for other inputs."""
+    """torchvision's RandomResizedCrop and RandomHorizontalFlip; the crop is drawn before the image is decoded."""
 
     def __init__(
         self,
         side: int,
         scale: tuple[float, float],
         ratio: tuple[float, float],
-        interpolation: InterpolationMode,
+        interpolation: Interpolation,
         flip: float,
     ) -> None:
-        self.crop = v2.RandomResizedCrop(side, scale, ratio, interpolation)
-        self.side, self.flip = side, flip
-        self.resample = pil_modes_mapping[interpolation]
+        self.crop = v2.RandomResizedCrop(side, scale, ratio)
+        self.side, self.interpolation, self.flip = side, interpolation, flip
 
-    def __call__(self, image: Image.Image) -> Image.Image:
-        place = self.crop.make_params([image])
-        left, top = place["left"], place["top"]
-        image = image.crop((left, top, left + place["width"], top + place["height"]))
-        if image.size != (self.side, self.side):
-            image = image.resize((self.side, self.side), self.resample)
+    def __call__(self, picture: Picture) -> torch.Tensor:
+        stand_in = torch.empty(1, 1, 1).expand(3, picture.height, picture.width)
+        box = Box(**self.crop.make_params([stand_in]))
+        pixels = picture.crop(box, self.side, self.interpolation)
         mirrored = torch.rand(1) < self.flip
-        return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if mirrored else image
+        return pixels.flip(-1) if mirrored else pixels
 
 
 def _seeded_rand_augment(description: str, img_size: int, mean: Sequence[float]) -> "_Seeded":
@@ -201,7 +197,7 @@ def evaluation_transform(
         interpolation: "bilinear", "bicubic", "nearest", ... (names of torchvision's InterpolationMode).
 
     Returns:
-        Callable, PIL RGB image -> uint8 (3, img_size, img_size).
+        Callable, `Picture` -> uint8 (3, img_size, img_size).
 
     Raises:
         UserError: unknown interpolation, or crop_fraction outside (0, 1].
@@ -215,7 +211,7 @@ def evaluation_transform(
     if not 0 < crop_fraction <= 1:
         raise UserError(f"crop_fraction must be in (0, 1], got {crop_fraction}; 0.875 is usual at 224 pixels")
     resize = v2.Resize(round(img_size / crop_fraction), _INTERPOLATIONS[interpolation])
-    view: View = v2.Compose([resize, v2.CenterCrop(img_size), v2.PILToTensor()])
+    view: View = v2.Compose([Picture.pil, resize, v2.CenterCrop(img_size), v2.PILToTensor()])
     return view
 
 
@@ -240,14 +236,15 @@ def contrastive_transform(
         grey: probability that a view loses its colour.
 
     Returns:
-        Callable, PIL RGB image -> uint8 (2, 3, img_size, img_size).
+        Callable, `Picture` -> uint8 (2, 3, img_size, img_size).
 
     Source: Chen et al. 2020 (arXiv:2002.05709), appendix A, with weaker jitter and without blur.
     """
     jitter = v2.ColorJitter(colour_jitter, colour_jitter, colour_jitter, colour_jitter / 4)
     view = v2.Compose(
         [
-            _CropAndFlip(img_size, crop_scale, crop_ratio, InterpolationMode.BILINEAR, flip),
+            _CropAndFlip(img_size, crop_scale, crop_ratio, "bilinear", flip),
+            v2.ToPILImage(),
             v2.RandomApply([jitter], p=0.8),
             v2.RandomGrayscale(grey),
             v2.PILToTensor(),
@@ -262,8 +259,8 @@ class _TwoViews:
     def __init__(self, view: View) -> None:
         self.view = view
 
-    def __call__(self, image: Image.Image) -> torch.Tensor:
-        return torch.stack([self.view(image), self.view(image)])
+    def __call__(self, picture: Picture) -> torch.Tensor:
+        return torch.stack([self.view(picture), self.view(picture)])
 
 
 def training_transform(recipe: Recipe, source: Source) -> Transform:

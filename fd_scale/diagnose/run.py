@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from rich.table import Table
 from torch import Tensor, nn
 
@@ -27,6 +26,7 @@ from fd_scale.checkpoint import newest_checkpoint, write_atomically
 from fd_scale.config import ModelConfig
 from fd_scale.data import (
     UNLABELLED,
+    Picture,
     Source,
     View,
     evaluation_batches,
@@ -245,8 +245,8 @@ class _WithoutTarget:
 
     view: View
 
-    def __call__(self, image: Image.Image, target: Any) -> tuple[Tensor, int]:
-        return self.view(image), UNLABELLED
+    def __call__(self, picture: Picture, target: Any) -> tuple[Tensor, int]:
+        return self.view(picture), UNLABELLED
 
 
 def _look(

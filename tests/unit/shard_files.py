@@ -39,4 +39,4 @@ def numbered(first: int, last: int) -> list[Member]:
 
 def level(source: Source, sample_id: int) -> int:
     """The level that an image was made with."""
-    return source.read(sample_id)[0].getpixel((0, 0))[0]
+    return source.read(sample_id)[0].pil().getpixel((0, 0))[0]

@@ -119,7 +119,7 @@ def test_every_setting_is_described() -> None:
     ("key", "value"),
     [
         ("model.img_size", 0), ("model.std", [0.5, 0.0, 0.5]),
-        ("data.num_workers", -1), ("data.max_bad_fraction", 1.5), ("data.flip", -0.1),
+        ("data.num_workers", -1), ("data.shard_window", -1), ("data.max_bad_fraction", 1.5), ("data.flip", -0.1),
         ("data.crop_scale", [0.0, 1.0]), ("data.crop_scale", [0.9, 0.5]), ("data.crop_scale", [0.5, 1.1]),
         ("data.crop_ratio", [0.0, 1.0]), ("data.crop_ratio", [2.0, 1.0]),
         ("optim.lr", 0.0), ("optim.lr", float("nan")), ("optim.lr", float("inf")), ("optim.eps", -1e-8),

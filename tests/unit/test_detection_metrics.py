@@ -231,7 +231,7 @@ class Guesser:
     def __init__(self, source: ObjectSource, last: float = math.inf) -> None:
         self.source, self.last = source, last
         self.calls: list[int] = []
-        self.sizes = {source.read(i)[0].tobytes(): i for i in range(len(source))}
+        self.sizes = {source.read(i)[0].pil().tobytes(): i for i in range(len(source))}
 
     def __call__(self, image_CHW: Tensor) -> Detections:
         if len(self.calls) >= self.last:

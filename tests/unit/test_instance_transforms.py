@@ -27,6 +27,7 @@ from fd_scale.data.instance_transforms import CopyPaste, InstanceCrop, cut, past
 from fd_scale.data.instances import packed, unpacked
 from fd_scale.data.mask_transforms import padded
 from fd_scale.data.objects import Window
+from fd_scale.data.picture import Picture
 from fd_scale.errors import UserError
 
 WriteObjects = Callable[..., str]
@@ -128,7 +129,7 @@ def test_pixels_and_masks_are_those_of_the_whole_resized_image(mirrored: bool) -
     for seed in range(30):
         torch.manual_seed(seed)
         crop = InstanceCrop(**(PLAIN | {"side": 32, "flip": float(mirrored)}))
-        pixels, instances = crop(image, objects)
+        pixels, instances = crop(Picture.of(image), objects)
         torch.manual_seed(seed)  # the same window
         factor = 32 * (0.5 + 1.5 * float(torch.rand(()))) / 50
         width, height = round(40 * factor), round(50 * factor)
@@ -180,7 +181,7 @@ def test_crowds_and_objects_without_outline() -> None:
 
 
 def test_sizes_lie_between_their_limits() -> None:
-    image = Image.new("RGB", (40, 20), (200, 0, 0))
+    image = Picture.of(Image.new("RGB", (40, 20), (200, 0, 0)))
     objects = some_objects(20, 40, [[0, 0, 40, 20]])
     shares = []
     for seed in range(200):
@@ -195,7 +196,8 @@ def test_sizes_lie_between_their_limits() -> None:
 
 
 def test_photometric_distortion_is_the_images_alone() -> None:
-    image, objects = Image.new("RGB", (40, 40), (120, 60, 30)), some_objects(40, 40, [[5, 5, 20, 20]])
+    image = Picture.of(Image.new("RGB", (40, 40), (120, 60, 30)))
+    objects = some_objects(40, 40, [[5, 5, 20, 20]])
     changed = 0
     for seed in range(20):
         found = []
@@ -322,7 +324,7 @@ def test_copy_paste_needs_masks_and_passes_over_bad_images(
 
 
 def test_an_evaluation_sees_all_of_an_image() -> None:
-    image = Image.new("RGB", (40, 20))
+    image = Picture.of(Image.new("RGB", (40, 20)))
     objects = some_objects(20, 40, [[-5, 2, 10, 10], [30, 10, 10.01, 10], [50, 0, 5, 5], [3, 3, 0, 5]])
     pixels, found = whole_with_objects(image, objects)
     assert pixels.shape == (3, 20, 40)

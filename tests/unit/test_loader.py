@@ -272,6 +272,20 @@ def test_first_bad_sample_is_judged_over_the_data_set(
         take(make_loader(damaged, max_bad_fraction=0), 1)
 
 
+def test_an_image_whose_pixels_alone_are_damaged_is_replaced(folder: Path, tmp_path: Path) -> None:
+    """A JPEG file is decoded within the transform, after its crop is drawn."""
+    for number in range(NUM_SAMPLES):
+        (tmp_path / f"{number:02}").mkdir()
+        Image.open(folder / f"{number:02}" / "image.png").save(tmp_path / f"{number:02}" / "image.jpg")
+    ((healthy,),) = take(make_loader(open_source(f"imagefolder:{tmp_path}")), 1)
+    file = tmp_path / f"{int(healthy.labels[3]):02}" / "image.jpg"
+    file.write_bytes(file.read_bytes()[:-30])
+    ((found,),) = take(make_loader(open_source(f"imagefolder:{tmp_path}"), max_bad_fraction=1), 1)
+    assert found.num_bad == 1
+    same = (found.images == healthy.images).flatten(1).all(1)
+    assert same.logical_not().nonzero().tolist() == [[3]]
+
+
 def test_nothing_decodable_is_an_error(damage: Callable[[set[int]], Source]) -> None:
     damaged = damage(set(range(NUM_SAMPLES)))
     with pytest.raises(UserError, match=r"in a row cannot be decoded: .*image\.png"):

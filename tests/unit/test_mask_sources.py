@@ -15,6 +15,7 @@ from pycocotools.coco import COCO
 from fd_scale.data import open_source
 from fd_scale.data.decode import DecodeError
 from fd_scale.data.masks import ade20k_names
+from fd_scale.data.picture import Picture
 from fd_scale.errors import UserError
 
 Write = Callable[..., str]
@@ -58,7 +59,8 @@ def test_parquet_gives_what_the_files_give(shapes: Path, tmp_path: Path) -> None
     for source in (rows, pickle.loads(pickle.dumps(rows))):
         for sample_id in range(5):
             for part, expected in zip(source.read(sample_id), files.read(sample_id), strict=True):
-                np.testing.assert_array_equal(np.asarray(part), np.asarray(expected))
+                images = [each.pil() if isinstance(each, Picture) else each for each in (part, expected)]
+                np.testing.assert_array_equal(*images)
     assert rows.name(4) == f"{tmp_path}/train-1.parquet:1"
     before = rows.fingerprint
     (tmp_path / "classes.txt").write_text("-\ndisc\nsquare\n")

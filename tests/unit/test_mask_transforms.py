@@ -6,15 +6,16 @@ import torch
 from PIL import Image
 
 from fd_scale.data.mask_transforms import MaskCrop, distorted, largest_share, whole_with_mask
+from fd_scale.data.picture import Picture
 
 PLAIN = {"resize": (1.0, 1.0), "max_class_share": 1.0, "flip": 0.0, "distort": False, "fill": (10, 20, 30)}
 
 
-def coded(height: int, width: int) -> tuple[Image.Image, Image.Image]:
+def coded(height: int, width: int) -> tuple[Picture, Image.Image]:
     """An image that tells its mask: red is the class times 10, in columns of 8 pixels."""
     mask = np.broadcast_to(np.arange(width) // 8, (height, width)).astype(np.uint8)
     pixels = np.stack([mask * 10, mask * 0, mask * 0], axis=2).astype(np.uint8)
-    return Image.fromarray(pixels), Image.fromarray(np.ascontiguousarray(mask))
+    return Picture.of(Image.fromarray(pixels)), Image.fromarray(np.ascontiguousarray(mask))
 
 
 @pytest.mark.parametrize("flip", [0.0, 1.0])
@@ -37,7 +38,7 @@ def test_image_and_mask_are_cut_alike(flip: float) -> None:
 
 def test_resize_lies_between_its_limits() -> None:
     crop = MaskCrop(64, **(PLAIN | {"resize": (0.5, 2.0)}))
-    image, mask = Image.new("RGB", (40, 20)), Image.new("L", (40, 20))
+    image, mask = Picture.of(Image.new("RGB", (40, 20))), Image.new("L", (40, 20))
     shares = []
     for seed in range(200):
         torch.manual_seed(seed)
@@ -53,7 +54,7 @@ def test_resize_lies_between_its_limits() -> None:
 def test_crops_with_one_class_are_tried_again() -> None:
     mask = np.zeros((64, 64), dtype=np.uint8)
     mask[:, 48:] = 1
-    image = Image.new("RGB", (64, 64))
+    image = Picture.of(Image.new("RGB", (64, 64)))
     found = {}
     for share in (0.75, 1.0):
         crop = MaskCrop(24, **(PLAIN | {"max_class_share": share, "resize": (64 / 24, 64 / 24)}))
@@ -69,7 +70,7 @@ def test_an_ignored_crop_is_taken_only_where_there_is_no_other() -> None:
     mask[:32, :32] = 5
     crop = MaskCrop(24, **(PLAIN | {"max_class_share": 0.75, "resize": (64 / 24, 64 / 24)}))
     torch.manual_seed(0)
-    image = Image.new("RGB", (64, 64))
+    image = Picture.of(Image.new("RGB", (64, 64)))
     crops = [crop(image, Image.fromarray(mask))[1] for _ in range(50)]
     assert all((crop == 5).any() for crop in crops)
     assert (crop(image, Image.new("L", (64, 64), 255))[1] == 255).all()

@@ -29,7 +29,7 @@ def png(level: int) -> bytes:
 
 def level(source: Source, sample_id: int) -> int:
     """The number that `png` was called with for a sample."""
-    return source.read(sample_id)[0].getpixel((0, 0))[0]
+    return source.read(sample_id)[0].pil().getpixel((0, 0))[0]
 
 
 def write_parquet(path: Path, images: list, labels: list | None, names: list[str] | None = None) -> None:
@@ -65,8 +65,8 @@ def test_digits_are_split_without_overlap() -> None:
     assert train.class_names == [str(digit) for digit in range(10)]
     assert train.num_classes == 10
     image, label = test.read(0)
-    assert (image.mode, image.size, label) == ("RGB", (8, 8), 0)
-    assert max(np.asarray(train.read(i)[0]).max() for i in range(20)) == 255
+    assert (image.pil().mode, image.size, label) == ("RGB", (8, 8), 0)
+    assert max(np.asarray(train.read(i)[0].pil()).max() for i in range(20)) == 255
     # Every 6th: each digit has 174 to 183 images, so about 30 in the test part.
     assert min(np.bincount([test.read(i)[1] for i in range(300)])) > 20
     assert train.fingerprint != test.fingerprint

@@ -35,8 +35,8 @@ def test_images_of_every_kind_with_their_labels(tmp_path: Path) -> None:
         (3, 90, 6),
         (4, 3, -1),
     ]
-    assert {source.read(i)[0].mode for i in range(3)} == {"RGB"}
-    assert source.read(0)[0].getpixel((0, 0)) == (9, 9, 9)
+    assert {source.read(i)[0].pil().mode for i in range(3)} == {"RGB"}
+    assert source.read(0)[0].pil().getpixel((0, 0)) == (9, 9, 9)
     assert [source.key(i) for i in range(3)] == ["one", "deep/er/two", "three"]
     assert source.name(1) == f"{path}:deep/er/two.PNG"
 

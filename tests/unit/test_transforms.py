@@ -10,6 +10,7 @@ from PIL import Image
 from timm.data import create_transform
 from torchvision.transforms import InterpolationMode, v2
 
+from fd_scale.data.picture import Picture
 from fd_scale.data.transforms import _posterize, contrastive_transform, evaluation_transform, training_view
 from fd_scale.errors import UserError
 
@@ -37,7 +38,7 @@ def left_half_white() -> Image.Image:
 )
 @pytest.mark.parametrize("size", [(48, 32), (1, 1), (1, 40)], ids=str)
 def test_result_is_uint8_of_the_asked_size(transform, shape, size) -> None:
-    image = Image.new("RGB", size, (255, 128, 0))
+    image = Picture.of(Image.new("RGB", size, (255, 128, 0)))
     result = pickle.loads(pickle.dumps(transform))(image)  # workers get a pickled copy
     assert result.shape == shape
     assert result.dtype == torch.uint8
@@ -50,34 +51,35 @@ def test_torchs_default_generator_decides_everything(make, noise: Image.Image) -
     for seed in (0, 0, 1):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            results.append(transform(noise))
+            results.append(transform(Picture.of(noise)))
     assert torch.equal(results[0], results[1])
     assert not torch.equal(results[0], results[2])
 
 
 @pytest.mark.parametrize("mode", [InterpolationMode.BILINEAR, InterpolationMode.BICUBIC])
 def test_crop_and_flip_are_torchvisions(noise: Image.Image, mode: InterpolationMode) -> None:
+    noise = noise.point(lambda level: 64 + level // 2)  # see below
     theirs = v2.Compose(
-        [
-            v2.RandomResizedCrop(20, (0.2, 1.0), (0.75, 1.5), mode),
-            v2.RandomHorizontalFlip(0.4),
-            v2.PILToTensor(),
-        ]
+        [v2.RandomResizedCrop(20, (0.2, 1.0), (0.75, 1.5), mode), v2.RandomHorizontalFlip(0.4)]
     )
     ours = training_view(
         20, crop_scale=(0.2, 1.0), crop_ratio=(0.75, 1.5), interpolation=mode.value, flip=0.4
     )
     for seed in range(50):
-        torch.manual_seed(seed)
-        expected = theirs(noise)
-        torch.manual_seed(seed)
-        assert torch.equal(ours(noise), expected)
+        found = []
+        for image in (Picture.of(noise), noise, v2.functional.pil_to_tensor(noise)):
+            torch.manual_seed(seed)
+            found.append(ours(image) if isinstance(image, Picture) else theirs(image))
+        assert torch.equal(found[0], found[2]), "torchvision's of a tensor"
+        # Pillow and torch round weights, and what lies between the two passes, to other fractions. Levels are far from
+        # black and white, beyond which bicubic weights lead: the two cut that off at different places.
+        assert (found[0].int() - v2.functional.pil_to_tensor(found[1]).int()).abs().max() <= 1
 
 
 def test_distillation_of_the_whole_image_is_the_image(noise: Image.Image) -> None:
     square = noise.crop((0, 0, 32, 32))
     transform = training_view(32, crop_scale=(1, 1), crop_ratio=(1, 1), flip=0)
-    assert np.array_equal(transform(square).permute(1, 2, 0), np.asarray(square))
+    assert np.array_equal(transform(Picture.of(square)).permute(1, 2, 0), np.asarray(square))
 
 
 @pytest.mark.parametrize(("flip", "expected_share"), [(0, 0), (1, 1), (0.5, 0.5)])
@@ -85,27 +87,29 @@ def test_flip_probability(flip: float, expected_share: float, left_half_white: I
     transform = training_view(16, crop_scale=(1, 1), crop_ratio=(1, 1), flip=flip)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        flipped = [transform(left_half_white)[0, 0, 0].item() == 0 for _ in range(200)]
+        flipped = [transform(Picture.of(left_half_white))[0, 0, 0].item() == 0 for _ in range(200)]
     # Standard deviation of the share at 0.5 is 0.035; 4 of those.
     assert abs(np.mean(flipped) - expected_share) <= (0.14 if flip == 0.5 else 0)
 
 
 def test_evaluation_keeps_the_centre() -> None:
     grid_HW = np.add.outer(10 * np.arange(8), np.arange(8)).astype(np.uint8)
-    image = Image.fromarray(grid_HW).convert("RGB")
+    image = Picture.of(Image.fromarray(grid_HW).convert("RGB"))
     transform = evaluation_transform(4, crop_fraction=0.5, interpolation="nearest")
     assert np.array_equal(transform(image)[0], grid_HW[2:6, 2:6])
 
 
 def test_evaluation_interpolation_is_used(noise: Image.Image) -> None:
-    results = [evaluation_transform(16, interpolation=name)(noise) for name in ("bilinear", "bicubic")]
+    results = [
+        evaluation_transform(16, interpolation=name)(Picture.of(noise)) for name in ("bilinear", "bicubic")
+    ]
     assert not torch.equal(*results)
 
 
 def test_contrastive_views_differ_from_each_other(noise: Image.Image) -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        first, second = contrastive_transform(16)(noise)
+        first, second = contrastive_transform(16)(Picture.of(noise))
     assert not torch.equal(first, second)
 
 
@@ -113,12 +117,12 @@ def test_contrastive_options_can_all_be_switched_off(left_half_white: Image.Imag
     transform = contrastive_transform(
         16, crop_scale=(1, 1), crop_ratio=(1, 1), flip=0, colour_jitter=0, grey=0
     )
-    for view in transform(left_half_white):
+    for view in transform(Picture.of(left_half_white)):
         assert np.array_equal(view.permute(1, 2, 0), np.asarray(left_half_white))
 
 
 def test_contrastive_grey_removes_colour(noise: Image.Image) -> None:
-    views = contrastive_transform(16, grey=1)(noise)
+    views = contrastive_transform(16, grey=1)(Picture.of(noise))
     assert torch.equal(views[:, 0], views[:, 1])
     assert torch.equal(views[:, 0], views[:, 2])
 
@@ -146,9 +150,9 @@ def test_rand_augment_is_timms_and_leaves_the_generators_alone(noise: Image.Imag
     changed = 0
     for seed in range(20):
         torch.manual_seed(seed)
-        found = view(noise)
+        found = view(Picture.of(noise))
         torch.manual_seed(seed)
-        plain = training_view(48, **whole)(noise)
+        plain = training_view(48, **whole)(Picture.of(noise))
         drawn = int(torch.randint(2**32, ()))
         assert random.getstate() == before[0]
         assert (np.random.get_state()[1] == before[1][1]).all()
@@ -163,7 +167,7 @@ def test_rand_augment_is_timms_and_leaves_the_generators_alone(noise: Image.Imag
 
 
 def test_erasing_puts_noise_into_one_rectangle() -> None:
-    image = Image.new("RGB", (64, 64), (10, 200, 90))
+    image = Picture.of(Image.new("RGB", (64, 64), (10, 200, 90)))
     view = training_view(64, flip=0, erasing=0.5, mean=(0.5, 0.4, 0.6), std=(0.1, 0.2, 0.1))
     erased = []
     for seed in range(60):
@@ -196,7 +200,7 @@ def test_every_operation_at_every_strength(noise: Image.Image, magnitude: int) -
     view = training_view(32, rand_augment=f"m{magnitude}-n12-p1-inc1", erasing=0.5)
     for seed in range(20):
         torch.manual_seed(seed)
-        assert view(noise).shape == (3, 32, 32)
+        assert view(Picture.of(noise)).shape == (3, 32, 32)
 
 
 def test_no_bits_are_black(noise: Image.Image) -> None:

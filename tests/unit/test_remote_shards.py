@@ -1,0 +1,432 @@
+"""Shards in stores: the same samples as from files, a bounded cache, and each fault is survived or named."""
+
+import errno
+import multiprocessing
+import os
+import pickle
+import re
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from fake_store import FakeStore, failing, serve
+from shard_files import image_file, level, numbered, write_tar
+
+from fd_scale.cli import main
+from fd_scale.config import SourceConfig
+from fd_scale.data import ImageAlone, TrainLoader, evaluation_transform, open_source, store
+from fd_scale.data.remote_shards import RemoteShards
+from fd_scale.data.shards import TarSource
+from fd_scale.errors import UserError
+
+COUNTS = (5, 3, 6, 4)
+LEVELS = [40 * shard + number for shard, count in enumerate(COUNTS) for number in range(count)]
+
+
+@pytest.fixture(autouse=True)
+def quick(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setattr(store, "FIRST_PAUSE_S", 0.01)
+    monkeypatch.setattr(store, "CHUNK_BYTES", 8192)
+    store._counts.clear()
+
+
+@pytest.fixture
+def local(tmp_path: Path) -> str:
+    for shard, count in enumerate(COUNTS):
+        write_tar(tmp_path / f"set/{shard}.tar", numbered(40 * shard, 40 * shard + count))
+    return f"tar:{tmp_path}/set/{{0..3}}.tar"
+
+
+@pytest.fixture
+def remote(local: str, tmp_path: Path) -> Iterator[FakeStore]:
+    with serve() as fake:
+        fake.files = {f"/set/{file.name}": file.read_bytes() for file in (tmp_path / "set").iterdir()}
+        yield fake
+
+
+def opened(fake: FakeStore) -> TarSource:
+    source = open_source(f"tar:{fake.url}/set/{{0..3}}.tar")
+    assert isinstance(source, TarSource)
+    return source
+
+
+def levels(source: TarSource) -> list[int]:
+    found = [level(source, sample_id) for sample_id in range(len(source))]
+    assert found == [source.read(sample_id)[1] for sample_id in range(len(source))]
+    return found
+
+
+def one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FD_SHARD_CACHE_GIB", "0")
+
+
+def impatient(monkeypatch: pytest.MonkeyPatch, fault: str | int) -> None:
+    """Elsewhere a slow machine should not look like a slow store."""
+    if fault == "hang":
+        monkeypatch.setattr(store, "TIMEOUT_S", 0.4)
+
+
+def shards_kept(tmp_path: Path) -> list[Path]:
+    return sorted(tmp_path.glob("cache/fd-scale/shards/*.tar"))
+
+
+def test_the_same_samples_as_from_files(remote: FakeStore, local: str) -> None:
+    import fsspec
+
+    memory = fsspec.filesystem("memory")
+    for path, data in remote.files.items():
+        memory.pipe_file(path, data)
+    files = open_source(local)
+    for spec in (
+        "memory://set/{0..3}.tar",
+        "memory://set/*.tar",
+        f"{remote.url}/set/*.tar",
+        f"{remote.url}/set/{{0..3}}.tar",
+    ):
+        source = open_source(f"tar:{spec}")
+        assert isinstance(source, TarSource)
+        assert levels(source) == LEVELS
+        assert source.fingerprint == files.fingerprint, "a run may move"
+        assert source.name(5).endswith("/set/1.tar:0040.png")
+        assert level(pickle.loads(pickle.dumps(source)), 17) == LEVELS[17]
+    memory.rm("/set", recursive=True)
+
+
+def test_headers_and_shards_are_read_once(remote: FakeStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store, "CHUNK_BYTES", 2**20)  # as usual, more than from one header to the next
+    source = opened(remote)
+    size = sum(map(len, remote.files.values()))
+    assert remote.sent.total() == size, "the index takes all of a shard, with its labels, once"
+    remote.forget()
+    assert levels(source) == LEVELS
+    assert levels(pickle.loads(pickle.dumps(source))) == LEVELS
+    assert remote.sent.total() == size, "a whole shard each"
+    remote.forget()
+    assert levels(opened(remote)) == LEVELS
+    assert remote.num_reads() == 0, "a later start asks for versions alone"
+
+
+def test_one_request_an_image_where_shards_do_not_fit(
+    remote: FakeStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    size = sum(map(len, remote.files.values()))
+    monkeypatch.setenv("FD_SHARD_CACHE_GIB", str((size - 1) / 2**30))
+    source = opened(remote)
+    remote.forget()
+    assert [level(source, sample_id) for sample_id in range(18)] == LEVELS
+    assert remote.num_reads() == 18
+    assert remote.sent.total() == sum(source.index.sizes_N)
+    assert sum(remote.asked.values()) == 18 + 4, "a version of each shard"
+    assert not shards_kept(tmp_path)
+
+
+def test_the_cache_is_bounded_and_keeps_what_is_used(
+    remote: FakeStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    largest = max(map(len, remote.files.values()))
+    monkeypatch.setenv("FD_SHARD_CACHE_GIB", str(2 * largest / 2**30))
+    source = opened(remote)
+    source.keep_shards(2)
+    remote.forget()
+    first = source.index.first_S.tolist()
+    before = len(os.listdir("/proc/self/fd"))
+
+    def read(shard: int) -> None:
+        assert level(source, first[shard]) == 40 * shard
+        held = shards_kept(tmp_path)
+        assert sum(file.stat().st_size for file in held) <= 2 * largest
+        for age, file in enumerate(sorted(held, key=lambda file: file.stat().st_mtime)):
+            os.utime(file, (time.time() - 1000 + age, time.time() - 1000 + age))
+
+    for shard in (0, 1, 0, 2, 0, 3, 0):  # 0 is used again and again
+        read(shard)
+    sizes = {path: len(data) for path, data in remote.files.items()}
+    assert remote.sent == sizes
+    read(1)
+    assert remote.sent == sizes | {"/set/1.tar": 2 * sizes["/set/1.tar"]}, "was thrown out"
+    assert len(os.listdir("/proc/self/fd")) - before <= 2, (
+        "connections; no shard stays open, so what goes is gone"
+    )
+    source.keep_shards(3)
+    assert source.shards.whole, "never less than was said before"
+
+
+def test_a_micro_batch_is_asked_for_at_once(remote: FakeStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    one_by_one(monkeypatch)
+    twice = open_source([SourceConfig(source=f"tar:{remote.url}/set/{{0..3}}.tar", weight=2)])
+    remote.delay_s, remote.most_at_once = 0.1, 0
+    remote.forget()
+    loader = TrainLoader(
+        twice, ImageAlone(evaluation_transform(4)), seed=0, global_batch=36, micro_batch=18, rank=0, world_size=1,
+        num_workers=0,
+    )  # fmt: skip
+    batches = next(loader.iterate(0))
+    assert sorted(torch.cat([batch.images[:, 0, 0, 0] for batch in batches]).tolist()) == sorted(LEVELS * 2)
+    assert remote.num_reads() == 36
+    assert remote.most_at_once >= 8
+    remote.fault = failing(404, times=-1)
+    with pytest.raises(UserError, match="is not there any more"):
+        next(loader.iterate(1))
+
+
+def test_a_window_that_does_not_fit_is_said(
+    remote: FakeStore, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("FD_SHARD_CACHE_GIB", str(2 * max(map(len, remote.files.values())) / 2**30))
+    source = opened(remote)
+    source.keep_shards(3)
+    assert "3 shards at a time take 0.0: images are read one by one; set FD_SHARD_CACHE_GIB" in caplog.text
+    assert levels(source) == LEVELS
+
+
+def first_read(source: TarSource) -> int:
+    return level(source, 0)
+
+
+def test_processes_download_a_shard_once(remote: FakeStore) -> None:
+    source = opened(remote)
+    remote.forget()
+    remote.fault = lambda method, path: time.sleep(0.05)
+    with multiprocessing.get_context("fork").Pool(3) as pool:
+        assert pool.map(first_read, [source] * 3, chunksize=1) == [0, 0, 0]
+    assert remote.sent == {"/set/0.tar": len(remote.files["/set/0.tar"])}
+
+
+@pytest.mark.parametrize("fault", [503, 429, "reset", "cut", "short", "hang"])
+@pytest.mark.parametrize("kept", [True, False], ids=["kept", "one by one"])
+def test_a_fault_that_passes(
+    remote: FakeStore,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    fault: str | int,
+    kept: bool,
+) -> None:
+    if not kept:
+        one_by_one(monkeypatch)
+    source = opened(remote)
+    impatient(monkeypatch, fault)
+    # aiohttp itself asks again after a reset, of each of three ranges that are asked for at once.
+    remote.fault = failing(fault, times=4 if fault == "reset" else 2)
+    assert levels(source) == LEVELS
+    assert f"{remote.url}/set/0.tar: " in caplog.text
+    assert re.search(r"tries of a store that failed: [124] until now", caplog.text), (
+        "aiohttp itself tries a reset again"
+    )
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        (503, "cannot be read: .* 503.*, tried 5 times; check the store"),
+        ("reset", "cannot be read: .*, tried 5 times"),
+        ("cut", "cannot be read: .*, tried 5 times"),
+        ("short", r"cannot be read: EOFError: it gave \d+ of \d+ bytes from \d+ on, tried 5 times"),
+        ("hang", "cannot be read: no answer within 0.4 s, tried 5 times"),
+        (400, "cannot be read: .* 400.*, tried 1 times"),
+        (403, "may not be read .* 403.* check this host's credentials"),
+        (404, "is not there any more"),
+        ("whole", "the store gives whole files, not ranges of them"),
+    ],
+)
+@pytest.mark.parametrize("kept", [True, False], ids=["kept", "one by one"])
+def test_a_fault_that_stays(
+    remote: FakeStore,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    fault: str | int,
+    message: str,
+    kept: bool,
+) -> None:
+    if not kept:
+        one_by_one(monkeypatch)
+    source = opened(remote)
+    impatient(monkeypatch, fault)
+    remote.fault = failing(fault, times=-1)
+    began = time.monotonic()
+    with pytest.raises(UserError, match=f"^{re.escape(remote.url)}/set/0.tar: {message}"):
+        source.read(0)
+    assert time.monotonic() - began < 20
+    remote.fault = lambda method, path: None
+    assert levels(source) == LEVELS, "what was begun is no hindrance"
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        (404, "/set/0.tar: is not there, as 4 of 4 files; check the address"),
+        (500, "/set/.*.tar: cannot be read: .* 500"),
+        ("hang", "/set/.*.tar: cannot be read: no answer within"),
+        ("no size", "/set/.*.tar: the store does not tell its size"),
+    ],
+)
+def test_a_store_that_fails_at_the_start(
+    remote: FakeStore, monkeypatch: pytest.MonkeyPatch, fault: str | int, message: str
+) -> None:
+    impatient(monkeypatch, fault)
+    remote.fault = lambda method, path: fault
+    with pytest.raises(UserError, match=message):
+        opened(remote)
+
+
+@pytest.mark.parametrize("kept", [True, False], ids=["kept", "one by one"])
+@pytest.mark.parametrize("num_images", [5, 12], ids=["another version", "another size"])
+def test_a_shard_that_changes(
+    remote: FakeStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kept: bool, num_images: int
+) -> None:
+    if not kept:
+        one_by_one(monkeypatch)
+    source = opened(remote)
+    changed = write_tar(tmp_path / "changed.tar", numbered(200, 200 + num_images)).read_bytes()
+    assert (len(changed) == len(remote.files["/set/0.tar"])) == (num_images == 5)
+    remote.files["/set/0.tar"] = changed
+    with pytest.raises(
+        UserError, match=r"/set/0.tar: has changed since its index was made, and has \d+ bytes now"
+    ):
+        source.read(0)
+    assert level(source, 5) == 40, "the others have not"
+    assert levels(opened(remote)) == [*range(200, 200 + num_images), *LEVELS[5:]]
+
+
+def test_a_shard_that_changes_while_it_is_indexed(remote: FakeStore) -> None:
+    def changes(method: str, path: str) -> None:
+        if method == "GET":
+            remote.files["/set/3.tar"] = remote.files["/set/2.tar"]
+
+    remote.fault = changes
+    with pytest.raises(UserError, match=r"/set/3.tar: "):
+        opened(remote)
+
+
+@pytest.mark.parametrize("fault", ["full", "unwritable"])
+def test_a_cache_that_cannot_be_written(
+    remote: FakeStore,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    fault: str,
+) -> None:
+    def full(*arguments: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    if fault == "full":
+        monkeypatch.setattr(os, "posix_fallocate", full)
+    else:
+        monkeypatch.setenv("FD_SHARD_CACHE", str(tmp_path / "set/0.tar/shards"))
+    source = opened(remote)
+    remote.forget()
+    assert [level(source, sample_id) for sample_id in range(18)] == LEVELS
+    assert remote.num_reads() == 18
+    assert caplog.text.count("its images are read one by one; make room, or set FD_SHARD_CACHE") == 1
+    assert "shards that could not be kept: 1 until now" in caplog.text
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
+def test_a_kept_shard_that_is_damaged_is_read_from_the_store(remote: FakeStore, tmp_path: Path) -> None:
+    source = opened(remote)
+    assert level(source, 0) == 0
+    os.truncate(shards_kept(tmp_path)[0], 100)
+    assert levels(source) == LEVELS
+
+
+def test_a_bad_member_and_evil_names(remote: FakeStore, tmp_path: Path) -> None:
+    bad = write_tar(tmp_path / "bad.tar", [("0.png", image_file(0)[:40]), ("1.png", image_file(7))])
+    remote.files["/set/0.tar"] = bad.read_bytes()
+    source = opened(remote)
+    loader = TrainLoader(
+        source, ImageAlone(evaluation_transform(4)), seed=0, global_batch=15, micro_batch=15, rank=0, world_size=1,
+        num_workers=0, max_bad_fraction=0.1,
+    )  # fmt: skip
+    assert next(loader.iterate(0))[0].num_bad == 1, "counted, and replaced"
+    for name in ("../evil.png", "/etc/evil.png"):
+        evil = write_tar(tmp_path / "evil.tar", [(name, b"")])
+        remote.files["/set/0.tar"] = evil.read_bytes()
+        with pytest.raises(
+            UserError, match=r"/set/0.tar: member '.*evil.png' is refused, its path leads out"
+        ):
+            opened(remote)
+
+
+def test_a_fault_in_a_worker_is_its_sentence(remote: FakeStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    one_by_one(monkeypatch)
+    source = opened(remote)
+    del remote.files["/set/2.tar"]
+    loader = TrainLoader(
+        source, ImageAlone(evaluation_transform(4)), seed=0, global_batch=18, micro_batch=6, rank=0, world_size=1,
+        num_workers=1,
+    )  # fmt: skip
+    with pytest.raises(
+        UserError, match=r"^http\S+/set/2.tar: is not there any more; put it back, or start again.*$"
+    ):
+        next(loader.iterate(0))
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("tar:s3://bucket/0.tar", "s3://: needs s3fs, which is not installed; run: pip install s3fs"),
+        ("tar:gs://bucket/0.tar", "gs://: needs gcsfs, which is not installed"),
+        ("tar:nosuch://bucket/0.tar", "nosuch://: no store is known by this name; expected one of http,"),
+        ("tar:memory://bucket/{3..1}.tar", "the range in braces is empty"),
+        ("tar:memory://bucket/*.tar", r"bucket/\*.tar: matches no file that the store lists"),
+        ("tar:memory://bucket/0.tar", "bucket/0.tar: is not there"),
+        ("parquet:memory://bucket/0.parquet", "from a store only tar shards are read"),
+    ],
+)
+def test_wrong_addresses(monkeypatch: pytest.MonkeyPatch, spec: str, message: str) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "s3fs", None)
+    monkeypatch.setitem(__import__("sys").modules, "gcsfs", None)
+    with pytest.raises(UserError, match=message):
+        open_source(spec)
+
+
+@pytest.mark.parametrize("given", ["much", "inf", "nan"])
+def test_a_size_of_the_cache_that_is_none(
+    remote: FakeStore, monkeypatch: pytest.MonkeyPatch, given: str
+) -> None:
+    monkeypatch.setenv("FD_SHARD_CACHE_GIB", given)
+    with pytest.raises(UserError, match=f"FD_SHARD_CACHE_GIB: got '{given}', expected a number of GiB"):
+        opened(remote)
+
+
+def test_what_a_worker_gets_is_small(remote: FakeStore) -> None:
+    source = opened(remote)
+    assert isinstance(source.shards, RemoteShards)
+    assert levels(source) == LEVELS
+    assert len(pickle.dumps(source)) < 1500, "no arrays"
+
+
+def test_an_index_beside_the_shards(
+    remote: FakeStore, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "copy.index"
+    spec = f"tar:{remote.url}/set/{{0..3}}.tar"
+    main(["index", spec, "--out", str(out)])
+    printed = capsys.readouterr().out
+    assert f"{spec}: 18 images, 124 classes, 4 shards of" in printed
+    assert f"{out}: a copy; beside shards in a store, as fd-scale.index" in printed
+    remote.files["/set/fd-scale.index"] = out.read_bytes()
+    fresh_cache(tmp_path)
+    remote.forget()
+    source = opened(remote)
+    assert remote.sent.total() == len(out.read_bytes()), "no headers"
+    assert levels(source) == LEVELS
+    remote.files["/set/2.tar"] = write_tar(tmp_path / "2.tar", numbered(7, 9)).read_bytes()
+    fresh_cache(tmp_path)
+    assert levels(opened(remote)) == [*LEVELS[:8], 7, 8, *LEVELS[14:]], "what has changed is read"
+    for damaged in (out.read_bytes()[:-20], b"", b"x" * 1000):
+        remote.files["/set/fd-scale.index"] = damaged
+        fresh_cache(tmp_path)
+        assert levels(opened(remote)) == [*LEVELS[:8], 7, 8, *LEVELS[14:]], "a damaged one spares nothing"
+    with pytest.raises(SystemExit, match="2"):
+        main(["index", spec, "--out", str(tmp_path)])
+    assert f"--out: {tmp_path} cannot be written (Is a directory)" in capsys.readouterr().err
+
+
+def fresh_cache(tmp_path: Path) -> None:
+    for file in tmp_path.glob("cache/fd-scale/*.index"):
+        file.unlink()
