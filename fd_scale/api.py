@@ -338,6 +338,7 @@ def _loader(recipe: Recipe, source: Source, micro_batch: int, world: World) -> T
         rank=world.rank,
         world_size=world.size,
         num_workers=num_workers,
+        crops=recipe.data.crops,
         max_bad_fraction=recipe.data.max_bad_fraction,
         pin_memory=world.device.type == "cuda",
     )

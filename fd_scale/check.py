@@ -237,6 +237,7 @@ def _length(subject: _Subject) -> str:
         rank=0,
         world_size=subject.num_ranks,
         num_workers=0,
+        crops=recipe.data.crops,
     )
     return f"{loader.steps_per_epoch} steps an epoch"
 
