@@ -377,6 +377,7 @@ def _loader(recipe: Recipe, source: Source, micro_batch: int, world: World) -> T
         world_size=world.size,
         num_workers=num_workers,
         shard_window=recipe.data.shard_window,
+        crops=recipe.data.crops,
         max_bad_fraction=recipe.data.max_bad_fraction,
         pin_memory=world.device.type == "cuda",
         features=files,

@@ -239,6 +239,7 @@ def _length(subject: _Subject) -> str:
         world_size=subject.num_ranks,
         num_workers=0,
         shard_window=recipe.data.shard_window,
+        crops=recipe.data.crops,
     )
     return f"{loader.steps_per_epoch} steps an epoch"
 

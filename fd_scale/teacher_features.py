@@ -20,6 +20,7 @@ import torch
 from fd_scale import log, run_folder
 from fd_scale.config import FeaturesConfig, Recipe
 from fd_scale.data import Batch, FeatureFiles, Source, Transform, training_transform, view_batches
+from fd_scale.data.loader import NUM_REPLACEMENTS
 from fd_scale.distill import built_teachers, codec_of
 from fd_scale.distributed import World
 from fd_scale.errors import UserError
@@ -29,7 +30,7 @@ from fd_scale.randomness import initial_seed
 FORMAT = 1
 # Of a run's identity, what decides the features: the images, how they are cut, the teachers and their arithmetic.
 _DECIDING = re.compile(
-    r"seed|data_fingerprint|train\.precision|data\.(crop_scale|crop_ratio|flip|interpolation|rand_augment|erasing)|"
+    r"seed|data_fingerprint|train\.precision|data\.(crops|crop_scale|crop_ratio|flip|interpolation|rand_augment|erasing)|"
     r"model\.(img_size|mean|std)|distill\.features\.(views|precision)|"
     r"distill\.teachers\.\d+\.(model\..*|target|layers|precision)"
 )
@@ -43,6 +44,8 @@ class Part:
     transform: Transform
     files: FeatureFiles
     identity: dict[str, Any]
+    crops: int
+    """Of each image, in one view; a record holds the features of all of them."""
     num_replacements: int
     """Others that are tried in place of an image that cannot be decoded."""
 
@@ -55,12 +58,13 @@ class Part:
 def train_part(recipe: Recipe, source: Source) -> Part:
     """Returns the views of a training's images, for a resolved recipe with `distill.features`."""
     section = _section(recipe)
-    return _part(recipe, "train", source, training_transform(recipe, source), section.views, 16)
+    transform = training_transform(recipe, source)
+    return _part(recipe, "train", source, transform, section.views, recipe.data.crops, NUM_REPLACEMENTS)
 
 
 def evaluation_part(recipe: Recipe, images: EvaluationSet) -> Part:
     """Returns the images of an evaluation, one view of each."""
-    return _part(recipe, "evaluation", images.source, images.transform, 1, 0)
+    return _part(recipe, "evaluation", images.source, images.transform, 1, 1, 0)
 
 
 def compute(recipe: Recipe, part: Part, world: World) -> None:
@@ -93,10 +97,11 @@ def compute(recipe: Recipe, part: Part, world: World) -> None:
                 number, first = divmod(int(batch.positions[0]), files.samples_per_file)
                 if first == 0:
                     records_NR = np.empty((len(files.samples(number)), files.record_bytes), dtype=np.uint8)
-                records_NR[first : first + len(images)] = codec.encode(features).cpu().numpy()
-                if first + len(images) == len(records_NR):
+                last = first + len(batch.positions)
+                records_NR[first:last] = codec.encode(features).cpu().numpy().reshape(last - first, -1)
+                if last == len(records_NR):
                     files.write(view, number, records_NR)
-                done += len(images)
+                done += last - first
                 if told is not None:
                     told(done, total)
     world.barrier()
@@ -104,7 +109,7 @@ def compute(recipe: Recipe, part: Part, world: World) -> None:
 
 def _batches(recipe: Recipe, part: Part, view: int, files: list[range]) -> Iterator[Batch]:
     """The images of files, none of which shares a batch with another."""
-    size = recipe.train.micro_batch
+    size = max(1, recipe.train.micro_batch // part.crops)
     return view_batches(
         part.source,
         part.transform,
@@ -113,6 +118,7 @@ def _batches(recipe: Recipe, part: Part, view: int, files: list[range]) -> Itera
         requests=[ids[first : first + size] for ids in files for first in range(0, len(ids), size)],
         num_workers=recipe.data.num_workers,
         num_replacements=part.num_replacements,
+        crops=part.crops,
     )
 
 
@@ -127,13 +133,19 @@ def _require_room(files: FeatureFiles, num_missing: int) -> None:
 
 
 def _part(
-    recipe: Recipe, name: str, source: Source, transform: Transform, num_views: int, num_replacements: int
+    recipe: Recipe,
+    name: str,
+    source: Source,
+    transform: Transform,
+    num_views: int,
+    crops: int,
+    num_replacements: int,
 ) -> Part:
     folder = Path(_section(recipe).folder) / name
-    files = FeatureFiles(folder, codec_of(recipe).record_bytes, len(source), num_views)
+    files = FeatureFiles(folder, crops * codec_of(recipe).record_bytes, len(source), num_views)
     identity = run_folder.identity(recipe, source.fingerprint, stage=0, world_size=1)
     deciding = {key: value for key, value in identity.items() if _DECIDING.fullmatch(key)}
-    return Part(source, transform, files, deciding | {"format": FORMAT}, num_replacements)
+    return Part(source, transform, files, deciding | {"format": FORMAT}, crops, num_replacements)
 
 
 def _section(recipe: Recipe) -> FeaturesConfig:

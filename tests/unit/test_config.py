@@ -119,7 +119,8 @@ def test_every_setting_is_described() -> None:
     ("key", "value"),
     [
         ("model.img_size", 0), ("model.std", [0.5, 0.0, 0.5]),
-        ("data.num_workers", -1), ("data.shard_window", -1), ("data.max_bad_fraction", 1.5), ("data.flip", -0.1),
+        ("data.num_workers", -1), ("data.shard_window", -1), ("data.crops", 0),
+        ("data.max_bad_fraction", 1.5), ("data.flip", -0.1),
         ("data.crop_scale", [0.0, 1.0]), ("data.crop_scale", [0.9, 0.5]), ("data.crop_scale", [0.5, 1.1]),
         ("data.crop_ratio", [0.0, 1.0]), ("data.crop_ratio", [2.0, 1.0]),
         ("optim.lr", 0.0), ("optim.lr", float("nan")), ("optim.lr", float("inf")), ("optim.eps", -1e-8),
@@ -202,6 +203,14 @@ def test_every_limit_is_in_the_table_above() -> None:
         (
             {"task": "detection", "distill": None, "detection": {"semantic_classes": 7}},
             "classes of places help head htc alone, head is mask_rcnn",
+        ),
+        (
+            {"task": "contrastive", "distill": None, "contrastive": {}, "data__crops": 2},
+            "data.crops: got 2, and task contrastive learns from one crop of an image at a time; set it to 1",
+        ),
+        (
+            {"task": "classification", "distill": None, "classification": {"mixup": 0.8}, "data__crops": 2},
+            "data.crops: got 2, and classification.mixup and cutmix mix neighbours",
         ),
         ({"contrastive": {}}, "this section belongs to task contrastive, the recipe's is distill"),
     ],

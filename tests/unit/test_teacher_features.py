@@ -178,31 +178,36 @@ WORLD = distributed.World(rank=0, local_rank=0, size=1, device=torch.device("cpu
 def loader_of(recipe: Recipe, source: Source, files: FeatureFiles | None, **ranks: int) -> TrainLoader:
     return TrainLoader(
         source, training_transform(recipe, source), seed=recipe.seed, global_batch=8,
-        micro_batch=8 // ranks.get("world_size", 1), num_workers=0, max_bad_fraction=0.5, features=files,
+        micro_batch=8 // ranks.get("world_size", 1), num_workers=0, crops=recipe.data.crops, max_bad_fraction=0.5, features=files,
         **{"rank": 0, "world_size": 1} | ranks,
     )  # fmt: skip
 
 
-def test_a_batch_brings_the_targets_that_the_teacher_would_give(keeping: Callable[..., Recipe]) -> None:
+@pytest.mark.parametrize("crops", [1, 2])
+def test_a_batch_brings_the_targets_that_the_teacher_would_give(
+    keeping: Callable[..., Recipe], crops: int
+) -> None:
     """Of an image that is replaced, too; in epochs 0 and 1 with the views of any training, in 2 again those of 0."""
     recipe = keeping()
     assert recipe.distill is not None
+    recipe = replace(recipe, data=replace(recipe.data, crops=crops))
     source = open_source(recipe.data.train)
     part = teacher_features.train_part(recipe, source)
     teacher_features.compute(recipe, part, WORLD)
     task = DistillationTask(recipe, None)
     assert not task.teachers
+    assert recipe.distill is not None
     torch.manual_seed(teacher_features.initial_seed(recipe.seed))
     plain = DistillationTask(replace(recipe, distill=replace(recipe.distill, features=None)), None)
     kept, ordinary = (
         loader_of(recipe, source, part.files).iterate(0),
         loader_of(recipe, source, None).iterate(0),
     )
-    assert loader_of(recipe, source, None).steps_per_epoch == 3
+    assert loader_of(recipe, source, None).steps_per_epoch == 3 * crops
     num_bad = 0
-    for step in range(9):
+    for step in range(9 * crops):
         [batch], [usual] = next(kept), next(ordinary)
-        assert batch.images.equal(usual.images) == (step < 6)
+        assert batch.images.equal(usual.images) == (step < 6 * crops)
         num_bad += batch.num_bad
         [found] = task.inputs(batch)["targets"]
         [wanted] = plain.inputs(batch._replace(features=None))["targets"]
