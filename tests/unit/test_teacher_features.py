@@ -178,7 +178,8 @@ WORLD = distributed.World(rank=0, local_rank=0, size=1, device=torch.device("cpu
 def loader_of(recipe: Recipe, source: Source, files: FeatureFiles | None, **ranks: int) -> TrainLoader:
     return TrainLoader(
         source, training_transform(recipe, source), seed=recipe.seed, global_batch=8,
-        micro_batch=8 // ranks.get("world_size", 1), num_workers=0, crops=recipe.data.crops, max_bad_fraction=0.5, features=files,
+        micro_batch=8 // ranks.get("world_size", 1), num_workers=0,
+        crops=recipe.data.crops, max_bad_fraction=0.5, features=files,
         **{"rank": 0, "world_size": 1} | ranks,
     )  # fmt: skip
 
