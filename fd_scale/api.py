@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fd_scale import distributed, ds_config, log, run_folder
+from fd_scale import distributed, ds_config, log, run_folder, teacher_features
 from fd_scale.checkpoint import Checkpoints, TrainState, refuse_other_identity
 from fd_scale.config import Recipe, load_recipe
 from fd_scale.data import (
@@ -60,12 +60,12 @@ from fd_scale.plan.measure import Measured
 from fd_scale.plan.measure import measure as measure_trainer
 from fd_scale.predict import class_names_of, predict_images
 from fd_scale.pretrain import ContrastiveTask, MaskedTask
-from fd_scale.randomness import hash64
+from fd_scale.randomness import initial_seed
 from fd_scale.trainer import Task, Trainer
 
 __all__ = [
-    "build_task", "build_trainer", "convert", "evaluate", "export", "fetch", "index", "interpolate", "load_recipe",
-    "measure", "plan", "predict", "start", "train",
+    "build_task", "build_trainer", "convert", "evaluate", "export", "features", "fetch", "index", "interpolate",
+    "load_recipe", "measure", "plan", "predict", "start", "train",
 ]  # fmt: skip
 
 logger = logging.getLogger(__name__)
@@ -151,6 +151,30 @@ def landscape(
         )
     restore(task, recipe, checkpoint, world)
     return landscape_of(task, recipe, checkpoint, grid, num_images, world)
+
+
+def features(recipe: Recipe) -> None:
+    """Computes the teachers' features that a recipe reads from disk, where they are not there; ranks share the images.
+
+    Args:
+        recipe: of a distillation, with `distill.features`.
+
+    Raises:
+        UserError: the folder has features of something else, or no room; or the recipe keeps none.
+    """
+    if recipe.distill is None or recipe.distill.features is None:
+        raise UserError(
+            "distill.features.folder: names no folder; add distill.features.folder=PATH, and to the runs too"
+        )
+    world = distributed.start(recipe.train.device, recipe.train.timeout_s)
+    log.set_up(world.rank)
+    recipe = resolved(recipe)
+    choose_kernels(recipe.train.kernels, world.device)
+    source = open_source(recipe.data.train)
+    teacher_features.compute(recipe, teacher_features.train_part(recipe, source), world)
+    if recipe.data.evaluation is not None:
+        images = _evaluation_set(recipe, open_source(recipe.data.evaluation))
+        teacher_features.compute(recipe, teacher_features.evaluation_part(recipe, images), world)
 
 
 def _to_evaluate(recipe: Recipe) -> tuple[Task, Recipe, World]:
@@ -271,11 +295,7 @@ def build_trainer(
     source = open_source(recipe.data.train) if source is None else source
     require_targets("data.train", recipe.data.train, source, recipe.targets)
     loader = _loader(recipe, source, engine_config["train_micro_batch_size_per_gpu"], world)
-    num_steps = recipe.train.steps or round((recipe.train.epochs or 0) * loader.steps_per_epoch)
-    if num_steps < 1:
-        raise UserError(
-            f"train.epochs: {recipe.train.epochs} epochs of {loader.steps_per_epoch} steps are no step; raise it"
-        )
+    num_steps = _num_steps(recipe, loader)
     peak_images_per_s = None
     if must_fit and world.device.type == "cuda" and recipe.linear_probe is None:
         peak_images_per_s = world.on_main(lambda: _refuse_what_does_not_fit(recipe, source, world))
@@ -285,9 +305,7 @@ def build_trainer(
         task = build_task(recipe, source, parts if stage == 3 else WHOLE, parts)
     if recipe.train.compile:
         _compile(task)
-    if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in task.module.modules()):
-        logger.warning("the model has BatchNorm, whose statistics are those of a micro-batch, of a rank or of all: on "
-                       "another number of ranks it trains otherwise")  # fmt: skip
+    _warn_of_batch_norm(task.module)
     run_dir = Path(recipe.run_dir)
     identity = world.on_main(lambda: run_folder.identity(recipe, source.fingerprint, stage, world.size))
     refuse_other_identity(run_dir, identity)
@@ -318,8 +336,28 @@ def build_trainer(
     )
 
 
+def _num_steps(recipe: Recipe, loader: TrainLoader) -> int:
+    num_steps = recipe.train.steps or round((recipe.train.epochs or 0) * loader.steps_per_epoch)
+    if num_steps < 1:
+        raise UserError(
+            f"train.epochs: {recipe.train.epochs} epochs of {loader.steps_per_epoch} steps are no step; raise it"
+        )
+    return num_steps
+
+
+def _warn_of_batch_norm(module: nn.Module) -> None:
+    if any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in module.modules()):
+        logger.warning("the model has BatchNorm, whose statistics are those of a micro-batch, of a rank or of all: on "
+                       "another number of ranks it trains otherwise")  # fmt: skip
+
+
 def _loader(recipe: Recipe, source: Source, micro_batch: int, world: World) -> TrainLoader:
     transform, num_workers = training_transform(recipe, source), recipe.data.num_workers
+    files = None
+    if recipe.distill is not None and recipe.distill.features is not None:
+        part = teacher_features.train_part(recipe, source)
+        world.on_main(lambda: part.files.open(part.identity, make=False))
+        files = part.files
     if recipe.linear_probe is not None:
         features = features_of(_evaluation_set(recipe, source), Path(recipe.run_dir) / "features/train")
         source, transform, num_workers = features.source, features.transform, features.num_workers
@@ -339,8 +377,10 @@ def _loader(recipe: Recipe, source: Source, micro_batch: int, world: World) -> T
         world_size=world.size,
         num_workers=num_workers,
         shard_window=recipe.data.shard_window,
+        crops=recipe.data.crops,
         max_bad_fraction=recipe.data.max_bad_fraction,
         pin_memory=world.device.type == "cuda",
+        features=files,
     )
 
 
@@ -386,7 +426,7 @@ def build_task(
         in_parts: where those of teachers are that the recipe wants partitioned.
     """
     recipe = resolved(recipe)
-    torch.manual_seed(int(hash64(recipe.seed, "initialisation")) % 2**63)
+    torch.manual_seed(initial_seed(recipe.seed))
     evaluation = None
     if recipe.data.evaluation is not None:
         images = open_source(recipe.data.evaluation)
@@ -412,6 +452,10 @@ def build_task(
                     "distill.knn_images: neighbours need labels, of data.train and of data.evaluation; set it to 0"
                 )
             bank = replace(evaluation, source=spread(source, recipe.distill.knn_images))
+        if evaluation is not None and recipe.distill.features is not None:
+            part = teacher_features.evaluation_part(recipe, evaluation)
+            part.files.open(part.identity, make=False)
+            evaluation = replace(evaluation, features=part.files)
         return DistillationTask(recipe, evaluation, bank, placement, in_parts)
     with placement.building(dtype_of(recipe.train.precision)):
         if recipe.contrastive is not None:

@@ -45,6 +45,7 @@ from fd_scale.models import Backbone, build_model, resolved
 from fd_scale.optim import apex_is_importable
 from fd_scale.plan import NotCountedError, memory_table, plan, present_gpu, require_fit
 from fd_scale.pretrain import ContrastiveTask, MaskedTask
+from fd_scale.teacher_features import train_part
 from fd_scale.teachers import Teacher
 
 # fp32 master weights and two moments of AdamW, and DeepSpeed's copy of the weights.
@@ -238,6 +239,7 @@ def _length(subject: _Subject) -> str:
         world_size=subject.num_ranks,
         num_workers=0,
         shard_window=recipe.data.shard_window,
+        crops=recipe.data.crops,
     )
     return f"{loader.steps_per_epoch} steps an epoch"
 
@@ -261,6 +263,10 @@ def _teacher(subject: _Subject) -> str:
         if config.model.weights is None:
             random = True
             details[-1] += ": it teaches noise"
+    if subject.recipe.distill.features is not None:
+        part = train_part(subject.recipe, subject.source)
+        part.files.open(part.identity, make=False)
+        details.append(f"{part.files.num_views} views of features in {part.files.folder}")
     return _Warning("\n".join(details)) if random else "\n".join(details)
 
 

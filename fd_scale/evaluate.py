@@ -92,6 +92,8 @@ def recipe_of(run: Path, checkpoint: Path, overrides: list[str], images_needed: 
             "metrics.jsonl"
         )
     recipe = replace(recipe, model=replace(recipe.model, weights=None))
+    if recipe.distill is not None:  # other images may be meant than those whose features are kept
+        recipe = replace(recipe, distill=replace(recipe.distill, features=None))
     if recipe.task in _CLASSIFIERS:
         shapes = saved_weights(checkpoint).shapes
         [num_classes] = [

@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import shutil
 import time
-from collections.abc import Callable, Iterator
-
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from collections.abc import Iterator
 
 from fd_scale import log
 from fd_scale.data.shards import TarSource
 from fd_scale.data.tar_index import PUBLISHED, index_of
 from fd_scale.errors import UserError
-
-_LINE_EVERY_S = 10.0
 
 
 def index(source: str, processes: int, out: str | None = None) -> Iterator[str]:
@@ -35,7 +30,7 @@ def index(source: str, processes: int, out: str | None = None) -> Iterator[str]:
     if processes < 0:
         raise UserError(f"--processes: got {processes}, expected 0 for threads, or how many")
     began = time.monotonic()
-    with progress("shards") as told:
+    with log.counting("shards") as told:
         opened = TarSource(path, functools.partial(index_of, processes=processes, told=told, in_memory=False))
     size = sum(opened.index.num_bytes_S.tolist())
     yield (
@@ -50,23 +45,3 @@ def index(source: str, processes: int, out: str | None = None) -> Iterator[str]:
         except OSError as error:
             raise UserError(f"--out: {out} cannot be written ({error.strerror}); give another file") from None
         yield f"{out}: a copy; beside shards in a store, as {PUBLISHED}, it spares readers their headers"
-
-
-@contextlib.contextmanager
-def progress(what: str) -> Iterator[Callable[[int, int], None]]:
-    """Shows how many of all have been seen to: as a bar on a terminal, else by a line now and then."""
-    if log.console.is_terminal:
-        columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        with Progress(*columns, console=log.console) as bar:
-            task = bar.add_task("")
-            yield lambda done, total: bar.update(task, completed=done, total=total)
-        return
-    last = time.monotonic()
-
-    def told(done: int, total: int) -> None:
-        nonlocal last
-        if done == total or time.monotonic() - last > _LINE_EVERY_S:
-            log.console.print(f"{done:,} of {total:,} {what}", highlight=False)
-            last = time.monotonic()
-
-    yield told

@@ -1,12 +1,18 @@
 """Logging set-up: rank 0 speaks on the console, every rank writes a file of its own in the run folder."""
 
+import contextlib
 import logging
 import sys
+import time
 import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from rich.console import Console
 from rich.logging import RichHandler
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+_LINE_EVERY_S = 10.0
 
 console = Console(stderr=True)
 """The one console: progress bars and log lines share it, so that neither tears the other."""
@@ -45,3 +51,23 @@ def set_up(rank: int = 0, run_dir: Path | None = None) -> None:
         to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
         root.addHandler(to_file)
     quiet_libraries()
+
+
+@contextlib.contextmanager
+def counting(what: str) -> Iterator[Callable[[int, int], None]]:
+    """Shows how many things are done, and of how many: as a bar on a terminal, else by a line now and then."""
+    if console.is_terminal:
+        columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        with Progress(*columns, console=console) as progress:
+            task = progress.add_task("")
+            yield lambda done, total: progress.update(task, completed=done, total=total)
+        return
+    last = time.monotonic()
+
+    def told(done: int, total: int) -> None:
+        nonlocal last
+        if done == total or time.monotonic() - last > _LINE_EVERY_S:
+            console.print(f"{done:,} of {total:,} {what}", highlight=False)
+            last = time.monotonic()
+
+    yield told

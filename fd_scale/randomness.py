@@ -53,6 +53,11 @@ def hash64(seed: int, purpose: str, *counters: Counter) -> npt.NDArray[np.uint64
     return np.asarray(state)
 
 
+def initial_seed(seed: int) -> int:
+    """Returns what torch's generator is seeded with before the weights of a run are drawn."""
+    return int(hash64(seed, "initialisation")) % 2**63
+
+
 def uniform(seed: int, purpose: str, *counters: Counter) -> npt.NDArray[np.float64]:
     """Returns float64 values, uniform in [0, 1); arguments and shape are those of `hash64`."""
     top_53_bits = hash64(seed, purpose, *counters) >> np.uint64(11)  # what a float64 holds exactly

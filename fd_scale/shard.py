@@ -17,6 +17,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
+from fd_scale import log
 from fd_scale.data import Source, open_source
 from fd_scale.data.base import IMAGE_SUFFIXES, UNLABELLED, Sharded
 from fd_scale.data.decode import FORMATS, DecodeError
@@ -24,7 +25,6 @@ from fd_scale.data.mapped_file import written_whole
 from fd_scale.data.order import ShardOrder, order
 from fd_scale.data.shards import TarSource
 from fd_scale.errors import UserError
-from fd_scale.index import progress
 
 logger = logging.getLogger(__name__)
 
@@ -69,7 +69,7 @@ def shard(source: str, out: str, size: str) -> Iterator[str]:
         folder.mkdir(parents=True, exist_ok=True)
         if any(folder.iterdir()):
             raise UserError(f"shard: {out} is not empty; give a folder of its own, or remove what is in it")
-        with progress("images") as told:
+        with log.counting("images") as told:
             _write(folder, _samples(opened, labels, told), max_bytes)
         if opened.class_names is not None:
             (folder / "classes.txt").write_text("".join(f"{name}\n" for name in opened.class_names))

@@ -199,20 +199,21 @@ def bench_finetune(
     return result
 
 
-def show(result: dict[str, Any], peer: str, images: int) -> None:
+def show(result: dict[str, Any], peer: str, images: int, own: str = "ours") -> None:
     """Prints the times of two loops that took turns.
 
     Args:
-        result: `ours_ms`, and PEER_ms.
+        result: OWN_ms, and PEER_ms.
         peer: name of the other loop.
         images: of a step.
+        own: name of ours.
     """
     table = Table("loop", "ms a step, median (deciles)", "images/s", "ratio")
-    medians = {name: statistics.median(result[f"{name}_ms"]) for name in ("ours", peer)}
+    medians = {name: statistics.median(result[f"{name}_ms"]) for name in (own, peer)}
     for name, median in medians.items():
         p10, *_, p90 = statistics.quantiles(result[f"{name}_ms"], n=10, method="inclusive")
         table.add_row(
             name, f"{median:.1f} ({p10:.1f} to {p90:.1f})", f"{1e3 * images / median:.0f}",
-            f"{median / medians[peer]:.3f}" if name == "ours" else "",
+            f"{median / medians[peer]:.3f}" if name == own else "",
         )  # fmt: skip
     console.print(table)

@@ -11,7 +11,7 @@ from fd_scale.cli.parts import Verbs, add_recipe, add_verb
 def add_bench(verbs: Verbs) -> None:
     """Adds `bench` and what it measures."""
     bench = add_verb(
-        verbs, "bench", "measurements: step, finetune, segmentation, detection, kernels, giant, ...",
+        verbs, "bench", "measurements: step, data, finetune, segmentation, detection, kernels, giant, ...",
         "Measures the training step, the kernels, whole steps of SwinV2-G on a GPU, or a recipe's on many.",
         "  fd-scale bench step --json step.json\n"
         "  fd-scale bench finetune miniature/finetune model.weights=null\n"
@@ -42,6 +42,8 @@ def add_bench(verbs: Verbs) -> None:
     _add_steps(finetune)
     finetune.set_defaults(run=_bench_finetune)
 
+    _add_bench_features(subjects)
+
     segmentation = add_verb(
         subjects, "segmentation", "one step of a segmentation, beside Transformers' UPerNet on the same backbone",
         "Measures in turns steps on the same batches in memory: our trainer with our head, and a bare loop with\n"
@@ -54,6 +56,7 @@ def add_bench(verbs: Verbs) -> None:
 
     _add_bench_prediction(subjects)
     _add_bench_detection(subjects)
+    _add_bench_data(subjects)
     _add_bench_index(subjects)
 
     _add_bench_kernels(subjects)
@@ -64,6 +67,18 @@ def add_bench(verbs: Verbs) -> None:
 def _add_steps(bench: argparse.ArgumentParser) -> None:
     bench.add_argument("--steps", type=int, default=30, help="measured ones of each loop (default: 30)")
     bench.add_argument("--json", metavar="FILE", help="write the measurements there too")
+
+
+def _add_bench_features(subjects: Verbs) -> None:
+    features = add_verb(
+        subjects, "features", "a distillation's step with its teachers, and with their features read from disk",
+        "Computes one view of all images of data.train, so name few; then steps of both kinds take turns, images and\n"
+        "all. Says what the features take on disk, and what is lost of them.",
+        "  fd-scale bench features imagenet/dino_vit_base data.train=tar:imagenet-sample --steps 20",
+    )  # fmt: skip
+    add_recipe(features)
+    _add_steps(features)
+    features.set_defaults(run=_bench_features)
 
 
 def _add_bench_kernels(subjects: Verbs) -> None:
@@ -121,6 +136,23 @@ def _add_bench_detection(subjects: Verbs) -> None:
     )
     annotations.add_argument("--json", metavar="FILE", help="write the measurements there too")
     annotations.set_defaults(run=_bench_annotations)
+
+
+def _add_bench_data(subjects: Verbs) -> None:
+    data = add_verb(
+        subjects, "data", "images a second and core: libjpeg-turbo alone, our loader, other loaders",
+        "Measures in turns, on the JPEG files of a source: decoding alone, which is the limit; decoding and cropping;\n"
+        "our loader with one worker process, as of 100 million images too; torchvision's, timm's and webdataset's.",
+        "  fd-scale bench data imagefolder:PATH\n"
+        "  fd-scale bench data \"tar:PATH/train-*.tar\" --crops 4 --json data.json",
+    )  # fmt: skip
+    data.add_argument("source", metavar="SOURCE", help="as of data.train")
+    data.add_argument("--images", type=int, default=2000, help="crops in a round (default: 2000)")
+    data.add_argument("--rounds", type=int, default=5, help="of each way (default: 5)")
+    data.add_argument("--size", type=int, default=224, help="side of the crops, in pixels (default: 224)")
+    data.add_argument("--crops", type=int, default=1, help="measures so many of each image too")
+    data.add_argument("--json", metavar="FILE", help="write the measurements there too")
+    data.set_defaults(run=_bench_data)
 
 
 def _add_bench_index(subjects: Verbs) -> None:
@@ -227,6 +259,12 @@ def _bench_finetune(options: argparse.Namespace) -> None:
     bench_finetune(options.recipe, options.overrides, options.steps, options.json)
 
 
+def _bench_features(options: argparse.Namespace) -> None:
+    from fd_scale.benchmarks.features import bench_features
+
+    bench_features(options.recipe, options.overrides, options.steps, options.json)
+
+
 def _bench_annotations(options: argparse.Namespace) -> None:
     from fd_scale.benchmarks.annotations import bench_annotations
 
@@ -243,6 +281,12 @@ def _bench_order(options: argparse.Namespace) -> None:
     from fd_scale.benchmarks.order import bench_order
 
     bench_order(options.shards, options.shard_size, options.batch, options.window, options.json)
+
+
+def _bench_data(options: argparse.Namespace) -> None:
+    from fd_scale.benchmarks.data import bench_data
+
+    bench_data(options.source, options.images, options.rounds, options.size, options.crops, options.json)
 
 
 def _bench_segmentation(options: argparse.Namespace) -> None:

@@ -24,7 +24,7 @@ TRAINING_VERBS = {
 
 
 def add_training(verbs: Verbs) -> None:
-    """Adds `distill`, `pretrain`, `finetune`, `evaluate`, `check`, `fetch`, `index` and `shard`."""
+    """Adds `distill`, `pretrain`, `finetune`, `evaluate`, `check`, `fetch`, `features`, `index` and `shard`."""
     for verb, (tasks, summary) in TRAINING_VERBS.items():
         wanted = " or ".join(f"`{task}`" for task in tasks)
         training = add_verb(
@@ -51,6 +51,16 @@ def add_training(verbs: Verbs) -> None:
     )  # fmt: skip
     add_recipe(fetch)
     fetch.set_defaults(run=_fetch)
+
+    features = add_verb(
+        verbs, "features", "the teachers' features of all views, computed once for many distillations",
+        "Computes what a distillation reads from distill.features.folder in place of running its teachers: of a few\n"
+        "views of each image, whatever its number of epochs. A second call goes on where the first one stopped.",
+        "  fd-scale features RECIPE distill.features.folder=features/clip distill.features.views=4\n"
+        "  torchrun --nproc-per-node 8 -m fd_scale features my.yaml",
+    )  # fmt: skip
+    add_recipe(features)
+    features.set_defaults(run=_features)
 
     index = add_verb(
         verbs, "index", "where the images of tar shards lie, found out ahead of the run",
@@ -167,6 +177,12 @@ def _fetch(options: argparse.Namespace) -> None:
 
     for line in fetch(recipe):
         print(line)
+
+
+def _features(options: argparse.Namespace) -> None:
+    from fd_scale import api
+
+    api.features(load_recipe(options.recipe, options.overrides))
 
 
 def _shard(options: argparse.Namespace) -> None:

@@ -300,7 +300,7 @@ def _images_per_s(recipe: Recipe, world: World) -> float:
         source, training_transform(recipe, source),
         seed=recipe.seed, global_batch=recipe.train.global_batch,
         micro_batch=config["train_micro_batch_size_per_gpu"], rank=world.rank, world_size=world.size,
-        num_workers=recipe.data.num_workers, shard_window=recipe.data.shard_window,
+        num_workers=recipe.data.num_workers, shard_window=recipe.data.shard_window, crops=recipe.data.crops,
     )  # fmt: skip
     batches = loader.iterate(0)
     try:

@@ -85,6 +85,9 @@ class DataConfig:
     order over all. For `tar:` in stores and `parquet:` that are too large to be read at random."""
     max_bad_fraction: float = 0.01
     """Share of samples that may fail to decode (each is named and replaced) before the run stops."""
+    crops: int = 1
+    """Crops of each decoded image, side by side in a micro-batch; an epoch has all of them, and so as many times the
+    steps: divide train.epochs by it for a run of the same length."""
     crop_scale: tuple[float, float] = (0.08, 1.0)
     """Area of a random crop, as a share of the image."""
     crop_ratio: tuple[float, float] = (0.75, 4 / 3)
@@ -111,6 +114,7 @@ class DataConfig:
             self.max_bad_fraction,
             "a number in 0..1",
         )
+        require(self.crops >= 1, "data.crops", self.crops, "1 or more")
         require(
             0 < self.crop_scale[0] <= self.crop_scale[1] <= 1,
             "data.crop_scale",

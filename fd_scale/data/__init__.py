@@ -1,8 +1,9 @@
 """Images from disk to batches: sources, decoding, transforms, and a loader that resumes exactly."""
 
 from fd_scale.data.base import IGNORED, UNLABELLED, Labels, ObjectSource, Source, Targets, object_source
+from fd_scale.data.feature_files import FeatureFiles
 from fd_scale.data.instances import Detections, Instances
-from fd_scale.data.loader import Batch, TrainLoader, evaluation_batches
+from fd_scale.data.loader import Batch, TrainLoader, evaluation_batches, view_batches
 from fd_scale.data.mask_transforms import fill_colour
 from fd_scale.data.mixture import spread, subset
 from fd_scale.data.objects import Objects
@@ -24,6 +25,7 @@ __all__ = [
     "UNLABELLED",
     "Batch",
     "Detections",
+    "FeatureFiles",
     "ImageAlone",
     "Instances",
     "Labels",
@@ -47,4 +49,5 @@ __all__ = [
     "subset",
     "training_transform",
     "training_view",
+    "view_batches",
 ]

@@ -1,9 +1,10 @@
 """Batches in an order that only the seed decides: the same on any number of ranks and workers.
 
-The stream of samples has no end. Position p of it belongs to step p // global_batch, a step to
-epoch step // steps_per_epoch, and `order` says which sample stands at a position of an epoch.
+The stream of crops has no end. Position p of it belongs to step p // global_batch, a step to
+epoch step // steps_per_epoch, and `order` says which sample stands at a position of an epoch: of so
+many crops in a row that all are of one sample, decoded once.
 
-Shape suffixes: B = samples of a micro-batch.
+Shape suffixes: B = crops of a micro-batch.
 """
 
 import contextlib
@@ -11,7 +12,9 @@ import itertools
 import logging
 import math
 import multiprocessing
+import multiprocessing.connection
 import os
+import signal
 import threading
 from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -21,10 +24,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 
 from fd_scale.data.base import Source, expect, sharded
 from fd_scale.data.decode import DecodeError
+from fd_scale.data.feature_files import FeatureFiles
 from fd_scale.data.instances import Instances, in_few_storages
 from fd_scale.data.order import ShardOrder, order
 from fd_scale.data.transforms import Transform
@@ -34,7 +38,7 @@ from fd_scale.randomness import hash64
 logger = logging.getLogger(__name__)
 
 # So many others are tried for a sample that cannot be decoded; if all fail, the data set is to blame.
-_NUM_REPLACEMENTS = 16
+NUM_REPLACEMENTS = 16
 # The share of bad samples is judged over at least so many, or over the data set if it is smaller.
 _MIN_JUDGED_SAMPLES = 1000
 # Micro-batches that a worker loads ahead of their use.
@@ -52,13 +56,18 @@ class Batch(NamedTuple):
     positions: Tensor
     """int64 (B,): step * global_batch + row in a training stream, the sample id in an evaluation."""
     num_bad: int
-    """How many samples could not be decoded and were replaced by others."""
+    """How many of its rows are of other samples, as theirs could not be decoded."""
+    features: Tensor | None = None
+    """Records of teachers' features, uint8 (B, bytes of a record), where they are kept on disk."""
 
     def to(self, device: torch.device | str) -> "Batch":
-        """Returns images and labels on a device (from pinned memory without waiting), positions on the host."""
+        """Returns all but the positions on a device (from pinned memory without waiting)."""
         images = self.images.to(device, non_blocking=True)
         if isinstance(self.labels, Tensor):
-            return self._replace(images=images, labels=self.labels.to(device, non_blocking=True))
+            features = self.features if self.features is None else self.features.to(device, non_blocking=True)
+            return self._replace(
+                images=images, labels=self.labels.to(device, non_blocking=True), features=features
+            )
         moved = [
             Instances(*(tensor.to(device, non_blocking=True) for tensor in each)) for each in self.labels
         ]
@@ -96,30 +105,53 @@ class _Reader:
     transform: Transform
     seed: int
     num_replacements: int
+    crops: int = 1
+    features: FeatureFiles | None = None
 
     def load(self, positions: range, epoch: int, sample_ids: npt.NDArray[np.int64]) -> _Loaded:
+        if self.features is not None:
+            epoch %= self.features.num_views
         images, bad = [], []
         labels: list[Any] = []
         num_bad = 0
-        augment_seeds = hash64(self.seed, "augment", epoch, sample_ids)
+        augment_seeds = self._augment_seeds(epoch, sample_ids)
         with torch.random.fork_rng(devices=[]):
-            for sample_id, augment_seed in zip(sample_ids.tolist(), augment_seeds.tolist(), strict=True):
+            for sample_id, seeds in zip(sample_ids.tolist(), augment_seeds.tolist(), strict=True):
                 for candidate in self._candidates(epoch, sample_id):
-                    # Not torch.manual_seed, which would seed the GPUs of this process as well.
-                    torch.default_generator.manual_seed(augment_seed)
                     try:
-                        pixels, label = self.transform(*self.source.read(candidate))
+                        crops = self._crops(candidate, seeds)
                         break
                     except DecodeError as error:
                         bad.append(_BadSample(candidate, self.source.name(candidate), str(error)))
                 else:
                     return None, bad
-                num_bad += candidate != sample_id
-                images.append(pixels)
-                labels.append(label if isinstance(label, Instances) else torch.as_tensor(label))
+                num_bad += len(crops) * (candidate != sample_id)
+                for pixels, label in crops:
+                    images.append(pixels)
+                    labels.append(label if isinstance(label, Instances) else torch.as_tensor(label))
         # Images have their own number of objects each, which do not stack.
         together = in_few_storages(labels) if isinstance(labels[0], Instances) else torch.stack(labels)
-        return Batch(torch.stack(images), together, torch.tensor(positions), num_bad), bad
+        features = None
+        if self.features is not None:  # a record of a sample holds one of each of its crops
+            records = self.features.read(epoch, sample_ids.tolist())
+            features = torch.from_numpy(records).view(len(images), -1)
+        # Stacks, in a worker at once into the memory that it shares with the main process.
+        return Batch(default_collate(images), together, torch.tensor(positions), num_bad, features), bad
+
+    def _augment_seeds(self, epoch: int, sample_ids: npt.NDArray[np.int64]) -> npt.NDArray[np.uint64]:
+        """Of each sample, those of its crops; that of the first is the same with and without others."""
+        first = hash64(self.seed, "augment", epoch, sample_ids)
+        others = [hash64(self.seed, "augment", epoch, sample_ids, crop) for crop in range(1, self.crops)]
+        return np.stack([first, *others], axis=1)
+
+    def _crops(self, sample_id: int, seeds: list[int]) -> list[tuple[Tensor, Any]]:
+        picture, target = self.source.read(sample_id)
+        crops = []
+        for seed in seeds:
+            # Not torch.manual_seed, which would seed the GPUs of this process as well.
+            torch.default_generator.manual_seed(seed)
+            crops.append(self.transform(picture, target))
+        return crops
 
     def _candidates(self, epoch: int, sample_id: int) -> Iterator[int]:
         yield sample_id
@@ -130,13 +162,15 @@ class _Reader:
 @dataclass(frozen=True)
 class _TrainingSamples(Dataset[_Loaded]):
     reader: _Reader
-    samples_per_epoch: int
+    crops_per_epoch: int
     by_shards: ShardOrder | None
+    order_seed: int
 
     def __getitem__(self, positions: range) -> _Loaded:
-        epoch, first = divmod(positions.start, self.samples_per_epoch)
-        in_epoch = np.arange(first, first + len(positions))
-        seed = self.reader.seed
+        epoch, first = divmod(positions.start, self.crops_per_epoch)
+        crops = self.reader.crops
+        in_epoch = np.arange(first // crops, (first + len(positions)) // crops)
+        seed = self.order_seed
         if self.by_shards is None:
             sample_ids = order(seed, epoch, in_epoch, len(self.reader.source))
         else:
@@ -146,12 +180,13 @@ class _TrainingSamples(Dataset[_Loaded]):
 
 
 @dataclass(frozen=True)
-class _EvaluationSamples(Dataset[_Loaded]):
+class _SamplesInOrder(Dataset[_Loaded]):
     reader: _Reader
+    epoch: int = 0
 
     def __getitem__(self, positions: range) -> _Loaded:
         expect(self.reader.source, positions)
-        return self.reader.load(positions, 0, np.array(positions))
+        return self.reader.load(positions, self.epoch, np.array(positions))
 
 
 class TrainLoader:
@@ -169,8 +204,10 @@ class TrainLoader:
         world_size: int,
         num_workers: int,
         shard_window: int = 0,
+        crops: int = 1,
         max_bad_fraction: float = 0.01,
         pin_memory: bool = False,
+        features: FeatureFiles | None = None,
     ) -> None:
         """Checks the sizes; starts nothing.
 
@@ -178,14 +215,16 @@ class TrainLoader:
             source: the data set.
             transform: picture and target -> uint8 tensor and target; random by torch's default generator only.
             seed: seed of the run.
-            global_batch: samples of an optimizer step, over all ranks.
-            micro_batch: samples of a forward pass on one rank.
+            global_batch: crops of an optimizer step, over all ranks.
+            micro_batch: crops of a forward pass on one rank.
             rank: number of this process, 0 to world_size - 1.
             world_size: number of processes.
             num_workers: processes of this rank that read and augment; 0 for none.
             shard_window: how many shards are read at a time (`ShardOrder`); 0: samples come in an order over all.
+            crops: of each sample, side by side in a micro-batch; an epoch has all crops of every sample.
             max_bad_fraction: part of the samples that may be impossible to decode, 0 to 1.
             pin_memory: whether batches lie in pinned memory, from which a GPU copies without waiting.
+            features: teachers' features that each batch brings along, and of how many views of an image.
 
         Raises:
             UserError: sizes that do not fit together, or an order by shards of a source that has none.
@@ -198,24 +237,30 @@ class TrainLoader:
                 f"global batch {global_batch} must be a multiple of micro-batch x ranks = "
                 f"{micro_batch} x {world_size}; take {multiple}, or another micro-batch"
             )
-        if global_batch > len(source):
+        if micro_batch % crops:
             raise UserError(
-                f"global batch {global_batch} is larger than the data set of {len(source)} samples; "
-                f"take at most {len(source)}"
+                f"data.crops: a micro-batch on a rank is {micro_batch}, expected a multiple of the {crops} crops of "
+                f"an image; take train.micro_batch={max(1, round(micro_batch / crops)) * crops}, or other ranks"
+            )
+        num_crops = len(source) * crops
+        if global_batch > num_crops:
+            raise UserError(
+                f"global batch {global_batch} is larger than the data set of {num_crops} samples; "
+                f"take at most {num_crops}"
             )
         if not 0 <= max_bad_fraction <= 1:
             raise UserError(
                 f"max_bad_fraction must be between 0 and 1, got {max_bad_fraction}; 0.01 is usual"
             )
         self.accumulation = global_batch // rows
-        self.steps_per_epoch = len(source) // global_batch
+        self.steps_per_epoch = num_crops // global_batch
         self.global_batch = global_batch
         self.micro_batch = micro_batch
         self._first_row = rank * global_batch // world_size
         self._num_workers = num_workers
         self._pin_memory = pin_memory
         self._max_bad_fraction = max_bad_fraction
-        self._min_judged = min(_MIN_JUDGED_SAMPLES, len(source))
+        self._min_judged = min(_MIN_JUDGED_SAMPLES, num_crops)
         self._num_seen = 0
         self._num_bad = 0
         self._bad_names: dict[int, str] = {}
@@ -223,10 +268,10 @@ class TrainLoader:
         if shard_window:
             by_shards = ShardOrder(sharded(source).first_of_shards(), shard_window)
             # Workers are ahead of each other by what they have prepared for later steps.
-            ahead = num_workers * _NUM_PREPARED * rows / len(source) * len(by_shards.sizes_S)
+            ahead = num_workers * _NUM_PREPARED * rows / num_crops * len(by_shards.sizes_S)
             sharded(source).keep_shards(min(by_shards.window + 1 + math.ceil(ahead), len(by_shards.sizes_S)))
-        reader = _Reader(source, transform, seed, _NUM_REPLACEMENTS)
-        self._samples = _TrainingSamples(reader, self.steps_per_epoch * global_batch, by_shards)
+        reader = _Reader(source, transform, seed, NUM_REPLACEMENTS, crops, features)
+        self._samples = _TrainingSamples(reader, self.steps_per_epoch * global_batch, by_shards, seed)
 
     def iterate(self, start_step: int, reordered: int = 0) -> Generator[list[Batch], None, None]:
         """Yields the micro-batches of each step from `start_step` on, without end.
@@ -245,7 +290,9 @@ class TrainLoader:
         samples = self._samples
         if reordered:
             seed = int(hash64(samples.reader.seed, "reordered", reordered))
-            samples = replace(samples, reader=replace(samples.reader, seed=seed))
+            # Views whose features are kept stay what they are.
+            reader = samples.reader if samples.reader.features else replace(samples.reader, seed=seed)
+            samples = replace(samples, reader=reader, order_seed=seed)
         with contextlib.closing(_run(samples, requests, self._num_workers, self._pin_memory)) as loaded:
             while True:
                 yield [self._checked(*next(loaded)) for _ in range(self.accumulation)]
@@ -264,7 +311,7 @@ class TrainLoader:
         names = ", ".join(list(self._bad_names.values())[:3])
         if batch is None:
             raise UserError(
-                f"{_NUM_REPLACEMENTS + 1} samples in a row cannot be decoded: {names}; repair the data set"
+                f"{NUM_REPLACEMENTS + 1} samples in a row cannot be decoded: {names}; repair the data set"
             )
         self._num_seen += len(batch.labels)
         self._num_bad += batch.num_bad
@@ -277,7 +324,14 @@ class TrainLoader:
 
 
 def evaluation_batches(
-    source: Source, transform: Transform, *, batch_size: int, rank: int, world_size: int, num_workers: int
+    source: Source,
+    transform: Transform,
+    *,
+    batch_size: int,
+    rank: int,
+    world_size: int,
+    num_workers: int,
+    features: FeatureFiles | None = None,
 ) -> Generator[Batch, None, None]:
     """Yields a rank's part of a data set: each sample once over all ranks, in order, nothing padded.
 
@@ -291,6 +345,7 @@ def evaluation_batches(
         rank: number of this process, 0 to world_size - 1.
         world_size: number of processes.
         num_workers: processes of this rank that read and transform; 0 for none.
+        features: teachers' features that each batch brings along.
 
     Raises:
         UserError: a sample that cannot be decoded, or too few samples for the ranks.
@@ -307,8 +362,47 @@ def evaluation_batches(
         )
     first_ids = [part * len(source) // num_parts for part in range(num_parts + 1)]
     own = first_ids[rank * num_batches : (rank + 1) * num_batches + 1]
-    samples = _EvaluationSamples(_Reader(source, transform, seed=0, num_replacements=0))
-    requests = itertools.starmap(range, itertools.pairwise(own))
+    yield from view_batches(
+        source,
+        transform,
+        seed=0,
+        view=0,
+        requests=itertools.starmap(range, itertools.pairwise(own)),
+        num_workers=num_workers,
+        num_replacements=0,
+        features=features,
+    )
+
+
+def view_batches(
+    source: Source,
+    transform: Transform,
+    *,
+    seed: int,
+    view: int,
+    requests: Iterable[range],
+    num_workers: int,
+    num_replacements: int = NUM_REPLACEMENTS,
+    crops: int = 1,
+    features: FeatureFiles | None = None,
+) -> Generator[Batch, None, None]:
+    """Yields images as a training of a seed shows them in an epoch, in an order of one's own.
+
+    Args:
+        source: the data set.
+        transform: as of `TrainLoader`.
+        seed: seed of the run.
+        view: the epoch.
+        requests: the sample ids of each batch, which become its positions.
+        num_workers: processes that read and transform; 0 for none.
+        num_replacements: others that are tried in place of a sample that cannot be decoded.
+        crops: of each sample, side by side; positions are of samples then.
+        features: teachers' features that each batch brings along.
+
+    Raises:
+        UserError: a sample cannot be decoded, nor can any of its replacements.
+    """
+    samples = _SamplesInOrder(_Reader(source, transform, seed, num_replacements, crops, features), view)
     with contextlib.closing(_run(samples, requests, num_workers, pin_memory=False)) as loaded:
         for batch, bad in loaded:
             if batch is None:
@@ -340,14 +434,42 @@ def _run(
         pin_memory=pin_memory,
         generator=torch.Generator(),  # else each iterator draws from the default generator
     )
-    iterator = iter(loader)
+    iterator: Any = iter(loader)
+    death = None
     try:
         for loaded in iterator:
             if isinstance(loaded, UserError):
                 raise loaded
             yield loaded
+    except (
+        RuntimeError,
+        OSError,
+        EOFError,
+    ):  # torch's names process ids alone; the others miss a dead one's batch
+        death = _death(iterator._workers) if num_workers else None
+        if death is None:
+            raise
     finally:
         del iterator  # the last reference: torch ends the workers here, whoever still holds a traceback
+    if death is not None:  # raised here, the error does not hold torch's, whose traceback holds the iterator
+        raise UserError(death)
+
+
+def _death(workers: list[Any]) -> str | None:
+    """What ended one of the workers and what to do about it; none where all live."""
+    # A pipe may break a moment before its process is gone.
+    if not multiprocessing.connection.wait([worker.sentinel for worker in workers], timeout=1):
+        return None
+    name, exit_code = next((worker.name, worker.exitcode) for worker in workers if not worker.is_alive())
+    if exit_code >= 0:
+        return f"loader worker {name} ended with exit code {exit_code}; what it said stands above"
+    number = signal.Signals(-exit_code).name
+    way_out = {
+        "SIGKILL": "as the system does with what takes too much memory; lower data.num_workers or train.micro_batch, "
+        "or ask for more memory (sbatch --mem)",
+        "SIGBUS": "as when /dev/shm is full; make that larger, or lower data.num_workers",
+    }.get(number, "as by a fault in a library that reads or decodes; data.num_workers=0 shows where")
+    return f"loader worker {name} was killed by {number}, {way_out}"
 
 
 @dataclass(frozen=True)

@@ -55,13 +55,16 @@ class Picture:
         DecodeError: the header is damaged, or the file is no JPEG and `decode` refuses it.
     """
 
+    jpeg = b""
+    """The file, where it is decoded when pixels are asked for; else empty."""
+
     def __init__(self, data: bytes) -> None:
         self.encoded: bytes | None = data
         header = jpeg_header(data)
         if header is None:
             self._keep(decode(data))
             return
-        self._data, self._turn = data, header.turn
+        self.jpeg, self._turn = data, header.turn
         self._reduction, self._pixels_HWC = 0, np.empty((0, 0, 3), dtype=np.uint8)
         turned = header.turn in _TRANSPOSED
         self.width, self.height = header[1::-1] if turned else header[:2]
@@ -125,9 +128,9 @@ class Picture:
             reduction = reduction if self._turn is None else 1
             least = (-(-self.height // reduction), -(-self.width // reduction)) if reduction > 1 else (0, 0)
             try:
-                pixels_HWC = simplejpeg.decode_jpeg(self._data, min_height=least[0], min_width=least[1])
+                pixels_HWC = simplejpeg.decode_jpeg(self.jpeg, min_height=least[0], min_width=least[1])
             except ValueError:
-                self._keep(decode(self._data))
+                self._keep(decode(self.jpeg))
             else:
                 if self._turn is not None:
                     pixels_HWC = np.array(Image.fromarray(pixels_HWC).transpose(self._turn))

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fd_scale.config import TEACHER, Recipe, TeacherConfig
 from fd_scale.data import Batch, TrainLoader
+from fd_scale.distill.features import FeatureCodec
 from fd_scale.distill.losses import choose_loss
 from fd_scale.distill.module import DistillationModule, Objective
 from fd_scale.distill.phi_s import PhiS
@@ -36,7 +37,7 @@ from fd_scale.models import (
 )
 from fd_scale.placement import WHOLE, Placement
 from fd_scale.randomness import hash64, uniform
-from fd_scale.teachers import Target, Teacher
+from fd_scale.teachers import Target, Teacher, targets_of
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +45,7 @@ NUM_PICTURES = 8
 
 
 class DistillationTask:
-    """Frozen teachers' features, regressed by a student.
+    """Frozen teachers' features, regressed by a student; the teachers' own, or those that batches bring along.
 
     Args:
         recipe: with its section `distill`.
@@ -70,19 +71,17 @@ class DistillationTask:
         self.seed = recipe.seed
         self.evaluation = evaluation
         self.bank = bank
-        self.teachers = [
-            Teacher(
-                teacher,
-                dtype_of(teacher.precision or recipe.train.precision),
-                in_parts if teacher.partitioned else WHOLE,
-            )
-            for teacher in config.teachers
-        ]
+        self.targets = [targets_of(teacher) for teacher in config.teachers]
+        self.teachers: list[Teacher] = []
+        if config.features is None:
+            self.teachers = built_teachers(recipe, in_parts)
+        else:
+            self.codec = codec_of(recipe)
         dtype = dtype_of(recipe.train.precision)
         with placement.building(dtype):
             student = build_model(recipe.model)
             if recipe.model.weights == TEACHER:
-                first = self.teachers[0]
+                first = (self.teachers or built_teachers(recipe, in_parts))[0]
                 with first.placement.building(first.dtype):
                     weights = first.model.state_dict(keep_vars=True)
                     load_tensors(student, weights, f"teacher {first.config.model.name}")
@@ -92,9 +91,7 @@ class DistillationTask:
         self.grid = student.grid_size(recipe.model.size, recipe.model.size)
         # Teacher and target of each objective.
         self.places = [
-            (index, number)
-            for index, teacher in enumerate(self.teachers)
-            for number in range(len(teacher.targets))
+            (index, number) for index, targets in enumerate(self.targets) for number in range(len(targets))
         ]
         objectives = [self._objective(student, *place) for place in self.places]
         self.items_per_image = {
@@ -111,20 +108,20 @@ class DistillationTask:
         self.rates = student.drop_path_rates
 
     def _objective(self, student: Backbone, index: int, number: int) -> Objective:
-        teacher = self.teachers[index]
-        target = teacher.targets[number]
+        teacher = self.config.teachers[index]
+        target = self.targets[index][number]
         if target.grid is not None and target.grid != self.grid:
             logger.info(
                 "%s gives %d x %d tokens, the student %d x %d: they are interpolated",
-                teacher.config.model.name, *target.grid, *self.grid,
+                teacher.model.name, *target.grid, *self.grid,
             )  # fmt: skip
         return Objective(
-            loss="loss" if len(self.teachers) == 1 else f"loss_{index}",
+            loss="loss" if len(self.targets) == 1 else f"loss_{index}",
             num_features=target.num_features,
             is_map=target.grid is not None,
-            cls_weight=_cls_weight(teacher.config, target, student),
-            weight=teacher.config.weight / len(teacher.targets),
-            projector=teacher.config.projector,
+            cls_weight=_cls_weight(teacher, target, student),
+            weight=teacher.weight / len(self.targets[index]),
+            projector=teacher.projector,
         )
 
     def prepare(self, world: World, loader: TrainLoader) -> None:
@@ -139,8 +136,7 @@ class DistillationTask:
         logger.info("PHI-S: measuring the teachers over %d images", num_steps * loader.global_batch)
         stream: Iterator[list[Batch]] = loader.iterate(0)
         for batch in itertools.chain.from_iterable(itertools.islice(stream, num_steps)):
-            images_BCHW = batch.images.to(world.device)
-            targets = self._targets(images_BCHW, [None] * len(self.teachers))
+            targets = self._targets(batch.to(world.device))
             for statistics, target_BLD in zip(self.phi_s, targets, strict=True):
                 statistics.add(target_BLD)
         for statistics in self.phi_s:
@@ -158,18 +154,18 @@ class DistillationTask:
     def inputs(self, batch: Batch) -> dict[str, Any]:
         """Runs the teachers; draws the student's drop path."""
         device = batch.images.device
-        rows = [self._rows(index, batch) for index in range(len(self.teachers))]
+        rows = [self._rows(index, batch) for index in range(len(self.targets))]
         rows = [chosen if chosen is None else chosen.to(device) for chosen in rows]
         return {
             "images_BCHW": batch.images,
-            "targets": self._standardised(self._targets(batch.images, rows, self._teachers_scales(batch))),
+            "targets": self._standardised(self._targets(batch, rows, self._teachers_scales(batch))),
             "rows": [rows[index] for index, _ in self.places],
             "drop_path_scale_RB": drop_path_scale(self.rates, self.seed, batch.positions, device),
         }
 
     def evaluation_inputs(self, batch: Batch) -> dict[str, Any]:
         """As `inputs`, with nothing drawn: no drop path, and every teacher sees every image."""
-        targets = self._standardised(self._targets(batch.images, [None] * len(self.teachers)))
+        targets = self._standardised(self._targets(batch))
         return {"images_BCHW": batch.images, "targets": targets, "rows": [None] * len(self.places)}
 
     def evaluate(self, forward: Forward, world: World) -> dict[str, float]:
@@ -228,31 +224,69 @@ class DistillationTask:
         ]  # fmt: skip
 
     def _targets(
-        self, images_BCHW: Tensor, rows: list[Tensor | None], scales: list[Tensor | None] | None = None
+        self, batch: Batch, rows: list[Tensor | None] | None = None, scales: list[Tensor | None] | None = None
     ) -> list[Tensor]:
         """The targets of all objectives, on the student's grid, for the images that each teacher sees."""
-        found = []
-        for index, (teacher, chosen) in enumerate(zip(self.teachers, rows, strict=True)):
-            images = images_BCHW if chosen is None else images_BCHW[chosen]
-            scale_RB = scales[index] if scales else None
-            if len(images):
-                if scale_RB is not None and chosen is not None:
-                    scale_RB = scale_RB[:, chosen]
-                features = teacher.features(images, scale_RB)
-            elif teacher.config.partitioned:  # the other ranks wait for this one's part
-                features = [tokens_BLD[:0] for tokens_BLD in teacher.features(images_BCHW[:1])]
-            else:
-                features = [_no_tokens(target, images.device) for target in teacher.targets]
-            found += list(zip(features, teacher.targets, strict=True))
+        rows = rows or [None] * len(self.targets)
+        features: list[list[Tensor]] = []
+        if batch.features is None:
+            for index, teacher in enumerate(self.teachers):
+                features.append(
+                    self._seen(teacher, batch.images, rows[index], scales[index] if scales else None)
+                )
+        else:
+            stored = iter(self.codec.decode(batch.features))
+            for targets, chosen in zip(self.targets, rows, strict=True):
+                own = [next(stored) for _ in targets]
+                features.append(own if chosen is None else [tokens_BLD[chosen] for tokens_BLD in own])
         return [
-            to_grid(tokens_BLD, target, self.grid, objective.cls_weight > 0)
-            for (tokens_BLD, target), objective in zip(found, self.module.objectives, strict=True)
+            to_grid(features[index][number], self.targets[index][number], self.grid, objective.cls_weight > 0)
+            for (index, number), objective in zip(self.places, self.module.objectives, strict=True)
         ]
+
+    def _seen(
+        self, teacher: Teacher, images_BCHW: Tensor, chosen: Tensor | None, scale_RB: Tensor | None
+    ) -> list[Tensor]:
+        """What a teacher gives for the images that it sees."""
+        images = images_BCHW if chosen is None else images_BCHW[chosen]
+        if len(images):
+            if scale_RB is not None and chosen is not None:
+                scale_RB = scale_RB[:, chosen]
+            return teacher.features(images, scale_RB)
+        if teacher.config.partitioned:  # the other ranks wait for this one's part
+            return [tokens_BLD[:0] for tokens_BLD in teacher.features(images_BCHW[:1])]
+        return [_no_tokens(target, images.device) for target in teacher.targets]
 
     def _standardised(self, targets: list[Tensor]) -> list[Tensor]:
         if not self.phi_s:
             return targets
         return [phi_s.standardise(target) for phi_s, target in zip(self.phi_s, targets, strict=True)]
+
+
+def built_teachers(recipe: Recipe, in_parts: Placement = WHOLE) -> list[Teacher]:
+    """Returns the teachers of a recipe, with their weights, on the host.
+
+    Args:
+        recipe: with its section `distill`.
+        in_parts: where the parameters of those are that the recipe wants partitioned.
+    """
+    assert recipe.distill is not None, "a recipe of task distill has its section"
+    return [
+        Teacher(
+            teacher,
+            dtype_of(teacher.precision or recipe.train.precision),
+            in_parts if teacher.partitioned else WHOLE,
+        )
+        for teacher in recipe.distill.teachers
+    ]
+
+
+def codec_of(recipe: Recipe) -> FeatureCodec:
+    """Returns how the features of a recipe's teachers are kept on disk."""
+    assert recipe.distill is not None, "a recipe of task distill has its section"
+    assert recipe.distill.features is not None, "the recipe keeps features"
+    targets = [target for teacher in recipe.distill.teachers for target in targets_of(teacher)]
+    return FeatureCodec(targets, recipe.distill.features.precision)
 
 
 def _cls_weight(teacher: TeacherConfig, target: Target, student: Backbone) -> float:
@@ -270,8 +304,7 @@ def _cls_weight(teacher: TeacherConfig, target: Target, student: Backbone) -> fl
 
 
 def _no_tokens(target: Target, device: torch.device) -> Tensor:
-    rows, columns = target.grid or (1, 1)
-    return torch.empty(0, rows * columns + target.has_cls, target.num_features, device=device)
+    return torch.empty(0, target.num_tokens, target.num_features, device=device)
 
 
 def to_grid(tokens_BLD: Tensor, target: Target, grid: tuple[int, int], with_cls: bool) -> Tensor:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from fd_scale.data import Batch, Source, Transform, evaluation_batches, subset
+from fd_scale.data import Batch, FeatureFiles, Source, Transform, evaluation_batches, subset
 from fd_scale.distributed import World
 
 Forward = Callable[..., dict[str, Tensor]]
@@ -22,6 +22,8 @@ class EvaluationSet:
     transform: Transform
     batch_size: int
     num_workers: int
+    features: FeatureFiles | None = None
+    """Teachers' features that batches bring along."""
 
 
 def evaluated_batches(evaluation: EvaluationSet, world: World) -> Iterator[Batch]:
@@ -33,6 +35,7 @@ def evaluated_batches(evaluation: EvaluationSet, world: World) -> Iterator[Batch
         rank=world.rank,
         world_size=world.size,
         num_workers=evaluation.num_workers,
+        features=evaluation.features,
     ):
         yield batch.to(world.device)
 

@@ -37,7 +37,7 @@ from fd_scale.models import (
     weights_sha256,
 )
 from fd_scale.placement import WHOLE, Placement
-from fd_scale.randomness import hash64
+from fd_scale.randomness import initial_seed
 
 logger = logging.getLogger(__name__)
 
@@ -154,7 +154,7 @@ def compute(recipe: Recipe, images: EvaluationSet, folder: Path, world: World) -
 
 def probed_backbone(recipe: Recipe) -> Backbone:
     """Builds the frozen model; without weights it is the same on every rank."""
-    torch.manual_seed(int(hash64(recipe.seed, "initialisation")) % 2**63)
+    torch.manual_seed(initial_seed(recipe.seed))
     return build_model(recipe.model)
 
 

@@ -24,7 +24,7 @@ from fd_scale import distributed
 from fd_scale.config import ModelConfig, Recipe
 from fd_scale.data import Batch, Source
 from fd_scale.data.instances import Instances
-from fd_scale.distill import DistillationTask
+from fd_scale.distill import DistillationTask, codec_of
 from fd_scale.errors import UserError
 from fd_scale.finetune import FineTuningTask, fine_tuning_task
 from fd_scale.models import Backbone, dtype_of, resolved
@@ -137,7 +137,9 @@ def count(recipe: Recipe, source: Source | None = None) -> Counts:
 
 
 def _counted(recipe: Recipe, source: Source | None) -> Counts:
-    shares = [] if recipe.distill is None else [teacher.share for teacher in recipe.distill.teachers]
+    shares = []
+    if recipe.distill is not None and recipe.distill.features is None:
+        shares = [teacher.share for teacher in recipe.distill.teachers]
     with torch.device("meta"):
         task = _build(_all_images(recipe), source)
         task.module.to(dtype_of(recipe.train.precision))
@@ -419,7 +421,10 @@ def _batch(recipe: Recipe, size: int) -> Batch:
             labels = torch.zeros(size, *pixels[1:], dtype=torch.uint8)
         if recipe.detection is not None:
             labels = [_objects(recipe.model.size)] * size
-    return Batch(images, labels, torch.arange(size), 0)
+        features = None
+        if recipe.distill is not None and recipe.distill.features is not None:
+            features = torch.zeros(size, codec_of(recipe).record_bytes, dtype=torch.uint8)
+    return Batch(images, labels, torch.arange(size), 0, features)
 
 
 def _objects(side: int) -> Instances:

@@ -375,7 +375,7 @@ def _num_steps(recipe: Recipe, images: int | None) -> int | None:
     if recipe.train.steps is not None or images is None:
         return recipe.train.steps
     assert recipe.train.epochs is not None, "a recipe has steps or epochs"
-    return round(recipe.train.epochs * (images // recipe.train.global_batch))
+    return round(recipe.train.epochs * (images * recipe.data.crops // recipe.train.global_batch))
 
 
 def _source(recipe: Recipe) -> Source | None:

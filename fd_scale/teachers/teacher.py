@@ -31,6 +31,11 @@ class Target:
     has_cls: bool
     """Whether a CLS token comes before the patch tokens."""
 
+    @property
+    def num_tokens(self) -> int:
+        """L."""
+        return 1 if self.grid is None else self.grid[0] * self.grid[1] + self.has_cls
+
 
 class Teacher:
     """A frozen backbone outside the trained module: in no checkpoint, seen by no optimizer.
@@ -57,7 +62,7 @@ class Teacher:
         with placement.building(dtype):
             self.model = build_model(config.model, config.target)
         self.model.to(dtype).eval().requires_grad_(False)
-        self.targets = _probe(config, self.img_size)
+        self.targets = targets_of(config)
         self.drop_path_rates = self.model.drop_path_rates if config.drop_path else ()
         if config.drop_path and not any(self.drop_path_rates):
             raise UserError(
@@ -105,10 +110,10 @@ class _Targets(nn.Module):
         self.config = config
 
     def forward(self, pixels_BCHW: Tensor, drop_path_scale_RB: Tensor | None = None) -> list[Tensor]:
-        return _targets_of(self.model, self.config, pixels_BCHW, drop_path_scale_RB)
+        return _computed(self.model, self.config, pixels_BCHW, drop_path_scale_RB)
 
 
-def _targets_of(
+def _computed(
     model: Backbone, config: TeacherConfig, pixels_BCHW: Tensor, drop_path_scale_RB: Tensor | None = None
 ) -> list[Tensor]:
     if config.target == "pooled":
@@ -125,11 +130,12 @@ def _targets_of(
 
 
 @torch.no_grad()
-def _probe(config: TeacherConfig, img_size: int) -> tuple[Target, ...]:
-    """Shapes of the targets, from a forward of the same model without weights, on the meta device."""
+def targets_of(config: TeacherConfig) -> tuple[Target, ...]:
+    """Returns what a teacher gives, from a forward of the same model without weights, on the meta device."""
+    img_size = resolved_model(config.model).size
     with torch.device("meta"):
         model = build_model(replace(config.model, weights=None), config.target).eval()
-        targets = _targets_of(model, config, torch.zeros(1, 3, img_size, img_size))
+        targets = _computed(model, config, torch.zeros(1, 3, img_size, img_size))
     if config.target != "feature_map":
         return tuple(Target(tokens_BLD.shape[2], None, has_cls=False) for tokens_BLD in targets)
     rows, columns = model.grid_size(img_size, img_size)

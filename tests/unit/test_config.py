@@ -24,6 +24,9 @@ from fd_scale.errors import UserError
 Values = Callable[..., dict[str, Any]]
 
 
+REQUIRED_BESIDE = {"distill.features.views": {"folder": "features"}}
+
+
 def leaves(cls: type, prefix: str = "") -> set[str]:
     """Every setting below a dataclass, as `describe_keys` spells it."""
     found = set()
@@ -116,7 +119,8 @@ def test_every_setting_is_described() -> None:
     ("key", "value"),
     [
         ("model.img_size", 0), ("model.std", [0.5, 0.0, 0.5]),
-        ("data.num_workers", -1), ("data.shard_window", -1), ("data.max_bad_fraction", 1.5), ("data.flip", -0.1),
+        ("data.num_workers", -1), ("data.shard_window", -1), ("data.crops", 0),
+        ("data.max_bad_fraction", 1.5), ("data.flip", -0.1),
         ("data.crop_scale", [0.0, 1.0]), ("data.crop_scale", [0.9, 0.5]), ("data.crop_scale", [0.5, 1.1]),
         ("data.crop_ratio", [0.0, 1.0]), ("data.crop_ratio", [2.0, 1.0]),
         ("optim.lr", 0.0), ("optim.lr", float("nan")), ("optim.lr", float("inf")), ("optim.eps", -1e-8),
@@ -130,6 +134,7 @@ def test_every_setting_is_described() -> None:
         ("checkpoint.save_every_steps", 0), ("checkpoint.keep_last", 0),
         ("log.every_steps", 0), ("log.images_every_steps", -1), ("log.evaluate_every_steps", -1),
         ("distill.beta", 0.0), ("distill.phi_s_images", 0), ("distill.knn_images", -1),
+        ("distill.features.views", 0),
         ("distill.teachers.0.weight", 0.0),
         ("distill.teachers.0.share", 0.0), ("distill.teachers.0.share", 1.1), ("distill.teachers.0.cls_weight", -1.0),
         ("distill.teachers.0.layers", []), ("contrastive.temperature", 0.0), ("contrastive.projection_dim", 0),
@@ -149,10 +154,12 @@ def test_every_setting_is_described() -> None:
     ],
 )  # fmt: skip
 def test_range(recipe_values: Values, key: str, value: Any) -> None:
-    section, *_, name = key.split(".")
+    section, *inner, name = key.split(".")
     task = section if section in TASKS else "distill"
-    values = recipe_values(task)
-    (values["distill"]["teachers"][0] if ".0." in key else values.setdefault(section, {}))[name] = value
+    values = place = recipe_values(task)
+    for part in (section, *inner):
+        place = place[0] if part == "0" else place.setdefault(part, {})
+    place.update(REQUIRED_BESIDE.get(key, {}) | {name: value})
     with pytest.raises(UserError, match=rf"recipe: .*{re.escape(key.replace('.0.', '.'))}.*: got .*expected"):
         build_recipe(values)
 
@@ -167,7 +174,7 @@ def test_every_limit_is_in_the_table_above() -> None:
         "data.evaluation", "train.epochs", "train.precision", "train.device", "train.ds_config",
         "train.activation_checkpointing", "train.kernels", "distill.teachers", "distill.teachers.0.precision",
         "distill.teachers.0.target", "distill.teachers.0.projector", "distill.teachers.0.partitioned",
-        "distill.teachers.0.drop_path",
+        "distill.teachers.0.drop_path", "distill.features.folder", "distill.features.precision",
         "distill.loss", "contrastive.jitter",
         "classification.head_init_scale", "log.profile", "train.compile", "data.interpolation", "data.rand_augment",
         "optim.schedule", "segmentation.head", "segmentation.frozen", "segmentation.norm",
@@ -196,6 +203,14 @@ def test_every_limit_is_in_the_table_above() -> None:
         (
             {"task": "detection", "distill": None, "detection": {"semantic_classes": 7}},
             "classes of places help head htc alone, head is mask_rcnn",
+        ),
+        (
+            {"task": "contrastive", "distill": None, "contrastive": {}, "data__crops": 2},
+            "data.crops: got 2, and task contrastive learns from one crop of an image at a time; set it to 1",
+        ),
+        (
+            {"task": "classification", "distill": None, "classification": {"mixup": 0.8}, "data__crops": 2},
+            "data.crops: got 2, and classification.mixup and cutmix mix neighbours",
         ),
         ({"contrastive": {}}, "this section belongs to task contrastive, the recipe's is distill"),
     ],

@@ -4,6 +4,7 @@ import itertools
 import logging
 import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 import textwrap
@@ -179,6 +180,59 @@ def test_workers_change_nothing_and_end_with_the_iterator(source: Source) -> Non
     assert_same(taken, take(make_loader(source), 5, start_step=1))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV])
+def test_a_worker_that_dies_is_named_with_its_signal(source: Source, number: signal.Signals) -> None:
+    """Within 5 s: so often torch looks after its workers."""
+    steps = make_loader(source, num_workers=2).iterate(0)
+    next(steps)
+    worker = multiprocessing.active_children()[0]
+    assert worker.pid is not None
+    os.kill(worker.pid, number)
+    words = rf"loader worker {worker.name} was killed by {number.name}, .*data\.num_workers"
+    with pytest.raises(UserError, match=words) as error:
+        list(itertools.islice(steps, 20))
+    assert "\n" not in str(error.value)
+    assert multiprocessing.active_children() == []
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_crops_of_an_image_stand_side_by_side(source: Source, num_workers: int) -> None:
+    loader = make_loader(source, crops=3, num_workers=num_workers)
+    assert loader.steps_per_epoch == 31 * 3 // 12
+    epoch = join(flatten(take(loader, 7)))
+    labels_NK = epoch.labels.view(-1, 3)
+    assert (labels_NK == labels_NK[:, :1]).all()
+    assert len(labels_NK[:, 0].unique()) == 7 * 4, "no image twice in an epoch"
+    images_NK = epoch.images.view(-1, 3, *epoch.images.shape[1:])
+    for first, second in itertools.combinations(range(3), 2):
+        assert (images_NK[:, first] != images_NK[:, second]).flatten(1).any(1).float().mean() > 0.9
+    # The first crop of an image is that of a run with one crop of each, where the epochs have as many images.
+    alone = join(flatten(take(make_loader(source, global_batch=4, micro_batch=4), 7)))
+    assert torch.equal(alone.labels, labels_NK[:, 0])
+    assert torch.equal(alone.images, images_NK[:, 0])
+
+
+def test_crops_do_not_depend_on_ranks_micro_batches_or_resume(source: Source) -> None:
+    whole = take(make_loader(source, crops=2), 8)
+    for start_step in (1, 5):
+        assert_same(take(make_loader(source, crops=2), 8 - start_step, start_step), whole[start_step:])
+    for world_size, micro_batch in ((1, 4), (2, 6), (3, 2)):
+        ranks = [
+            take(make_loader(source, crops=2, rank=rank, world_size=world_size, micro_batch=micro_batch), 8)
+            for rank in range(world_size)
+        ]
+        assert_same([flatten(parts) for parts in zip(*ranks, strict=True)], whole)
+
+
+def test_crops_of_an_image_that_is_replaced(damage: Callable[[set[int]], Source], source: Source) -> None:
+    ((healthy,),) = take(make_loader(source, crops=2), 1)
+    ((found,),) = take(make_loader(damage({int(healthy.labels[4])}), crops=2, max_bad_fraction=1), 1)
+    changed = (found.images != healthy.images).flatten(1).any(1)
+    assert (found.num_bad, changed.nonzero().flatten().tolist()) == (2, [4, 5])
+    assert found.labels[4] == found.labels[5]
+
+
 def assert_ends(process_id: int) -> None:
     for _ in range(200):
         try:
@@ -301,6 +355,7 @@ def test_nothing_decodable_is_an_error(damage: Callable[[set[int]], Source]) -> 
         ({"global_batch": 12, "micro_batch": 0}, "multiple of micro-batch"),
         ({"global_batch": 0}, "multiple of micro-batch"),
         ({"global_batch": 36}, "larger than the data set of 31 samples; take at most 31"),
+        ({"crops": 5}, r"data\.crops: a micro-batch on a rank is 12, .* 5 crops .* train\.micro_batch=10"),
         ({"max_bad_fraction": 1.5}, "between 0 and 1, got 1.5"),
     ],
 )

@@ -22,7 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fd_scale import api, check, cli
 from fd_scale.config import Recipe, build_recipe, load_recipe
-from fd_scale.data import open_source
+from fd_scale.data import Batch, open_source
 from fd_scale.errors import UserError
 from fd_scale.hardware import GPUS, Gpu, find_gpu, mfu, model_flops
 from fd_scale.models import Backbone, create_model
@@ -97,9 +97,7 @@ def test_what_is_counted_on_meta_is_what_the_cpu_keeps(make_recipe: Callable[...
             task: Any = api.build_task(recipe, Any)  # type: ignore[arg-type]  # distillation asks its source nothing
             task.module.backbone.set_activation_checkpointing(policy.mode, policy.period)
             images = torch.zeros(size, 3, 24, 24, dtype=torch.uint8)
-            batch: Any = SimpleNamespace(
-                images=images, positions=torch.arange(size), labels=torch.zeros(size)
-            )
+            batch = Batch(images, torch.zeros(size), torch.arange(size), 0)
             kept: dict[int, Tensor] = {}
 
             def pack(tensor: Tensor, kept: dict[int, Tensor] = kept) -> Tensor:
