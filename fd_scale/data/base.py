@@ -115,14 +115,14 @@ class Sharded(Protocol):
 class Expecting(Protocol):
     """A source that reads sooner what it is told of."""
 
-    def expect(self, sample_ids: Iterable[int]) -> None:
-        """Is told what will be read next."""
+    def expect(self, sample_ids: Iterable[int], coming: int | None) -> None:
+        """Is told what will be read next; and a sample of a shard that is read from after that."""
 
 
-def expect(source: object, sample_ids: Iterable[int]) -> None:
+def expect(source: object, sample_ids: Iterable[int], coming: int | None = None) -> None:
     """Tells a source what will be read next, if it wants to know."""
     if isinstance(source, Expecting):
-        source.expect(sample_ids)
+        source.expect(sample_ids, coming)
 
 
 def sharded(source: object) -> Sharded:

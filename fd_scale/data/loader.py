@@ -170,12 +170,13 @@ class _TrainingSamples(Dataset[_Loaded]):
         epoch, first = divmod(positions.start, self.crops_per_epoch)
         crops = self.reader.crops
         in_epoch = np.arange(first // crops, (first + len(positions)) // crops)
-        seed = self.order_seed
+        seed, coming = self.order_seed, None
         if self.by_shards is None:
             sample_ids = order(seed, epoch, in_epoch, len(self.reader.source))
         else:
             sample_ids = self.by_shards(seed, epoch, in_epoch)
-        expect(self.reader.source, sample_ids.tolist())
+            coming = self.by_shards.coming(seed, epoch, int(in_epoch[-1]))
+        expect(self.reader.source, sample_ids.tolist(), coming)
         return self.reader.load(positions, epoch, sample_ids)
 
 
@@ -267,9 +268,9 @@ class TrainLoader:
         by_shards = None
         if shard_window:
             by_shards = ShardOrder(sharded(source).first_of_shards(), shard_window)
-            # Workers are ahead of each other by what they have prepared for later steps.
+            # One comes, one goes, and workers are ahead of each other by what they have prepared for later steps.
             ahead = num_workers * _NUM_PREPARED * rows / num_crops * len(by_shards.sizes_S)
-            sharded(source).keep_shards(min(by_shards.window + 1 + math.ceil(ahead), len(by_shards.sizes_S)))
+            sharded(source).keep_shards(min(by_shards.window + 2 + math.ceil(ahead), len(by_shards.sizes_S)))
         reader = _Reader(source, transform, seed, NUM_REPLACEMENTS, crops, features)
         self._samples = _TrainingSamples(reader, self.steps_per_epoch * global_batch, by_shards, seed)
 

@@ -53,9 +53,10 @@ class Subset:
         """See `Sharded`."""
         sharded(self.source).keep_shards(count)
 
-    def expect(self, sample_ids: Iterable[int]) -> None:
+    def expect(self, sample_ids: Iterable[int], coming: int | None) -> None:
         """See `Expecting`."""
-        expect(self.source, [int(self.sample_ids_N[sample_id]) for sample_id in sample_ids])
+        inner_ids = [int(self.sample_ids_N[sample_id]) for sample_id in sample_ids]
+        expect(self.source, inner_ids, None if coming is None else int(self.sample_ids_N[coming]))
 
     @property
     def fingerprint(self) -> str:
@@ -192,11 +193,13 @@ class Mixture:
         for source in self.sources:
             sharded(source).keep_shards(count)
 
-    def expect(self, sample_ids: Iterable[int]) -> None:
+    def expect(self, sample_ids: Iterable[int], coming: int | None) -> None:
         """See `Expecting`."""
         found = [self._find(sample_id) for sample_id in sample_ids]
+        later = None if coming is None else self._find(coming)
         for source in self.sources:
-            expect(source, [inner_id for its, inner_id in found if its is source])
+            inner_ids = [inner_id for its, inner_id in found if its is source]
+            expect(source, inner_ids, later[1] if later is not None and later[0] is source else None)
 
     @property
     def fingerprint(self) -> str:

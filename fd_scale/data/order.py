@@ -94,6 +94,12 @@ class ShardOrder:
         )
         return (self.first_S[shard_P] + in_shard_P).reshape(positions.shape)
 
+    def coming(self, seed: int, epoch: int, position: int) -> int | None:
+        """Returns the first sample of the shard that comes with the block after a position's; none in the last one."""
+        circle_S, first_block_S1 = self._circle(seed, epoch)
+        block = int(np.searchsorted(first_block_S1, position, side="right"))
+        return int(self.first_S[circle_S[block]]) if block < len(circle_S) else None
+
     def _circle(self, seed: int, epoch: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
         """The shards in the order of an epoch, and the first position of each block, and one past the last."""
         if self._table is None or self._table[0] != (seed, epoch):

@@ -142,6 +142,7 @@ class RemoteShards:
         self._seen_at: dict[int, float] = {}
         self._executor: ThreadPoolExecutor | None = None
         self._expected: dict[Range, Future[bytes]] = {}
+        self._coming: Future[bytes] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """Leaves out what each process does for itself."""
@@ -151,15 +152,18 @@ class RemoteShards:
         self.__dict__ |= state
         self._begin()
 
-    def expect(self, ranges: Iterable[Range]) -> None:
+    def expect(self, ranges: Iterable[Range], coming: Range | None) -> None:
         """Begins to read what will be asked for next, and forgets what was expected before.
 
-        A store takes long to answer, but many answers do not take longer.
+        A store takes long to answer, but many answers do not take longer. Where whole shards are kept, one that is read
+        from after that is fetched meanwhile.
         """
         self._forget()
         if self._executor is None:
             self._executor = ThreadPoolExecutor(_NUM_READ_AT_ONCE)
         self._expected = {each: self._executor.submit(self._read, *each) for each in dict.fromkeys(ranges)}
+        if self.whole and coming is not None and (self._coming is None or self._coming.done()):
+            self._coming = self._executor.submit(self._read, *coming)
 
     def read(self, shard: int, offset: int, size: int) -> bytes:
         """Returns bytes of a shard.

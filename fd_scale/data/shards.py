@@ -52,7 +52,7 @@ class LocalShards:
     def keep(self, count: int) -> None:
         """Files are at hand."""
 
-    def expect(self, ranges: Iterable[Range]) -> None:
+    def expect(self, ranges: Iterable[Range], coming: Range | None) -> None:
         """So are their bytes, soon enough."""
 
     def _file(self, shard: int) -> io.FileIO:
@@ -116,9 +116,9 @@ class TarSource:
         """See `Sharded`."""
         self.shards.keep(count)
 
-    def expect(self, sample_ids: Iterable[int]) -> None:
+    def expect(self, sample_ids: Iterable[int], coming: int | None) -> None:
         """See `Expecting`."""
-        self.shards.expect(map(self._range, sample_ids))
+        self.shards.expect(map(self._range, sample_ids), None if coming is None else self._range(coming))
 
     def read(self, sample_id: int) -> tuple[Picture, int]:
         data = self.shards.read(*self._range(sample_id))

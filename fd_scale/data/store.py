@@ -206,7 +206,8 @@ def _asked(url: str, method: str, **options: Any) -> Any:
             return _asked_once(url, method, **options)
         except Exception as error:  # clients of stores raise what they like, with no common base
             reason: BaseException = error
-        if isinstance(reason, UserError):
+        # What is no fault of a store: also that this process ends while threads of it read.
+        if isinstance(reason, (UserError, RuntimeError)):
             raise reason
         # fsspec makes a missing file of any failure of a web server to tell a size.
         reason = reason.__cause__ or reason if isinstance(reason, FileNotFoundError) else reason

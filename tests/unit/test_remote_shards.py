@@ -17,6 +17,7 @@ from shard_files import image_file, level, numbered, write_tar
 from fd_scale.cli import main
 from fd_scale.config import SourceConfig
 from fd_scale.data import ImageAlone, TrainLoader, evaluation_transform, open_source, store
+from fd_scale.data.order import ShardOrder
 from fd_scale.data.remote_shards import RemoteShards
 from fd_scale.data.shards import TarSource
 from fd_scale.errors import UserError
@@ -171,6 +172,25 @@ def test_a_micro_batch_is_asked_for_at_once(remote: FakeStore, monkeypatch: pyte
     remote.fault = failing(404, times=-1)
     with pytest.raises(UserError, match="is not there any more"):
         next(loader.iterate(1))
+
+
+def test_the_shard_that_comes_is_fetched_meanwhile(remote: FakeStore) -> None:
+    source = opened(remote)
+    loader = TrainLoader(
+        source, ImageAlone(evaluation_transform(4)), seed=0, global_batch=2, micro_batch=2, rank=0, world_size=1,
+        num_workers=0, shard_window=1,
+    )  # fmt: skip
+    order = ShardOrder(source.index.first_S, 1)
+    shards = [source.index.shard(int(order(0, 0, position))) for position in range(18)]
+    first, second = [*dict.fromkeys(shards)][:2]
+    remote.forget()
+    next(loader.iterate(0))
+    for _ in range(200):
+        if f"/set/{second}.tar" in remote.sent:
+            break
+        time.sleep(0.02)
+    assert set(remote.sent) == {f"/set/{first}.tar", f"/set/{second}.tar"}
+    assert order.coming(0, 0, 17) is None
 
 
 def test_a_window_that_does_not_fit_is_said(

@@ -60,7 +60,10 @@ def test_few_shards_at_a_time(window: int) -> None:
     order = ShardOrder(shards(*[size] * num_shards), window)
     shard_P = order(0, 0, np.arange(size * num_shards)) // size
     for start in range(0, len(shard_P) - size):
-        assert len(np.unique(shard_P[start : start + size])) <= window + 1
+        now = np.unique(shard_P[start : start + size])
+        assert len(now) <= window + 1
+        coming = order.coming(0, 0, start)
+        assert coming is None or coming // size in shard_P[start : start + 2 * size]
     block_P = np.arange(len(shard_P)) // size
     for shard in range(num_shards):
         blocks = np.unique(block_P[shard_P == shard])
