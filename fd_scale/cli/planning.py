@@ -43,7 +43,7 @@ def _add_plan(verbs: Verbs) -> None:
         "--images-per-core",
         type=float,
         metavar="N",
-        help="crops that a core decodes and cuts in a second, by `bench data` (default: 400, of ImageNet's photos)",
+        help="crops that a core decodes and cuts in a second, by `bench data` (default: 350, of ImageNet's photos)",
     )
     plan.add_argument(
         "--measure", action="store_true", help="take a few steps on this machine, on the ranks that are"

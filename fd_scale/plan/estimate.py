@@ -28,7 +28,7 @@ from fd_scale.plan.memory import (
 
 UTILISATION = 0.4
 """Assumed unless a measured one is given."""
-IMAGES_PER_CORE = 400.0
+IMAGES_PER_CORE = 350.0
 """Crops of 224 px a second, of photos of 108 KB and 500 x 375 px: `fd-scale bench data`, see docs/loading.md."""
 
 
