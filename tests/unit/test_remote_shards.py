@@ -346,6 +346,17 @@ def test_a_cache_that_cannot_be_written(
     assert not list(tmp_path.rglob("*.tmp"))
 
 
+def test_without_any_cache(
+    remote: FakeStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "set/0.tar"))
+    remote.files["/set/fd-scale.index"] = b"x"
+    source = opened(remote)
+    assert "each process reads all headers now" in caplog.text
+    assert levels(source) == LEVELS
+    assert level(pickle.loads(pickle.dumps(source)), 17) == LEVELS[17]
+
+
 def test_a_kept_shard_that_is_damaged_is_read_from_the_store(remote: FakeStore, tmp_path: Path) -> None:
     source = opened(remote)
     assert level(source, 0) == 0
