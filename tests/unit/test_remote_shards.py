@@ -16,7 +16,7 @@ from shard_files import image_file, level, numbered, write_tar
 
 from fd_scale.cli import main
 from fd_scale.config import SourceConfig
-from fd_scale.data import ImageAlone, TrainLoader, evaluation_transform, open_source, store
+from fd_scale.data import ImageAlone, TrainLoader, evaluation_transform, open_source, remote_shards, store
 from fd_scale.data.order import ShardOrder
 from fd_scale.data.remote_shards import RemoteShards
 from fd_scale.data.shards import TarSource
@@ -67,7 +67,7 @@ def one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def impatient(monkeypatch: pytest.MonkeyPatch, fault: str | int) -> None:
     """Elsewhere a slow machine should not look like a slow store."""
-    if fault == "hang":
+    if fault in ("hang", "drip"):
         monkeypatch.setattr(store, "TIMEOUT_S", 0.4)
 
 
@@ -86,6 +86,7 @@ def test_the_same_samples_as_from_files(remote: FakeStore, local: str) -> None:
         "memory://set/{0..3}.tar",
         "memory://set/*.tar",
         f"{remote.url}/set/*.tar",
+        "memory://set/",
         f"{remote.url}/set/{{0..3}}.tar",
     ):
         source = open_source(f"tar:{spec}")
@@ -216,7 +217,7 @@ def test_processes_download_a_shard_once(remote: FakeStore) -> None:
     assert remote.sent == {"/set/0.tar": len(remote.files["/set/0.tar"])}
 
 
-@pytest.mark.parametrize("fault", [503, 429, "reset", "cut", "short", "hang"])
+@pytest.mark.parametrize("fault", [503, 429, "reset", "cut", "short", "drip"])
 @pytest.mark.parametrize("kept", [True, False], ids=["kept", "one by one"])
 def test_a_fault_that_passes(
     remote: FakeStore,
@@ -310,6 +311,17 @@ def test_a_shard_that_changes(
         source.read(0)
     assert level(source, 5) == 40, "the others have not"
     assert levels(opened(remote)) == [*range(200, 200 + num_images), *LEVELS[5:]]
+
+
+def test_a_shard_that_changes_later(remote: FakeStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    one_by_one(monkeypatch)
+    source = opened(remote)
+    assert levels(source) == LEVELS
+    remote.files["/set/0.tar"] = remote.files["/set/1.tar"]
+    assert level(source, 5) == 40
+    monkeypatch.setattr(remote_shards, "_BELIEVED_S", 0.0)
+    with pytest.raises(UserError, match=r"/set/0.tar: has changed"):
+        source.read(0)
 
 
 def test_a_shard_that_changes_while_it_is_indexed(remote: FakeStore) -> None:
