@@ -6,12 +6,14 @@ import os
 import pickle
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from fake_store import FakeStore, failing, serve
+from omegaconf import OmegaConf
 from shard_files import image_file, level, numbered, write_tar
 
 from fd_scale.cli import main
@@ -473,3 +475,27 @@ def test_an_index_beside_the_shards(
 def fresh_cache(tmp_path: Path) -> None:
     for file in tmp_path.glob("cache/fd-scale/*.index"):
         file.unlink()
+
+
+def test_check_says_that_shards_will_be_fetched(
+    remote: FakeStore,
+    tmp_path: Path,
+    recipe_values: Callable[..., dict[str, Any]],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("COLUMNS", "400")
+    spec = f"tar:{remote.url}/set/{{0..3}}.tar"
+    OmegaConf.save(
+        OmegaConf.create(
+            recipe_values("contrastive", data__train=spec, data__shard_window=2, train__micro_batch=16)
+        ),
+        tmp_path / "recipe.yaml",
+    )
+    main(["check", str(tmp_path / "recipe.yaml")])
+    printed = capsys.readouterr().out
+    assert (
+        f"things are in the cache; but shards will, as they are read: {spec.removeprefix('tar:')}" in printed
+    )
+    assert f"{spec}: 18 images, 124 classes, the first 4x3 px" in printed
+    assert "1 steps an epoch" in printed
