@@ -137,6 +137,10 @@ def test_the_cache_is_bounded_and_keeps_what_is_used(
     source.keep_shards(2)
     remote.forget()
     first = source.index.first_S.tolist()
+    left = tmp_path / "cache/fd-scale/shards/killed.tmp"
+    left.parent.mkdir()
+    left.write_bytes(bytes(largest))
+    os.utime(left, (0, 0))
     before = len(os.listdir("/proc/self/fd"))
 
     def read(shard: int) -> None:
@@ -155,6 +159,7 @@ def test_the_cache_is_bounded_and_keeps_what_is_used(
     assert len(os.listdir("/proc/self/fd")) - before <= 2, (
         "connections; no shard stays open, so what goes is gone"
     )
+    assert not left.exists(), "what a killed process left counts, and goes first"
     source.keep_shards(3)
     assert source.shards.whole, "never less than was said before"
 
