@@ -117,7 +117,8 @@ def _read(file: Path, offset: int, size: int) -> bytes | None:
     try:
         with open(file, "rb", buffering=0) as opened:
             if time.time() - os.fstat(opened.fileno()).st_mtime > _USED_S:
-                os.utime(opened.fileno())
+                with contextlib.suppress(OSError):  # somebody else's
+                    os.utime(opened.fileno())
             data = os.pread(opened.fileno(), size, offset)
     except OSError:
         return None

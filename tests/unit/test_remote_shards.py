@@ -434,6 +434,19 @@ def test_wrong_addresses(monkeypatch: pytest.MonkeyPatch, spec: str, message: st
         open_source(spec)
 
 
+def test_a_missing_file_that_has_a_cause(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As clients of S3 raise it."""
+
+    def gone(url: str, method: str, **options: object) -> None:
+        raise FileNotFoundError(url) from ValueError("NoSuchKey")
+
+    monkeypatch.setattr(store, "_asked_once", gone)
+    assert store.state("s3://bucket/0.tar") is None
+    with pytest.raises(UserError, match=r"s3://bucket/0\.tar: is not there any more"):
+        store.read("s3://bucket/0.tar", 0, 10)
+    assert not store._counts, "nothing was tried again"
+
+
 @pytest.mark.parametrize("given", ["much", "inf", "nan"])
 def test_a_size_of_the_cache_that_is_none(
     remote: FakeStore, monkeypatch: pytest.MonkeyPatch, given: str
