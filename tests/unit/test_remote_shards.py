@@ -1,12 +1,12 @@
 """Shards in stores: the same samples as from files, a bounded cache, and each fault is survived or named."""
 
 import errno
-import multiprocessing
 import os
 import pickle
 import re
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -211,16 +211,13 @@ def test_a_window_that_does_not_fit_is_said(
     assert levels(source) == LEVELS
 
 
-def first_read(source: TarSource) -> int:
-    return level(source, 0)
-
-
-def test_processes_download_a_shard_once(remote: FakeStore) -> None:
-    source = opened(remote)
+def test_several_at_once_download_a_shard_once(remote: FakeStore) -> None:
+    """The lock is one between opened files: threads with sources of their own wait as processes do."""
+    sources = [pickle.loads(pickle.dumps(opened(remote))) for _ in range(4)]
     remote.forget()
-    remote.fault = lambda method, path: time.sleep(0.05)
-    with multiprocessing.get_context("fork").Pool(3) as pool:
-        assert pool.map(first_read, [source] * 3, chunksize=1) == [0, 0, 0]
+    remote.delay_s = 0.05
+    with ThreadPoolExecutor(4) as executor:
+        assert [*executor.map(lambda source: level(source, 0), sources)] == [0, 0, 0, 0]
     assert remote.sent == {"/set/0.tar": len(remote.files["/set/0.tar"])}
 
 
