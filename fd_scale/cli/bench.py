@@ -6,6 +6,10 @@ import argparse
 from pathlib import Path
 
 from fd_scale.cli.parts import Verbs, add_recipe, add_verb
+from fd_scale.config import load_recipe
+from fd_scale.errors import UserError
+from fd_scale.hardware import GPUS, find_gpu
+from fd_scale.log import console
 
 
 def add_bench(verbs: Verbs) -> None:
@@ -144,13 +148,19 @@ def _add_bench_data(subjects: Verbs) -> None:
         "Measures in turns, on the JPEG files of a source: decoding alone, which is the limit; decoding and cropping;\n"
         "our loader with one worker process, as of 100 million images too; torchvision's, timm's and webdataset's.",
         "  fd-scale bench data imagefolder:PATH\n"
-        "  fd-scale bench data \"tar:PATH/train-*.tar\" --crops 4 --json data.json",
+        "  fd-scale bench data \"tar:PATH/train-*.tar\" --crops 4 --json data.json\n"
+        "  fd-scale bench data imagefolder:PATH --recipe imagenet/swin_v2_giant --gpus 64 --gpu h100",
     )  # fmt: skip
     data.add_argument("source", metavar="SOURCE", help="as of data.train")
     data.add_argument("--images", type=int, default=2000, help="crops in a round (default: 2000)")
     data.add_argument("--rounds", type=int, default=5, help="of each way (default: 5)")
     data.add_argument("--size", type=int, default=224, help="side of the crops, in pixels (default: 224)")
     data.add_argument("--crops", type=int, default=1, help="measures so many of each image too")
+    data.add_argument(
+        "--recipe", metavar="RECIPE", help="tells what its GPUs need: cores of a node, workers of a rank"
+    )
+    data.add_argument("--gpus", type=int, help="with --recipe: GPUs of the job, 8 in a node")
+    data.add_argument("--gpu", metavar="NAME", help=f"with --recipe: one of {', '.join(GPUS)}")
     data.add_argument("--json", metavar="FILE", help="write the measurements there too")
     data.set_defaults(run=_bench_data)
 
@@ -284,9 +294,21 @@ def _bench_order(options: argparse.Namespace) -> None:
 
 
 def _bench_data(options: argparse.Namespace) -> None:
+    named = [options.recipe, options.gpus, options.gpu]
+    if None in named and any(named):
+        raise UserError(
+            "bench data: --recipe, --gpus and --gpu say together what is to be fed; give all or none"
+        )
     from fd_scale.benchmarks.data import bench_data
+    from fd_scale.plan import input_needed, plan
 
-    bench_data(options.source, options.images, options.rounds, options.size, options.crops, options.json)
+    crops = options.crops
+    recipe = None if options.recipe is None else load_recipe(options.recipe, [f"data.crops={crops}"])
+    gpu = None if options.gpu is None else find_gpu(options.gpu)
+    rate = bench_data(options.source, options.images, options.rounds, options.size, crops, options.json)
+    if recipe is not None and gpu is not None:
+        for line in input_needed(plan(options.recipe, recipe, gpu, options.gpus, images_per_core=rate)):
+            console.print(line, soft_wrap=True, highlight=False)
 
 
 def _bench_segmentation(options: argparse.Namespace) -> None:

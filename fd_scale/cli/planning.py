@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 
 from rich.console import Console
@@ -37,6 +38,12 @@ def _add_plan(verbs: Verbs) -> None:
         "--images",
         type=int,
         help="training images of an epoch (default: those of the data, where it is here)",
+    )
+    plan.add_argument(
+        "--images-per-core",
+        type=float,
+        metavar="N",
+        help="crops that a core decodes and cuts in a second, by `bench data` (default: 400, of ImageNet's photos)",
     )
     plan.add_argument(
         "--measure", action="store_true", help="take a few steps on this machine, on the ranks that are"
@@ -106,7 +113,9 @@ def _plan(options: argparse.Namespace) -> None:
     recipe = load_recipe(options.recipe, options.overrides)
     if options.measure:
         _refuse(
-            options, "--measure prints what this machine holds", "gpus gpu images scaling assume json plot"
+            options,
+            "--measure prints what this machine holds",
+            "gpus gpu images images_per_core scaling assume json plot",
         )
         from fd_scale import api
         from fd_scale.plan.measure import measured_table
@@ -125,10 +134,15 @@ def _plan(options: argparse.Namespace) -> None:
         )
     if options.images is not None and options.images < 1:
         raise UserError(f"--images: got {options.images}, expected at least 1")
+    if options.images_per_core is not None and not 0 < options.images_per_core < math.inf:
+        raise UserError(f"--images-per-core: got {options.images_per_core}, expected a number above 0")
     gpu = find_gpu(options.gpu)
-    from fd_scale.plan import plan, plot, show, to_json, write_json
+    from fd_scale.plan import IMAGES_PER_CORE, plan, plot, show, to_json, write_json
 
-    found = plan(options.recipe, recipe, gpu, options.gpus, images=options.images)
+    found = plan(
+        options.recipe, recipe, gpu, options.gpus,
+        images=options.images, images_per_core=options.images_per_core or IMAGES_PER_CORE,
+    )  # fmt: skip
     show(found, wide_console())
     if options.json is not None:
         write_json(to_json(found), options.json)
@@ -137,7 +151,7 @@ def _plan(options: argparse.Namespace) -> None:
 
 
 def _scaling(options: argparse.Namespace, recipe: Recipe) -> None:
-    _refuse(options, "--scaling has numbers of GPUs, and no end of a run", "gpus images")
+    _refuse(options, "--scaling has numbers of GPUs, and no end of a run", "gpus images images_per_core")
     if options.gpu is None:
         raise UserError(f"plan: --gpu NAME says on what to scale, one of {', '.join(GPUS)}")
     gpu = find_gpu(options.gpu)
@@ -155,7 +169,7 @@ def _scaling(options: argparse.Namespace, recipe: Recipe) -> None:
 def _refuse(options: argparse.Namespace, reason: str, names: str) -> None:
     """Raises where an option of `names` is given."""
     if given := [f"--{name}" for name in names.split() if getattr(options, name) is not None]:
-        raise UserError(f"plan: {reason}; remove {', '.join(given)}")
+        raise UserError(f"plan: {reason}; remove {', '.join(given)}".replace("_", "-"))
 
 
 def _submit(options: argparse.Namespace) -> None:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+import simplejpeg
 from PIL import Image
 
 # Formats outside this list are refused unseen: some of Pillow's plugins start other programs.
@@ -85,6 +86,13 @@ def jpeg_header(data: bytes) -> JpegHeader | None:
     Raises:
         DecodeError: no image, unsupported, or more than `MAX_PIXELS` pixels.
     """
+    if _is_plain_jpeg(data):
+        # Nothing need be asked of Pillow, which takes ten times as long.
+        with contextlib.suppress(ValueError):
+            height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
+            if colours in ("YCbCr", "RGB", "Gray"):
+                _refuse_large(width, height)
+                return JpegHeader(width, height, None)
     with _damage_named():
         image = _opened(data)
         if image.format != "JPEG" or image.mode not in ("RGB", "L"):
@@ -118,6 +126,16 @@ def decode_mask(data: bytes) -> npt.NDArray[np.uint8]:
     return mask_HW.astype(np.uint8)
 
 
+def _is_plain_jpeg(data: bytes) -> bool:
+    """Whether a file is a JPEG with nothing that could tell its orientation: EXIF and XMP are segments APP1."""
+    at = 2
+    while data[at : at + 1] == b"\xff" and data[at + 1 : at + 2] not in (b"\xe1", b"\xff", b""):
+        if data[at + 1] == 0xDA:  # the pixels begin
+            return data.startswith(b"\xff\xd8")
+        at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
+    return False
+
+
 @contextlib.contextmanager
 def _damage_named() -> Iterator[None]:
     try:
@@ -128,9 +146,13 @@ def _damage_named() -> Iterator[None]:
 
 def _opened(data: bytes) -> Image.Image:
     image = Image.open(io.BytesIO(data), formats=FORMATS)
-    if image.width * image.height > MAX_PIXELS:
-        raise DecodeError(f"{image.width} x {image.height} pixels are more than {MAX_PIXELS}")
+    _refuse_large(image.width, image.height)
     return image
+
+
+def _refuse_large(width: int, height: int) -> None:
+    if width * height > MAX_PIXELS:
+        raise DecodeError(f"{width} x {height} pixels are more than {MAX_PIXELS}")
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

@@ -4,16 +4,18 @@
 """
 
 from fd_scale.plan.counts import Counts, NotCountedError, Policy, count
-from fd_scale.plan.estimate import Choice, Plan, plan, present_gpu
-from fd_scale.plan.report import memory_table, plot, require_fit, show, to_json, write_json
+from fd_scale.plan.estimate import IMAGES_PER_CORE, Choice, Plan, plan, present_gpu
+from fd_scale.plan.report import input_needed, memory_table, plot, require_fit, show, to_json, write_json
 
 __all__ = [
+    "IMAGES_PER_CORE",
     "Choice",
     "Counts",
     "NotCountedError",
     "Plan",
     "Policy",
     "count",
+    "input_needed",
     "memory_table",
     "plan",
     "plot",

@@ -28,6 +28,8 @@ from fd_scale.plan.memory import (
 
 UTILISATION = 0.4
 """Assumed unless a measured one is given."""
+IMAGES_PER_CORE = 400.0
+"""Crops of 224 px a second, of photos of 108 KB and 500 x 375 px: `fd-scale bench data`, see docs/data.md."""
 
 
 # What DeepSpeed takes where its JSON names no other number; in elements.
@@ -91,6 +93,8 @@ class Plan:
     """Share of the GPUs' peak that a step is assumed to reach, recomputation counted as work."""
     num_steps: int | None
     """Of the run; none where the images of an epoch are not known."""
+    images_per_core: float
+    """Crops that a core decodes and cuts in a second."""
 
     def fits(self, choice: Choice) -> bool:
         """Whether a choice fits into a GPU's memory."""
@@ -144,6 +148,15 @@ class Plan:
             return None
         return self.num_gpus * self.gpu.peak_flops / _model_flops(self.counts)
 
+    def images_per_s_of_a_node(self, choice: Choice) -> float:
+        """What the GPUs of a node train on."""
+        share = min(self.num_gpus, GPUS_PER_NODE) / self.num_gpus
+        return share * self.recipe.train.global_batch / choice.step_seconds
+
+    def cores_of_a_node(self, choice: Choice) -> int:
+        """Cores that decode and cut that many."""
+        return math.ceil(self.images_per_s_of_a_node(choice) / self.images_per_core)
+
     def gpu_hours(self, choice: Choice) -> float | None:
         """GPU-hours of the whole run."""
         return None if self.num_steps is None else self.num_steps * choice.step_seconds * self.num_gpus / 3600
@@ -158,6 +171,7 @@ def plan(
     source: Source | None = None,
     images: int | None = None,
     utilisation: float = UTILISATION,
+    images_per_core: float = IMAGES_PER_CORE,
     counts: Counts | None = None,
 ) -> Plan:
     """Plans a run.
@@ -170,6 +184,7 @@ def plan(
         source: training images; none: the recipe's, where they can be opened here.
         images: how many they are; none: as many as are in `source`.
         utilisation: share of the GPUs' peak that a step is assumed to reach.
+        images_per_core: crops that a core decodes and cuts in a second.
         counts: those of the recipe where they are known, which its batch and its engine do not change.
 
     Raises:
@@ -210,6 +225,7 @@ def plan(
         own=own,
         utilisation=utilisation,
         num_steps=_num_steps(recipe, images),
+        images_per_core=images_per_core,
     )
 
 

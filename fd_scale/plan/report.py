@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -144,7 +145,20 @@ def verdict(plan: Plan) -> list[str]:
         lines.append(
             f"best: {described(best)}: {gib(best.memory.total)} GiB, {best.step_seconds:.3f} s a step{cost}"
         )
-    return lines
+    return [*lines, *input_needed(plan)]
+
+
+def input_needed(plan: Plan) -> list[str]:
+    """What the loader of a node must give, where an image is one crop: the cores for it, and the workers of a rank."""
+    if plan.recipe.task not in ("distill", "masked", "classification"):
+        return []
+    choice = plan.best or plan.own
+    cores, ranks = plan.cores_of_a_node(choice), min(plan.num_gpus, GPUS_PER_NODE)
+    return [
+        f"input: {plan.images_per_s_of_a_node(choice):.0f} images/s a node, which take {cores} of its cores at "
+        f"{plan.images_per_core:.0f} images/s a core (--images-per-core; measure yours: fd-scale bench data): "
+        f"data.num_workers={math.ceil(cores / ranks)} on each of {ranks} ranks"
+    ]
 
 
 def require_fit(plan: Plan) -> Choice:
@@ -195,6 +209,8 @@ def to_json(plan: Plan) -> dict[str, Any]:
             "gathered": choice.traffic.gathered, "reduced": choice.traffic.reduced,
             "network_seconds": choice.traffic.seconds, "step_seconds": choice.step_seconds,
             "mfu": plan.mfu(choice), "gpu_hours": plan.gpu_hours(choice),
+            "images_per_s_of_a_node": plan.images_per_s_of_a_node(choice),
+            "cores_of_a_node": plan.cores_of_a_node(choice),
         }  # fmt: skip
 
     counts = plan.counts
@@ -204,7 +220,7 @@ def to_json(plan: Plan) -> dict[str, Any]:
         "teacher_flops": counts.teacher_flops, "teacher_bytes": counts.teacher_bytes, "kernels": counts.kernels,
         "activations": {str(policy): dataclasses.asdict(cost) for policy, cost in counts.activations.items()},
         "refused": {str(policy): reason for policy, reason in counts.refused.items()},
-        "num_steps": plan.num_steps, "own": row(plan.own),
+        "num_steps": plan.num_steps, "images_per_core": plan.images_per_core, "own": row(plan.own),
         "best": None if plan.best is None else row(plan.best), "choices": [row(choice) for choice in plan.choices],
         "assumptions": assumptions(plan),
     }  # fmt: skip
