@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -336,6 +337,24 @@ def test_a_shard_that_changes_while_it_is_indexed(remote: FakeStore) -> None:
     remote.fault = changes
     with pytest.raises(UserError, match=r"/set/3.tar: "):
         opened(remote)
+
+
+def test_no_more_is_kept_than_half_of_what_the_disk_has_left(
+    remote: FakeStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    size = sum(map(len, remote.files.values()))
+    for held, free, whole in ((0, 2 * size, True), (0, 2 * size - 2, False), (100, 2 * size - 100, True)):
+        (tmp_path / "cache/fd-scale/shards").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "cache/fd-scale/shards/other.tar").write_bytes(bytes(held))
+        usage = SimpleNamespace(free=free)
+        monkeypatch.setattr(remote_shards.shutil, "disk_usage", lambda path, usage=usage: usage)
+        assert opened(remote).shards.whole == whole, (held, free)
+
+    def unreadable(path: Path) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr(remote_shards.shutil, "disk_usage", unreadable)
+    assert opened(remote).shards.whole, "what cannot be kept is seen when it is fetched"
 
 
 @pytest.mark.parametrize("fault", ["full", "unwritable"])
