@@ -20,7 +20,9 @@ from fd_scale.config import Recipe, load_recipe, to_dict, to_yaml
 from fd_scale.errors import UserError
 from fd_scale.models import model_identity, weights_path, weights_sha256
 
-_PACKAGES = ("fd-scale", "torch", "torchvision", "triton", "deepspeed", "timm", "numpy")
+_PACKAGES = (
+    "fd-scale", "torch", "torchvision", "triton", "deepspeed", "timm", "numpy", "pillow", "simplejpeg",
+)  # fmt: skip
 
 
 # How a trained model is measured: not what it is.

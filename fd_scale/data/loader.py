@@ -442,11 +442,8 @@ def _run(
             if isinstance(loaded, UserError):
                 raise loaded
             yield loaded
-    except (
-        RuntimeError,
-        OSError,
-        EOFError,
-    ):  # torch's names process ids alone; the others miss a dead one's batch
+    except (RuntimeError, OSError, EOFError):
+        # torch's own error names process ids alone; the others are what reading a dead worker's batch raises.
         death = _death(iterator._workers) if num_workers else None
         if death is None:
             raise

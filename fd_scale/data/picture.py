@@ -1,6 +1,6 @@
 """An image of a source: its size is known at once, its pixels are decoded when they are asked for.
 
-Shape legend: H, W = pixels, C = 3 channels, h, w = pixels of a crop.
+Shape legend: B = 1, H, W = pixels, C = 3 channels, h, w = pixels of a crop.
 """
 
 from __future__ import annotations
@@ -116,9 +116,9 @@ class Picture:
             edges = (left / part, top / part, right / part, bottom / part)
             whole = Image.fromarray(pixels_HWC)
             return pil_to_tensor(whole.resize((side, side), _PILLOWS[interpolation], edges))
-        # A copy without gaps, channels last: torch resizes that in half the time that it takes for a view.
-        crop_hwC = np.ascontiguousarray(pixels_HWC[top:bottom, left:right])
-        crop_BChw = torch.from_numpy(crop_hwC).permute(2, 0, 1)[None]
+        # Without gaps and of a batch whose strides are those of channels last, torch resizes in half the time.
+        crop_BhwC = torch.from_numpy(np.ascontiguousarray(pixels_HWC[top:bottom, left:right]))[None]
+        crop_BChw = crop_BhwC.permute(0, 3, 1, 2)
         return F.interpolate(crop_BChw, (side, side), mode=interpolation, antialias=True)[0]
 
     def _decoded(self, reduction: int) -> npt.NDArray[np.uint8]:

@@ -29,7 +29,7 @@ from fd_scale.plan.memory import (
 UTILISATION = 0.4
 """Assumed unless a measured one is given."""
 IMAGES_PER_CORE = 400.0
-"""Crops of 224 px a second, of photos of 108 KB and 500 x 375 px: `fd-scale bench data`, see docs/data.md."""
+"""Crops of 224 px a second, of photos of 108 KB and 500 x 375 px: `fd-scale bench data`, see docs/loading.md."""
 
 
 # What DeepSpeed takes where its JSON names no other number; in elements.
