@@ -32,9 +32,7 @@ REQUIREMENTS = [
 EXTRAS = {
     "demo": ["scikit-learn"],
     "hf": ["transformers>=5"],
-    "remote": [
-        "aiohttp"
-    ],  # shards by http; s3fs and gcsfs want an older python-dateutil than the others: by hand
+    "remote": ["aiohttp"],  # shards by http; s3fs, which wants an older python-dateutil, and gcsfs: by hand
     "dev": [
         "codespell",
         "mypy",

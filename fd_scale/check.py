@@ -34,10 +34,11 @@ from fd_scale.data import (
     training_transform,
 )
 from fd_scale.data.decode import DecodeError
+from fd_scale.data.store import is_remote
 from fd_scale.distill import DistillationTask
 from fd_scale.distributed import choose_device
 from fd_scale.errors import UserError
-from fd_scale.fetch import named_files
+from fd_scale.fetch import data_paths, named_files
 from fd_scale.finetune import FineTuningTask, fine_tuning_task
 from fd_scale.finetune.labels import doubts_of_labels
 from fd_scale.hardware import find_gpu
@@ -183,7 +184,9 @@ def _network(subject: _Subject) -> str:
     named = named_files(subject.recipe)
     for files in named:
         hub.cached(files)
-    return f"nothing will be fetched: {len(named)} things are in the cache"
+    found = f"nothing will be fetched: {len(named)} things are in the cache"
+    stores = ", ".join(filter(is_remote, data_paths(subject.recipe)))
+    return f"{found}; but shards will, as they are read: {stores}" if stores else found
 
 
 def _written(sources: str | list[SourceConfig]) -> str:

@@ -16,17 +16,21 @@ def named_files(recipe: Recipe) -> list[hub.HubFiles]:
     Raises:
         UserError: a name is written wrong.
     """
-    configs = as_list(recipe.data.train)
-    if recipe.data.evaluation is not None:
-        configs = configs + as_list(recipe.data.evaluation)
-    paths = [config.source.partition(":")[2] for config in configs]
-    found = [hub.dataset_files(path) for path in paths if path.startswith(hub.PREFIX)]
+    found = [hub.dataset_files(path) for path in data_paths(recipe) if path.startswith(hub.PREFIX)]
     teachers = recipe.distill.teachers if recipe.distill is not None else []
     for model in (recipe.model, *(teacher.model for teacher in teachers)):
         files = hub_files(model)
         if files is not None:
             found.append(files)
     return list(dict.fromkeys(found))
+
+
+def data_paths(recipe: Recipe) -> list[str]:
+    """Returns where a recipe's sources of images lie."""
+    configs = as_list(recipe.data.train)
+    if recipe.data.evaluation is not None:
+        configs = configs + as_list(recipe.data.evaluation)
+    return [config.source.partition(":")[2] for config in configs]
 
 
 def fetch(recipe: Recipe) -> Iterator[str]:

@@ -24,13 +24,14 @@ from fd_scale.data.decode import FORMATS, DecodeError
 from fd_scale.data.mapped_file import written_whole
 from fd_scale.data.order import ShardOrder, order
 from fd_scale.data.shards import TarSource
+from fd_scale.data.store import is_remote
 from fd_scale.errors import UserError
 
 logger = logging.getLogger(__name__)
 
 _UNITS = {"MB": 10**6, "GB": 10**9, "MiB": 2**20, "GiB": 2**30}
 _NUM_ORDERED_AT_ONCE = 4096
-# Of sources that lie in shards or row groups already, so many are read at a time.
+# Of row groups, and of shards in a store, so many are read at a time.
 _WINDOW = 8
 # Where Pillow's name of a format is not that of its files.
 _SUFFIXES = {"tiff": "tif", "jpeg2000": "jp2"}
@@ -98,7 +99,8 @@ def _bytes_of(size: str) -> int:
 def _samples(source: Source, labels: Counter[int], told: Callable[[int, int], None]) -> Iterator[_Sample]:
     """Reads a source in a random order, and counts labels; what is no image is left out with a warning."""
     by_shards = None
-    if isinstance(source, Sharded):
+    files = isinstance(source, TarSource) and not is_remote(source.paths[0])
+    if isinstance(source, Sharded) and not files:
         by_shards = ShardOrder(source.first_of_shards(), _WINDOW)
         source.keep_shards(_WINDOW + 1)
     for first in range(0, len(source), _NUM_ORDERED_AT_ONCE):

@@ -151,7 +151,7 @@ def data_files(kind: str, path: str) -> list[str]:
     Args:
         kind: "parquet" or "tar", which is the files' suffix as well.
         path: a file, a folder, a glob, each with braces or not, or `hf://datasets/ORG/NAME/PATTERN`; for "tar" also
-            URLs of a store, with braces or `*`.
+            URLs of a store, with braces or `*`, or of a folder, with its `/` at the end.
 
     Raises:
         UserError: there are none, one of a range is missing, or a folder holds several parts.
@@ -161,7 +161,7 @@ def data_files(kind: str, path: str) -> list[str]:
             raise UserError(
                 f"{kind}:{path}: from a store only tar shards are read; write these images as such: fd-scale shard"
             )
-        return store.files(path)
+        return store.files(f"{path}*.{kind}" if path.endswith("/") else path)
     if path.startswith(hub.PREFIX):
         return [str(file) for file in hub.cached(hub.dataset_files(path))]
     if not os.path.isdir(path):

@@ -117,7 +117,8 @@ def _read(file: Path, offset: int, size: int) -> bytes | None:
     try:
         with open(file, "rb", buffering=0) as opened:
             if time.time() - os.fstat(opened.fileno()).st_mtime > _USED_S:
-                os.utime(opened.fileno())
+                with contextlib.suppress(OSError):  # somebody else's
+                    os.utime(opened.fileno())
             data = os.pread(opened.fileno(), size, offset)
     except OSError:
         return None
@@ -229,9 +230,12 @@ def _cache() -> ShardCache:
     folder = Path(os.environ.get("FD_SHARD_CACHE") or cache_folder() / "shards")
     given = os.environ.get("FD_SHARD_CACHE_GIB")
     if given is None:
-        existing = next(path for path in (folder, *folder.absolute().parents) if path.is_dir())
-        held = sum(size for _, size, _ in _held(folder)) if existing == folder else 0
-        return ShardCache(folder, min(DEFAULT_MAX_BYTES, (shutil.disk_usage(existing).free + held) // 2))
+        max_bytes = DEFAULT_MAX_BYTES
+        with contextlib.suppress(OSError):  # it will not be written either, and that is said
+            existing = next(path for path in (folder, *folder.absolute().parents) if path.is_dir())
+            held = sum(size for _, size, _ in _held(folder)) if existing == folder else 0
+            max_bytes = min(max_bytes, (shutil.disk_usage(existing).free + held) // 2)
+        return ShardCache(folder, max_bytes)
     try:
         return ShardCache(folder, int(float(given) * 2**30))
     except (ValueError, OverflowError):

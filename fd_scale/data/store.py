@@ -210,7 +210,8 @@ def _asked(url: str, method: str, **options: Any) -> Any:
         if isinstance(reason, (UserError, RuntimeError)):
             raise reason
         # fsspec makes a missing file of any failure of a web server to tell a size.
-        reason = reason.__cause__ or reason if isinstance(reason, FileNotFoundError) else reason
+        if isinstance(reason, FileNotFoundError) and url.startswith("http"):
+            reason = reason.__cause__ or reason
         status = getattr(reason, "status", None) or getattr(reason, "code", None)
         if status == 404 or isinstance(reason, FileNotFoundError):
             raise FileNotFoundError(url)

@@ -298,7 +298,10 @@ def _fetch_published(shards: ShardSet) -> None:
         with written_whole(file) as out:
             store.fetch(url, state.size, out)
 
-    make_once(file, fetched)
+    # It only spares work: where there is no place for it, it spares none.
+    with contextlib.suppress(OSError):
+        make_once(file, fetched)
+        os.utime(file)  # among the newest
 
 
 def _executor(processes: int) -> Executor:

@@ -13,8 +13,8 @@ Fault = Callable[[str, str], str | int | None]
 class FakeStore:
     """Files by their paths, what has been asked for, and how many bytes of each were sent.
 
-    A fault, asked with method and path, is the number of an answer, or `reset`, `hang`, `cut` (half of what is
-    promised), `short` (half, and no more promised), `whole` (no ranges) or `no size`; none: as it should be.
+    A fault, asked with method and path, is the number of an answer, or `reset`, `hang`, `drip` (one byte), `cut` (half
+    of what is promised), `short` (half, and no more promised), `whole` (no ranges) or `no size`; none: as it should be.
     """
 
     def __init__(self) -> None:
@@ -106,8 +106,11 @@ def _handler(store: FakeStore) -> type[BaseHTTPRequestHandler]:
             self.end_headers()
             if method == "GET":
                 data = data[: len(data) // 2] if fault == "cut" else data
-                self.close_connection = fault in ("cut", "no size")
+                self.close_connection = fault in ("cut", "drip", "no size")
                 with contextlib.suppress(OSError):
+                    if fault == "drip":
+                        self.wfile.write(data[:1])
+                        store.ended.wait()
                     self.wfile.write(data)
                 store.sent[self.path] += len(data)
 

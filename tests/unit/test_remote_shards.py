@@ -1,22 +1,25 @@
 """Shards in stores: the same samples as from files, a bounded cache, and each fault is survived or named."""
 
 import errno
-import multiprocessing
 import os
 import pickle
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from fake_store import FakeStore, failing, serve
+from omegaconf import OmegaConf
 from shard_files import image_file, level, numbered, write_tar
 
 from fd_scale.cli import main
 from fd_scale.config import SourceConfig
-from fd_scale.data import ImageAlone, TrainLoader, evaluation_transform, open_source, store
+from fd_scale.data import ImageAlone, TrainLoader, evaluation_transform, open_source, remote_shards, store
 from fd_scale.data.order import ShardOrder
 from fd_scale.data.remote_shards import RemoteShards
 from fd_scale.data.shards import TarSource
@@ -67,7 +70,7 @@ def one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def impatient(monkeypatch: pytest.MonkeyPatch, fault: str | int) -> None:
     """Elsewhere a slow machine should not look like a slow store."""
-    if fault == "hang":
+    if fault in ("hang", "drip"):
         monkeypatch.setattr(store, "TIMEOUT_S", 0.4)
 
 
@@ -86,6 +89,7 @@ def test_the_same_samples_as_from_files(remote: FakeStore, local: str) -> None:
         "memory://set/{0..3}.tar",
         "memory://set/*.tar",
         f"{remote.url}/set/*.tar",
+        "memory://set/",
         f"{remote.url}/set/{{0..3}}.tar",
     ):
         source = open_source(f"tar:{spec}")
@@ -134,6 +138,10 @@ def test_the_cache_is_bounded_and_keeps_what_is_used(
     source.keep_shards(2)
     remote.forget()
     first = source.index.first_S.tolist()
+    left = tmp_path / "cache/fd-scale/shards/killed.tmp"
+    left.parent.mkdir()
+    left.write_bytes(bytes(largest))
+    os.utime(left, (0, 0))
     before = len(os.listdir("/proc/self/fd"))
 
     def read(shard: int) -> None:
@@ -152,6 +160,7 @@ def test_the_cache_is_bounded_and_keeps_what_is_used(
     assert len(os.listdir("/proc/self/fd")) - before <= 2, (
         "connections; no shard stays open, so what goes is gone"
     )
+    assert not left.exists(), "what a killed process left counts, and goes first"
     source.keep_shards(3)
     assert source.shards.whole, "never less than was said before"
 
@@ -203,20 +212,17 @@ def test_a_window_that_does_not_fit_is_said(
     assert levels(source) == LEVELS
 
 
-def first_read(source: TarSource) -> int:
-    return level(source, 0)
-
-
-def test_processes_download_a_shard_once(remote: FakeStore) -> None:
-    source = opened(remote)
+def test_several_at_once_download_a_shard_once(remote: FakeStore) -> None:
+    """The lock is one between opened files: threads with sources of their own wait as processes do."""
+    sources = [pickle.loads(pickle.dumps(opened(remote))) for _ in range(4)]
     remote.forget()
-    remote.fault = lambda method, path: time.sleep(0.05)
-    with multiprocessing.get_context("fork").Pool(3) as pool:
-        assert pool.map(first_read, [source] * 3, chunksize=1) == [0, 0, 0]
+    remote.delay_s = 0.05
+    with ThreadPoolExecutor(4) as executor:
+        assert [*executor.map(lambda source: level(source, 0), sources)] == [0, 0, 0, 0]
     assert remote.sent == {"/set/0.tar": len(remote.files["/set/0.tar"])}
 
 
-@pytest.mark.parametrize("fault", [503, 429, "reset", "cut", "short", "hang"])
+@pytest.mark.parametrize("fault", [503, 429, "reset", "cut", "short", "drip"])
 @pytest.mark.parametrize("kept", [True, False], ids=["kept", "one by one"])
 def test_a_fault_that_passes(
     remote: FakeStore,
@@ -312,6 +318,17 @@ def test_a_shard_that_changes(
     assert levels(opened(remote)) == [*range(200, 200 + num_images), *LEVELS[5:]]
 
 
+def test_a_shard_that_changes_later(remote: FakeStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    one_by_one(monkeypatch)
+    source = opened(remote)
+    assert levels(source) == LEVELS
+    remote.files["/set/0.tar"] = remote.files["/set/1.tar"]
+    assert level(source, 5) == 40
+    monkeypatch.setattr(remote_shards, "_BELIEVED_S", 0.0)
+    with pytest.raises(UserError, match=r"/set/0.tar: has changed"):
+        source.read(0)
+
+
 def test_a_shard_that_changes_while_it_is_indexed(remote: FakeStore) -> None:
     def changes(method: str, path: str) -> None:
         if method == "GET":
@@ -320,6 +337,24 @@ def test_a_shard_that_changes_while_it_is_indexed(remote: FakeStore) -> None:
     remote.fault = changes
     with pytest.raises(UserError, match=r"/set/3.tar: "):
         opened(remote)
+
+
+def test_no_more_is_kept_than_half_of_what_the_disk_has_left(
+    remote: FakeStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    size = sum(map(len, remote.files.values()))
+    for held, free, whole in ((0, 2 * size, True), (0, 2 * size - 2, False), (100, 2 * size - 100, True)):
+        (tmp_path / "cache/fd-scale/shards").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "cache/fd-scale/shards/other.tar").write_bytes(bytes(held))
+        usage = SimpleNamespace(free=free)
+        monkeypatch.setattr(remote_shards.shutil, "disk_usage", lambda path, usage=usage: usage)
+        assert opened(remote).shards.whole == whole, (held, free)
+
+    def unreadable(path: Path) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr(remote_shards.shutil, "disk_usage", unreadable)
+    assert opened(remote).shards.whole, "what cannot be kept is seen when it is fetched"
 
 
 @pytest.mark.parametrize("fault", ["full", "unwritable"])
@@ -344,6 +379,17 @@ def test_a_cache_that_cannot_be_written(
     assert caplog.text.count("its images are read one by one; make room, or set FD_SHARD_CACHE") == 1
     assert "shards that could not be kept: 1 until now" in caplog.text
     assert not list(tmp_path.rglob("*.tmp"))
+
+
+def test_without_any_cache(
+    remote: FakeStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "set/0.tar"))
+    remote.files["/set/fd-scale.index"] = b"x"
+    source = opened(remote)
+    assert "each process reads all headers now" in caplog.text
+    assert levels(source) == LEVELS
+    assert level(pickle.loads(pickle.dumps(source)), 17) == LEVELS[17]
 
 
 def test_a_kept_shard_that_is_damaged_is_read_from_the_store(remote: FakeStore, tmp_path: Path) -> None:
@@ -404,6 +450,19 @@ def test_wrong_addresses(monkeypatch: pytest.MonkeyPatch, spec: str, message: st
         open_source(spec)
 
 
+def test_a_missing_file_that_has_a_cause(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As clients of S3 raise it."""
+
+    def gone(url: str, method: str, **options: object) -> None:
+        raise FileNotFoundError(url) from ValueError("NoSuchKey")
+
+    monkeypatch.setattr(store, "_asked_once", gone)
+    assert store.state("s3://bucket/0.tar") is None
+    with pytest.raises(UserError, match=r"s3://bucket/0\.tar: is not there any more"):
+        store.read("s3://bucket/0.tar", 0, 10)
+    assert not store._counts, "nothing was tried again"
+
+
 @pytest.mark.parametrize("given", ["much", "inf", "nan"])
 def test_a_size_of_the_cache_that_is_none(
     remote: FakeStore, monkeypatch: pytest.MonkeyPatch, given: str
@@ -450,3 +509,27 @@ def test_an_index_beside_the_shards(
 def fresh_cache(tmp_path: Path) -> None:
     for file in tmp_path.glob("cache/fd-scale/*.index"):
         file.unlink()
+
+
+def test_check_says_that_shards_will_be_fetched(
+    remote: FakeStore,
+    tmp_path: Path,
+    recipe_values: Callable[..., dict[str, Any]],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("COLUMNS", "400")
+    spec = f"tar:{remote.url}/set/{{0..3}}.tar"
+    OmegaConf.save(
+        OmegaConf.create(
+            recipe_values("contrastive", data__train=spec, data__shard_window=2, train__micro_batch=16)
+        ),
+        tmp_path / "recipe.yaml",
+    )
+    main(["check", str(tmp_path / "recipe.yaml")])
+    printed = capsys.readouterr().out
+    assert (
+        f"things are in the cache; but shards will, as they are read: {spec.removeprefix('tar:')}" in printed
+    )
+    assert f"{spec}: 18 images, 124 classes, the first 4x3 px" in printed
+    assert "1 steps an epoch" in printed
