@@ -241,7 +241,7 @@ class TrainLoader:
         if micro_batch % crops:
             raise UserError(
                 f"data.crops: a micro-batch on a rank is {micro_batch}, expected a multiple of the {crops} crops of "
-                f"an image; take train.micro_batch={max(1, round(micro_batch / crops)) * crops}, or other ranks"
+                "an image; change data.crops, train.micro_batch or the number of ranks"
             )
         num_crops = len(source) * crops
         if global_batch > num_crops:

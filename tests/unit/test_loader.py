@@ -355,7 +355,7 @@ def test_nothing_decodable_is_an_error(damage: Callable[[set[int]], Source]) -> 
         ({"global_batch": 12, "micro_batch": 0}, "multiple of micro-batch"),
         ({"global_batch": 0}, "multiple of micro-batch"),
         ({"global_batch": 36}, "larger than the data set of 31 samples; take at most 31"),
-        ({"crops": 5}, r"data\.crops: a micro-batch on a rank is 12, .* 5 crops .* train\.micro_batch=10"),
+        ({"crops": 5}, r"data\.crops: a micro-batch on a rank is 12, expected a multiple of the 5 crops"),
         ({"max_bad_fraction": 1.5}, "between 0 and 1, got 1.5"),
     ],
 )
