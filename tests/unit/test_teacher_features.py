@@ -65,6 +65,17 @@ def test_int8_is_wrong_by_no_more_than_it_says() -> None:
     assert (codec.decode(records_BR)[0][..., 32:].double() - features[0][..., 32:]).abs().max() < 0.02
 
 
+@pytest.mark.parametrize("count", [1, 2])
+def test_parts_that_begin_at_odd_bytes(count: int) -> None:
+    targets = [Target(num_features=7, grid=(1, 1), has_cls=False)] * 2
+    codec = FeatureCodec(targets, "int8")
+    features = [torch.full((count, 1, 7), value) for value in (127.0, -254.0)]
+    records_BR = codec.encode(features)
+    for records in (records_BR, torch.cat([records_BR[:, :1], records_BR], dim=1)[:, 1:]):
+        for found, given in zip(codec.decode(records), features, strict=True):
+            assert found.equal(given.bfloat16())
+
+
 @pytest.fixture
 def files(tmp_path: Path) -> FeatureFiles:
     """Two views of ten images with records of 8 bytes, four in a file."""
@@ -238,11 +249,14 @@ def test_ranks_and_rollbacks_bring_the_same_features(keeping: Callable[..., Reci
     assert (found.float() - wanted).abs().max() < 0.01 * wanted.abs().max()
 
 
-def test_a_second_call_makes_what_is_missing_alike(keeping: Callable[..., Recipe], tmp_path: Path) -> None:
+def test_a_second_call_makes_what_is_missing_alike(
+    keeping: Callable[..., Recipe], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     recipe = keeping()
     source = open_source(recipe.data.train)
     part = teacher_features.train_part(recipe, source)
     teacher_features.compute(recipe, part, WORLD)
+    assert "images/07.png cannot be decoded, another sample takes its place" in caplog.text
     files = sorted((tmp_path / "kept/train").rglob("*.features"))
     assert [file.parent.name for file in files] == ["view_0", "view_1"]
     before = [(file.read_bytes(), file.stat().st_mtime_ns) for file in files]
