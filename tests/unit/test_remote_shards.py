@@ -17,12 +17,14 @@ from fake_store import FakeStore, failing, serve
 from omegaconf import OmegaConf
 from shard_files import image_file, level, numbered, write_tar
 
+from fd_scale import api
 from fd_scale.cli import main
-from fd_scale.config import SourceConfig
+from fd_scale.config import Recipe, SourceConfig
 from fd_scale.data import ImageAlone, TrainLoader, evaluation_transform, open_source, remote_shards, store
 from fd_scale.data.order import ShardOrder
 from fd_scale.data.remote_shards import RemoteShards
 from fd_scale.data.shards import TarSource
+from fd_scale.distill import DistillationTask
 from fd_scale.errors import UserError
 
 COUNTS = (5, 3, 6, 4)
@@ -210,6 +212,35 @@ def test_a_window_that_does_not_fit_is_said(
     source.keep_shards(3)
     assert "3 shards at a time take 0.0: images are read one by one; set FD_SHARD_CACHE_GIB" in caplog.text
     assert levels(source) == LEVELS
+
+
+def test_images_spread_over_all_shards_are_requests_beside_a_window(
+    remote: FakeStore,
+    local: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    make_recipe: Callable[..., Recipe],
+) -> None:
+    """As those of `distill.knn_images`: else each evaluation would download the whole set."""
+    size = sum(map(len, remote.files.values()))
+    monkeypatch.setenv("FD_SHARD_CACHE_GIB", str((size - 1) / 2**30))
+    source = opened(remote)
+    recipe = make_recipe(
+        data__train=f"tar:{remote.url}/set/{{0..3}}.tar",
+        data__evaluation=local,
+        data__shard_window=1,
+        distill__knn_images=9,
+    )
+    source.keep_shards(2)  # as the training's loader does
+    task = api.build_task(recipe, source)
+    assert isinstance(task, DistillationTask)
+    assert task.bank is not None
+    remote.forget()
+    assert [level(task.bank.source, number) for number in range(9)] == LEVELS[::2]
+    assert remote.num_reads() == 9
+    assert not shards_kept(tmp_path)
+    source.read(0)
+    assert len(shards_kept(tmp_path)) == 1
 
 
 def test_several_at_once_download_a_shard_once(remote: FakeStore) -> None:
