@@ -1,6 +1,7 @@
 """Bytes of shards that lie in a store: whole shards from a bounded cache on this node's disk, or one image a request.
 
-Whole shards are kept where all of them fit, or where the order reads few at a time (`data.shard_window`) and those fit.
+Whole shards are kept where all of them fit, with those of a list's other sources, or where the order reads few at a
+time (`data.shard_window`) and those fit.
 A random order over more than the cache holds would throw shards out before they are used up: each image is then a
 request of its own.
 
@@ -197,6 +198,14 @@ class RemoteShards:
             refuse_changed(url, identity)
             self._seen_at[shard] = time.monotonic()
         return store.read(url, offset, size)
+
+    def cached_bytes(self) -> dict[bytes, int]:
+        """See `Caching`."""
+        return dict(zip(self.index.identities_S.tolist(), self.index.num_bytes_S.tolist(), strict=True))
+
+    def share_cache(self, num_bytes: int) -> None:
+        """Keeps whole shards where those of all sources fit together."""
+        self.whole = num_bytes <= self.cache.max_bytes
 
     def keep(self, count: int) -> None:
         """Keeps whole shards from now on, if so many fit."""

@@ -243,6 +243,25 @@ def test_images_spread_over_all_shards_are_requests_beside_a_window(
     assert len(shards_kept(tmp_path)) == 1
 
 
+def test_sources_of_a_list_share_the_cache(
+    remote: FakeStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each would fit alone; a random order over both would throw out shards before they are used up."""
+    first, *others = sorted(remote.files)
+    size = sum(map(len, remote.files.values()))
+    (tmp_path / "kept.txt").write_text("0000\n0003\n")
+    configs = [
+        SourceConfig(source=f"tar:{remote.url}{first}", only=str(tmp_path / "kept.txt"), weight=2),
+        SourceConfig(source=f"tar:{remote.url}/set/{{1..3}}.tar"),
+    ]
+    for configured, kept in ((size - 1, 0), (size, len(others) + 1)):
+        monkeypatch.setenv("FD_SHARD_CACHE_GIB", str(configured / 2**30))
+        # A shard that is in two sources takes its room once.
+        source = open_source([*configs, configs[0]])
+        assert [level(source, number) for number in (0, 1, 4, 7, 13)] == [0, 3, 40, 80, 120]
+        assert len(shards_kept(tmp_path)) == kept
+
+
 def test_several_at_once_download_a_shard_once(remote: FakeStore) -> None:
     """The lock is one between opened files: threads with sources of their own wait as processes do."""
     sources = [pickle.loads(pickle.dumps(opened(remote))) for _ in range(4)]
