@@ -283,7 +283,13 @@ def test_a_run_trains_and_evaluates_without_its_teacher(
     check_file = tmp_path / "recipe.yaml"
     check_file.write_text(to_yaml(recipe))
     check(str(check_file), ["run_dir=other"], 1)
-    assert "2 views of features in" in " ".join(capfd.readouterr().out.split())
+    told = " ".join(capfd.readouterr().out.split())
+    assert "2 views of features in" in told
+    assert "1 views of features in" in told
+    (tmp_path / "kept/evaluation/view_0/000000.features").rename(tmp_path / "elsewhere")
+    with pytest.raises(SystemExit):
+        check(str(check_file), ["run_dir=other"], 1)
+    assert "1 of 1 files are not there" in " ".join(capfd.readouterr().out.split())
     lines = [json.loads(line) for line in Path(recipe.run_dir, "metrics.jsonl").read_text().splitlines()]
     [trained] = [line["loss"] for line in lines if line["kind"] == "evaluation"]
     # By the teacher itself, since other images may be named: equal but for bf16.
