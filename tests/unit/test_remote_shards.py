@@ -551,6 +551,14 @@ def test_an_index_beside_the_shards(
         remote.files["/set/fd-scale.index"] = damaged
         fresh_cache(tmp_path)
         assert levels(opened(remote)) == [*LEVELS[:8], 7, 8, *LEVELS[14:]], "a damaged one spares nothing"
+    # As a store answers for what is not there, to those who may not list it; and one that fails.
+    for status in (403, 500):
+        remote.fault = lambda _, path, status=status: status if path.endswith(".index") else None
+        fresh_cache(tmp_path)
+        assert levels(opened(remote)) == [*LEVELS[:8], 7, 8, *LEVELS[14:]], (
+            "nor does one that may not be read"
+        )
+    remote.fault = lambda *_: None
     with pytest.raises(SystemExit, match="2"):
         main(["index", spec, "--out", str(tmp_path)])
     assert f"--out: {tmp_path} cannot be written (Is a directory)" in capsys.readouterr().err
