@@ -34,6 +34,8 @@ Range = tuple[int, int, int]
 """Number of a shard, where in it, and how many bytes."""
 # By a worker; each is a connection.
 _NUM_READ_AT_ONCE = 16
+# By all processes of a node: at a cold start each of them wants shards of its own, and all would wait for all.
+_NUM_FETCHED_AT_ONCE = 8
 # A cache that failed is left alone for so long, and a shard's version is believed.
 _FAILED_S = 600.0
 _BELIEVED_S = 600.0
@@ -86,7 +88,8 @@ class ShardCache:
 
     def _fetch(self, url: str, identity: str, num_bytes: int, file: Path) -> None:
         """Downloads under another name, which has its room in the cache from the beginning."""
-        with written_whole(file) as out:
+        turn = int(identity, 16) % _NUM_FETCHED_AT_ONCE
+        with locked(self.folder / f"turn_{turn}.lock"), written_whole(file) as out:
             with locked(self.folder / "room.lock"):
                 self._make_room(num_bytes)
                 os.posix_fallocate(out.fileno(), 0, num_bytes)

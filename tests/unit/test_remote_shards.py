@@ -262,6 +262,19 @@ def test_sources_of_a_list_share_the_cache(
         assert len(shards_kept(tmp_path)) == kept
 
 
+def test_few_shards_are_fetched_at_once(remote: FakeStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a slow network has no answer in time for any of them."""
+    monkeypatch.setattr(remote_shards, "_NUM_FETCHED_AT_ONCE", 1)
+    monkeypatch.setattr(store, "_NUM_CHUNKS_AT_ONCE", 2)
+    source = opened(remote)
+    remote.delay_s, remote.most_at_once = 0.02, 0
+    workers = [pickle.loads(pickle.dumps(source)) for _ in range(2)]
+    for worker in workers:
+        worker.expect(range(18), None)
+    assert [levels(worker) for worker in workers] == [LEVELS, LEVELS]
+    assert remote.most_at_once <= 2
+
+
 def test_several_at_once_download_a_shard_once(remote: FakeStore) -> None:
     """The lock is one between opened files: threads with sources of their own wait as processes do."""
     sources = [pickle.loads(pickle.dumps(opened(remote))) for _ in range(4)]
