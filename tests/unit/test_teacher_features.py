@@ -119,9 +119,10 @@ def test_other_features_are_refused_by_the_setting_that_differs(files: FeatureFi
         other.open({"seed": 1}, make=False)
     with pytest.raises(UserError, match="elsewhere: holds no features; run `fd-scale features`"):
         FeatureFiles(files.folder.with_name("elsewhere"), 8, 10).open({}, make=False)
-    (files.folder / "manifest.json").write_text("{")
-    with pytest.raises(UserError, match=r"manifest.json: cannot be read .*; remove the folder"):
-        files.open({"seed": 1}, make=True)
+    for damaged in ("{", "[1]"):
+        (files.folder / "manifest.json").write_text(damaged)
+        with pytest.raises(UserError, match=r"manifest.json: cannot be read .*; remove the folder"):
+            files.open({"seed": 1}, make=True)
 
 
 @pytest.mark.parametrize("damage", ["cut", "changed"])
