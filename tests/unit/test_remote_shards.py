@@ -103,6 +103,24 @@ def test_the_same_samples_as_from_files(remote: FakeStore, local: str) -> None:
     memory.rm("/set", recursive=True)
 
 
+def test_files_of_a_range_need_no_list(remote: FakeStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    import fsspec
+
+    def forbidden(*_: Any, **__: Any) -> None:
+        raise PermissionError("Access Denied")
+
+    memory = fsspec.filesystem("memory")
+    for path, data in remote.files.items():
+        memory.pipe_file(path, data)
+    listed = store.states([f"memory://set/{number}.tar" for number in range(4)])
+    monkeypatch.setattr(type(memory), "ls", forbidden)
+    assert store.states([f"memory://set/{number}.tar" for number in range(4)]) == listed
+    with pytest.raises(UserError, match=r"memory://set/4.tar: is not there, as 1 of 5 files"):
+        store.states([f"memory://set/{number}.tar" for number in range(5)])
+    monkeypatch.undo()
+    memory.rm("/set", recursive=True)
+
+
 def test_headers_and_shards_are_read_once(remote: FakeStore, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(store, "CHUNK_BYTES", 2**20)  # as usual, more than from one header to the next
     source = opened(remote)
