@@ -446,7 +446,9 @@ def build_task(
                 )  # fmt: skip
         bank = None
         if evaluation is not None and recipe.distill.knn_images:
-            source = open_source(recipe.data.train) if source is None else source
+            # Of its own where the training reads few shards at a time: these images are spread over all of them.
+            if source is None or recipe.data.shard_window:
+                source = open_source(recipe.data.train)
             if 0 in (source.num_classes, evaluation.source.num_classes):
                 raise UserError(
                     "distill.knn_images: neighbours need labels, of data.train and of data.evaluation; set it to 0"

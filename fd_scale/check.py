@@ -10,7 +10,7 @@ import contextlib
 import ctypes
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -38,6 +38,7 @@ from fd_scale.data.store import is_remote
 from fd_scale.distill import DistillationTask
 from fd_scale.distributed import choose_device
 from fd_scale.errors import UserError
+from fd_scale.evaluation import EvaluationSet
 from fd_scale.fetch import data_paths, named_files
 from fd_scale.finetune import FineTuningTask, fine_tuning_task
 from fd_scale.finetune.labels import doubts_of_labels
@@ -46,7 +47,7 @@ from fd_scale.models import Backbone, build_model, resolved
 from fd_scale.optim import apex_is_importable
 from fd_scale.plan import NotCountedError, memory_table, plan, present_gpu, require_fit
 from fd_scale.pretrain import ContrastiveTask, MaskedTask
-from fd_scale.teacher_features import train_part
+from fd_scale.teacher_features import Part, evaluation_part, train_part
 from fd_scale.teachers import Teacher
 
 # fp32 master weights and two moments of AdamW, and DeepSpeed's copy of the weights.
@@ -267,10 +268,23 @@ def _teacher(subject: _Subject) -> str:
             random = True
             details[-1] += ": it teaches noise"
     if subject.recipe.distill.features is not None:
-        part = train_part(subject.recipe, subject.source)
-        part.files.open(part.identity, make=False)
-        details.append(f"{part.files.num_views} views of features in {part.files.folder}")
+        for part in _feature_parts(subject):
+            part.files.open(part.identity, make=False)
+            details.append(f"{part.files.num_views} views of features in {part.files.folder}")
     return _Warning("\n".join(details)) if random else "\n".join(details)
+
+
+def _feature_parts(subject: _Subject) -> Iterator[Part]:
+    recipe = subject.recipe
+    yield train_part(recipe, subject.source)
+    if recipe.data.evaluation is not None:
+        images = EvaluationSet(
+            source=open_source(recipe.data.evaluation),
+            transform=measuring_transform(recipe),
+            batch_size=recipe.train.micro_batch,
+            num_workers=0,
+        )
+        yield evaluation_part(recipe, images)
 
 
 def _described(config: ModelConfig, model: Backbone) -> str:

@@ -60,6 +60,8 @@ def shard(source: str, out: str, size: str) -> Iterator[str]:
             not hold what was written.
     """
     max_bytes, folder = _bytes_of(size), Path(out)
+    if "://" in out:
+        raise UserError(f"shard: {out} is no folder; write to one on a disk, then upload what is in it")
     opened = open_source(source)
     if opened.targets != "labels":
         raise UserError(

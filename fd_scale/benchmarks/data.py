@@ -31,6 +31,7 @@ from torchvision.transforms import v2
 
 from fd_scale.benchmarks.records import write_json
 from fd_scale.data import ImageAlone, Picture, Source, TrainLoader, open_source, subset, training_view
+from fd_scale.data.decode import DecodeError
 from fd_scale.data.mixture import Mixture
 from fd_scale.errors import UserError
 from fd_scale.log import console
@@ -81,7 +82,7 @@ def bench_data(
     """Measures, and prints a table.
 
     Args:
-        spec: source of labelled images; those that are no JPEG files of grey or three channels are left out.
+        spec: source of labelled images; those that are no whole JPEG files of grey or three channels are left out.
         num_images: crops in a round of each way.
         num_rounds: each way is measured so often.
         size: side of the crops, in pixels.
@@ -123,12 +124,17 @@ def _jpeg_files(spec: str, source: Source, num_images: int, folder: Path, size: 
         )
     kept, data = [], []
     for sample_id in range(min(len(source), num_images)):
-        picture, _ = source.read(sample_id)
-        if picture.jpeg:
-            kept.append(sample_id)
-            data.append(picture.jpeg)
+        # What is damaged would end one of the others; Pillow reads some files that this decoder refuses.
+        with contextlib.suppress(DecodeError, ValueError):
+            picture, _ = source.read(sample_id)
+            if picture.jpeg:
+                simplejpeg.decode_jpeg(picture.jpeg)
+                kept.append(sample_id)
+                data.append(picture.jpeg)
     if not data:
-        raise UserError(f"{spec}: none of its images is a JPEG file of grey or three channels; expected such")
+        raise UserError(
+            f"{spec}: none of its images is a whole JPEG file of grey or three channels; expected such"
+        )
     return _Files(subset(source, kept), data, folder, size)
 
 
@@ -188,9 +194,10 @@ def _decode_and_crop(size: int) -> Callable[[bytes], Any]:
 
 def _ours(files: _Files, num_images: int, crops: int = 1) -> Generator[int, None, None]:
     """The loader of a run on so many images: those of the files, again and again."""
+    batch = max(1, BATCH // crops) * crops
     repeated = Mixture([files.source], [-(-max(num_images, BATCH) // len(files.data))])
     steps = TrainLoader(
-        repeated, ImageAlone(training_view(files.size)), seed=0, global_batch=BATCH, micro_batch=BATCH - BATCH % crops,
+        repeated, ImageAlone(training_view(files.size)), seed=0, global_batch=batch, micro_batch=batch,
         rank=0, world_size=1, num_workers=1, crops=crops,
     ).iterate(0)  # fmt: skip
     with contextlib.closing(steps):

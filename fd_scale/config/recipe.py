@@ -100,6 +100,8 @@ class Recipe:
                 "optim.grad_clip, optim.layer_decay: a linear probe trains classifiers that must not touch each other, "
                 "and no layers; set grad_clip to 0 and layer_decay to 1"
             )
+        if self.linear_probe is not None and self.data.shard_window:
+            raise UserError("data.shard_window: a linear probe reads its images once, in a row; set it to 0")
         if self.linear_probe is not None and self.train.compile:
             raise UserError(
                 "train.compile: a linear probe runs its model once over the images; set it to false"

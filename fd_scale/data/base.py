@@ -119,6 +119,17 @@ class Expecting(Protocol):
         """Is told what will be read next; and a sample of a shard that is read from after that."""
 
 
+@runtime_checkable
+class Caching(Protocol):
+    """A source whose shards a cache of this node may hold."""
+
+    def cached_bytes(self) -> dict[bytes, int]:
+        """Returns of each shard that may lie there what identifies it, and its size."""
+
+    def share_cache(self, num_bytes: int) -> None:
+        """Is told how much all sources have that are read at the same time."""
+
+
 def expect(source: object, sample_ids: Iterable[int], coming: int | None = None) -> None:
     """Tells a source what will be read next, if it wants to know."""
     if isinstance(source, Expecting):

@@ -69,10 +69,10 @@ class FeatureFiles:
             except OSError as error:
                 raise self._unwritable(error) from None
         try:
-            theirs = json.loads(manifest.read_bytes())
+            theirs = dict(json.loads(manifest.read_bytes()))
         except FileNotFoundError:
             raise UserError(f"{self.folder}: holds no features; {how}") from None
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, TypeError) as error:
             raise UserError(f"{manifest}: cannot be read ({error}); remove the folder, and {how}") from None
         for key in sorted(ours.keys() | theirs.keys()):
             if ours.get(key) != theirs.get(key):

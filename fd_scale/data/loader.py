@@ -408,6 +408,8 @@ def view_batches(
         for batch, bad in loaded:
             if batch is None:
                 raise UserError(f"{bad[0].name} cannot be decoded: {bad[0].reason}; repair or remove it")
+            for sample in bad:
+                logger.warning("%s cannot be decoded, another sample takes its place: %s", *sample[1:])
             yield batch
 
 

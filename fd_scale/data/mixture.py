@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 from fd_scale.data.base import (
     UNLABELLED,
+    Caching,
     Labels,
     Source,
     Target,
@@ -52,6 +53,15 @@ class Subset:
     def keep_shards(self, count: int) -> None:
         """See `Sharded`."""
         sharded(self.source).keep_shards(count)
+
+    def cached_bytes(self) -> dict[bytes, int]:
+        """See `Caching`: whole shards, however few of their images are in."""
+        return self.source.cached_bytes() if isinstance(self.source, Caching) else {}
+
+    def share_cache(self, num_bytes: int) -> None:
+        """See `Caching`."""
+        if isinstance(self.source, Caching):
+            self.source.share_cache(num_bytes)
 
     def expect(self, sample_ids: Iterable[int], coming: int | None) -> None:
         """See `Expecting`."""
@@ -168,6 +178,16 @@ class Mixture:
                 "order; expected sources of one list of classes"
             )
         self.num_classes = sources[0].num_classes if self.labels_agree else 0
+        self._share_cache()
+
+    def _share_cache(self) -> None:
+        """Tells sources with shards in stores of each other: each alone may fit into the cache, and all not."""
+        caching = [source for source in self.sources if isinstance(source, Caching)]
+        sizes: dict[bytes, int] = {}
+        for source in caching:
+            sizes |= source.cached_bytes()
+        for source in caching:
+            source.share_cache(sum(sizes.values()))
 
     def all_labels(self) -> Labels:
         """See `Source`."""

@@ -1,6 +1,7 @@
 """Bytes of shards that lie in a store: whole shards from a bounded cache on this node's disk, or one image a request.
 
-Whole shards are kept where all of them fit, or where the order reads few at a time (`data.shard_window`) and those fit.
+Whole shards are kept where all of them fit, with those of a list's other sources, or where the order reads few at a
+time (`data.shard_window`) and those fit.
 A random order over more than the cache holds would throw shards out before they are used up: each image is then a
 request of its own.
 
@@ -33,6 +34,8 @@ Range = tuple[int, int, int]
 """Number of a shard, where in it, and how many bytes."""
 # By a worker; each is a connection.
 _NUM_READ_AT_ONCE = 16
+# By all processes of a node: at a cold start each of them wants shards of its own, and all would wait for all.
+_NUM_FETCHED_AT_ONCE = 8
 # A cache that failed is left alone for so long, and a shard's version is believed.
 _FAILED_S = 600.0
 _BELIEVED_S = 600.0
@@ -85,7 +88,8 @@ class ShardCache:
 
     def _fetch(self, url: str, identity: str, num_bytes: int, file: Path) -> None:
         """Downloads under another name, which has its room in the cache from the beginning."""
-        with written_whole(file) as out:
+        turn = int(identity, 16) % _NUM_FETCHED_AT_ONCE
+        with locked(self.folder / f"turn_{turn}.lock"), written_whole(file) as out:
             with locked(self.folder / "room.lock"):
                 self._make_room(num_bytes)
                 os.posix_fallocate(out.fileno(), 0, num_bytes)
@@ -197,6 +201,14 @@ class RemoteShards:
             refuse_changed(url, identity)
             self._seen_at[shard] = time.monotonic()
         return store.read(url, offset, size)
+
+    def cached_bytes(self) -> dict[bytes, int]:
+        """See `Caching`."""
+        return dict(zip(self.index.identities_S.tolist(), self.index.num_bytes_S.tolist(), strict=True))
+
+    def share_cache(self, num_bytes: int) -> None:
+        """Keeps whole shards where those of all sources fit together."""
+        self.whole = num_bytes <= self.cache.max_bytes
 
     def keep(self, count: int) -> None:
         """Keeps whole shards from now on, if so many fit."""

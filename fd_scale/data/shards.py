@@ -52,6 +52,13 @@ class LocalShards:
     def keep(self, count: int) -> None:
         """Files are at hand."""
 
+    def cached_bytes(self) -> dict[bytes, int]:
+        """They are in no cache."""
+        return {}
+
+    def share_cache(self, num_bytes: int) -> None:
+        """Others may have it."""
+
     def expect(self, ranges: Iterable[Range], coming: Range | None) -> None:
         """So are their bytes, soon enough."""
 
@@ -115,6 +122,14 @@ class TarSource:
     def keep_shards(self, count: int) -> None:
         """See `Sharded`."""
         self.shards.keep(count)
+
+    def cached_bytes(self) -> dict[bytes, int]:
+        """See `Caching`."""
+        return self.shards.cached_bytes()
+
+    def share_cache(self, num_bytes: int) -> None:
+        """See `Caching`."""
+        self.shards.share_cache(num_bytes)
 
     def expect(self, sample_ids: Iterable[int], coming: int | None) -> None:
         """See `Expecting`."""

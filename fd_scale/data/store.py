@@ -47,6 +47,10 @@ _BUSY = (408, 425, 429)
 _counts: collections.Counter[str] = collections.Counter()
 
 
+class _ForbiddenError(UserError):
+    """This may not be read, others perhaps."""
+
+
 class State(NamedTuple):
     """What tells a file from what it was before."""
 
@@ -100,21 +104,26 @@ def state(url: str) -> State | None:
 
 
 def states(urls: list[str]) -> list[State]:
-    """Returns sizes and versions of files: by a list of each folder, or one by one where a web server has no lists.
+    """Returns sizes and versions of files: by a list of each folder, or one by one where there are no lists for us.
 
     Raises:
         UserError: one is not there, or as of `state`.
     """
     found: dict[str, State | None] = dict.fromkeys(urls)
-    if urls[0].startswith("http"):
-        with ThreadPoolExecutor(_NUM_ASKED_AT_ONCE) as executor:
-            found = dict(zip(urls, executor.map(state, urls), strict=True))
-    for folder in {os.path.dirname(url) for url, its in found.items() if its is None}:
-        with contextlib.suppress(FileNotFoundError):
-            for info in [] if folder.startswith("http") else _asked(folder, "ls", detail=True):
+    folders = set() if urls[0].startswith("http") else {os.path.dirname(url) for url in urls}
+    alone = [] if folders else urls
+    for folder in sorted(folders):
+        try:
+            for info in _asked(folder, "ls", detail=True):
                 url = f"{folder}/{os.path.basename(info['name'])}"
                 if url in found and info["type"] == "file":
                     found[url] = _state(url, info)
+        except FileNotFoundError:
+            continue
+        except _ForbiddenError:  # who may not list may read all the same
+            alone += [url for url in urls if os.path.dirname(url) == folder]
+    with ThreadPoolExecutor(_NUM_ASKED_AT_ONCE) as executor:
+        found |= zip(alone, executor.map(state, alone), strict=True)
     missing = [url for url, its in found.items() if its is None]
     if missing:
         raise UserError(
@@ -216,7 +225,7 @@ def _asked(url: str, method: str, **options: Any) -> Any:
         if status == 404 or isinstance(reason, FileNotFoundError):
             raise FileNotFoundError(url)
         if isinstance(reason, PermissionError) or status in (401, 403):
-            raise UserError(f"{url}: may not be read ({_said(reason)}); check this host's credentials")
+            raise _ForbiddenError(f"{url}: may not be read ({_said(reason)}); check this host's credentials")
         if isinstance(status, int) and 400 <= status < 500 and status not in _BUSY:
             break
         if attempt < NUM_TRIES:

@@ -288,20 +288,23 @@ def _known(shards: ShardSet) -> dict[str, tuple[TarIndex, int]]:
 def _fetch_published(shards: ShardSet) -> None:
     """Lays the index that somebody put beside shards in a store among the older ones here, if there is one."""
     url = f"{shards.folder}/{PUBLISHED}"
-    state = store.state(url)
-    if state is None:
-        logger.info("%s: is not there; with it no headers would be read", url)
-        return
-    file = cache_file(shards.stem, [url, *map(str, state)])
 
-    def fetched() -> None:
+    def fetched(file: Path, size: int) -> None:
         with written_whole(file) as out:
-            store.fetch(url, state.size, out)
+            store.fetch(url, size, out)
 
-    # It only spares work: where there is no place for it, it spares none.
-    with contextlib.suppress(OSError):
-        make_once(file, fetched)
+    # It only spares work: where there is no place for it, or the store fails, it spares none. Of a file that is not
+    # there, stores say to those who may not list them that it may not be read.
+    try:
+        state = store.state(url)
+        if state is None:
+            logger.info("%s: is not there; with it no headers would be read", url)
+            return
+        file = cache_file(shards.stem, [url, *map(str, state)])
+        make_once(file, lambda: fetched(file, state.size))
         os.utime(file)  # among the newest
+    except (OSError, UserError) as error:
+        logger.info("no index beside the shards is used: %s", error)
 
 
 def _executor(processes: int) -> Executor:

@@ -54,15 +54,17 @@ class FeatureCodec:
 
     def decode(self, records_BR: Tensor) -> list[Tensor]:
         """Returns the targets, bf16 (B, L, D), of records, uint8 (B, R), on their device."""
-        parts = iter(records_BR.split([n for sizes in map(self._sizes, self.targets) for n in sizes], dim=1))
+        sizes = [num_bytes for sizes in map(self._sizes, self.targets) for num_bytes in sizes]
+        # Copies: a part may begin at an odd byte, where no bf16 may, and that of one record has no gaps.
+        parts = (part.clone(memory_format=torch.contiguous_format) for part in records_BR.split(sizes, dim=1))
         features = []
         for target in self.targets:
             shape = (target.num_tokens, target.num_features)
             if self.precision == "bf16":
-                features.append(next(parts).contiguous().view(torch.bfloat16).unflatten(1, shape))
+                features.append(next(parts).view(torch.bfloat16).unflatten(1, shape))
                 continue
-            scale_BLG = next(parts).contiguous().view(torch.bfloat16).unflatten(1, (shape[0], -1))
-            codes = next(parts).contiguous().view(torch.int8).unflatten(1, shape)
+            scale_BLG = next(parts).view(torch.bfloat16).unflatten(1, (shape[0], -1))
+            codes = next(parts).view(torch.int8).unflatten(1, shape)
             scale_BLD = scale_BLG.float().repeat_interleave(_GROUP, dim=2)[..., : shape[1]]
             features.append((codes * scale_BLD).to(torch.bfloat16))
         return features

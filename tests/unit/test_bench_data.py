@@ -1,5 +1,6 @@
 """`bench data`, and what the plan makes of its number: all ways run on the same files, cores add up."""
 
+import contextlib
 import io
 import json
 import math
@@ -11,8 +12,9 @@ import pytest
 from PIL import Image
 
 from fd_scale import cli
-from fd_scale.benchmarks.data import BATCH, LIMIT, OURS, bench_data
+from fd_scale.benchmarks.data import BATCH, LIMIT, OURS, _jpeg_files, _ours, bench_data
 from fd_scale.config import Recipe
+from fd_scale.data import open_source
 from fd_scale.errors import UserError
 from fd_scale.hardware import GPUS
 from fd_scale.plan import input_needed, plan, to_json
@@ -50,8 +52,19 @@ def test_a_source_without_jpeg_files(tmp_path: Path) -> None:
     buffer = io.BytesIO()
     Image.new("RGB", (4, 4)).save(buffer, "PNG")
     (tmp_path / "0.png").write_bytes(buffer.getvalue())
-    with pytest.raises(UserError, match="none of its images is a JPEG file"):
+    with pytest.raises(UserError, match="none of its images is a whole JPEG file"):
         bench_data(f"imagefolder:{tmp_path}", 10, 1, 8, 1, None)
+
+
+def test_damaged_files_are_left_out_and_any_number_of_crops_will_do(photos: str, tmp_path: Path) -> None:
+    first, second, *_ = sorted(tmp_path.glob("photos/*/*.jpg"))
+    first.write_bytes(first.read_bytes()[:-200])
+    second.write_bytes(b"no image")
+    files = _jpeg_files(photos, open_source(photos), 10, tmp_path, 16)
+    assert len(files.data) == len(files.source) == 7
+    for crops in (3, 100):
+        with contextlib.closing(_ours(files, BATCH, crops)) as done:
+            assert next(done) % crops == 0
 
 
 @pytest.mark.parametrize(

@@ -212,6 +212,16 @@ def test_every_limit_is_in_the_table_above() -> None:
             {"task": "classification", "distill": None, "classification": {"mixup": 0.8}, "data__crops": 2},
             "data.crops: got 2, and classification.mixup and cutmix mix neighbours",
         ),
+        (
+            {
+                "task": "linear_probe",
+                "distill": None,
+                "linear_probe": {},
+                "data__shard_window": 2,
+                "optim__grad_clip": 0.0,
+            },
+            "data.shard_window: a linear probe reads its images once, in a row; set it to 0",
+        ),
         ({"contrastive": {}}, "this section belongs to task contrastive, the recipe's is distill"),
     ],
 )

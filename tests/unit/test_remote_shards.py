@@ -17,12 +17,14 @@ from fake_store import FakeStore, failing, serve
 from omegaconf import OmegaConf
 from shard_files import image_file, level, numbered, write_tar
 
+from fd_scale import api
 from fd_scale.cli import main
-from fd_scale.config import SourceConfig
+from fd_scale.config import Recipe, SourceConfig
 from fd_scale.data import ImageAlone, TrainLoader, evaluation_transform, open_source, remote_shards, store
 from fd_scale.data.order import ShardOrder
 from fd_scale.data.remote_shards import RemoteShards
 from fd_scale.data.shards import TarSource
+from fd_scale.distill import DistillationTask
 from fd_scale.errors import UserError
 
 COUNTS = (5, 3, 6, 4)
@@ -98,6 +100,24 @@ def test_the_same_samples_as_from_files(remote: FakeStore, local: str) -> None:
         assert source.fingerprint == files.fingerprint, "a run may move"
         assert source.name(5).endswith("/set/1.tar:0040.png")
         assert level(pickle.loads(pickle.dumps(source)), 17) == LEVELS[17]
+    memory.rm("/set", recursive=True)
+
+
+def test_files_of_a_range_need_no_list(remote: FakeStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    import fsspec
+
+    def forbidden(*_: Any, **__: Any) -> None:
+        raise PermissionError("Access Denied")
+
+    memory = fsspec.filesystem("memory")
+    for path, data in remote.files.items():
+        memory.pipe_file(path, data)
+    listed = store.states([f"memory://set/{number}.tar" for number in range(4)])
+    monkeypatch.setattr(type(memory), "ls", forbidden)
+    assert store.states([f"memory://set/{number}.tar" for number in range(4)]) == listed
+    with pytest.raises(UserError, match=r"memory://set/4.tar: is not there, as 1 of 5 files"):
+        store.states([f"memory://set/{number}.tar" for number in range(5)])
+    monkeypatch.undo()
     memory.rm("/set", recursive=True)
 
 
@@ -210,6 +230,67 @@ def test_a_window_that_does_not_fit_is_said(
     source.keep_shards(3)
     assert "3 shards at a time take 0.0: images are read one by one; set FD_SHARD_CACHE_GIB" in caplog.text
     assert levels(source) == LEVELS
+
+
+def test_images_spread_over_all_shards_are_requests_beside_a_window(
+    remote: FakeStore,
+    local: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    make_recipe: Callable[..., Recipe],
+) -> None:
+    """As those of `distill.knn_images`: else each evaluation would download the whole set."""
+    size = sum(map(len, remote.files.values()))
+    monkeypatch.setenv("FD_SHARD_CACHE_GIB", str((size - 1) / 2**30))
+    source = opened(remote)
+    recipe = make_recipe(
+        data__train=f"tar:{remote.url}/set/{{0..3}}.tar",
+        data__evaluation=local,
+        data__shard_window=1,
+        distill__knn_images=9,
+    )
+    source.keep_shards(2)  # as the training's loader does
+    task = api.build_task(recipe, source)
+    assert isinstance(task, DistillationTask)
+    assert task.bank is not None
+    remote.forget()
+    assert [level(task.bank.source, number) for number in range(9)] == LEVELS[::2]
+    assert remote.num_reads() == 9
+    assert not shards_kept(tmp_path)
+    source.read(0)
+    assert len(shards_kept(tmp_path)) == 1
+
+
+def test_sources_of_a_list_share_the_cache(
+    remote: FakeStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each would fit alone; a random order over both would throw out shards before they are used up."""
+    first, *others = sorted(remote.files)
+    size = sum(map(len, remote.files.values()))
+    (tmp_path / "kept.txt").write_text("0000\n0003\n")
+    configs = [
+        SourceConfig(source=f"tar:{remote.url}{first}", only=str(tmp_path / "kept.txt"), weight=2),
+        SourceConfig(source=f"tar:{remote.url}/set/{{1..3}}.tar"),
+    ]
+    for configured, kept in ((size - 1, 0), (size, len(others) + 1)):
+        monkeypatch.setenv("FD_SHARD_CACHE_GIB", str(configured / 2**30))
+        # A shard that is in two sources takes its room once.
+        source = open_source([*configs, configs[0]])
+        assert [level(source, number) for number in (0, 1, 4, 7, 13)] == [0, 3, 40, 80, 120]
+        assert len(shards_kept(tmp_path)) == kept
+
+
+def test_few_shards_are_fetched_at_once(remote: FakeStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a slow network has no answer in time for any of them."""
+    monkeypatch.setattr(remote_shards, "_NUM_FETCHED_AT_ONCE", 1)
+    monkeypatch.setattr(store, "_NUM_CHUNKS_AT_ONCE", 2)
+    source = opened(remote)
+    remote.delay_s, remote.most_at_once = 0.02, 0
+    workers = [pickle.loads(pickle.dumps(source)) for _ in range(2)]
+    for worker in workers:
+        worker.expect(range(18), None)
+    assert [levels(worker) for worker in workers] == [LEVELS, LEVELS]
+    assert remote.most_at_once <= 2
 
 
 def test_several_at_once_download_a_shard_once(remote: FakeStore) -> None:
@@ -501,6 +582,14 @@ def test_an_index_beside_the_shards(
         remote.files["/set/fd-scale.index"] = damaged
         fresh_cache(tmp_path)
         assert levels(opened(remote)) == [*LEVELS[:8], 7, 8, *LEVELS[14:]], "a damaged one spares nothing"
+    # As a store answers for what is not there, to those who may not list it; and one that fails.
+    for status in (403, 500):
+        remote.fault = lambda _, path, status=status: status if path.endswith(".index") else None
+        fresh_cache(tmp_path)
+        assert levels(opened(remote)) == [*LEVELS[:8], 7, 8, *LEVELS[14:]], (
+            "nor does one that may not be read"
+        )
+    remote.fault = lambda *_: None
     with pytest.raises(SystemExit, match="2"):
         main(["index", spec, "--out", str(tmp_path)])
     assert f"--out: {tmp_path} cannot be written (Is a directory)" in capsys.readouterr().err

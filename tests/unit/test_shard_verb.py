@@ -155,3 +155,12 @@ def test_what_is_refused(
 
     monkeypatch.setattr("fd_scale.shard.TarSource", Fewer)
     refused(spec, tmp_path / "lost", "1MB", "does not hold the labels that were written")
+
+
+def test_a_store_is_no_folder(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else all of it would lie in a folder `s3:` here when the store is asked for it."""
+    monkeypatch.chdir(tmp_path)
+    before = set(tmp_path.iterdir())
+    with pytest.raises(UserError, match="s3://bucket/out is no folder; write to one on a disk"):
+        next(shard(f"imagefolder:{images}", "s3://bucket/out", "1MB"))
+    assert set(tmp_path.iterdir()) == before

@@ -65,6 +65,17 @@ def test_int8_is_wrong_by_no_more_than_it_says() -> None:
     assert (codec.decode(records_BR)[0][..., 32:].double() - features[0][..., 32:]).abs().max() < 0.02
 
 
+@pytest.mark.parametrize("count", [1, 2])
+def test_parts_that_begin_at_odd_bytes(count: int) -> None:
+    targets = [Target(num_features=7, grid=(1, 1), has_cls=False)] * 2
+    codec = FeatureCodec(targets, "int8")
+    features = [torch.full((count, 1, 7), value) for value in (127.0, -254.0)]
+    records_BR = codec.encode(features)
+    for records in (records_BR, torch.cat([records_BR[:, :1], records_BR], dim=1)[:, 1:]):
+        for found, given in zip(codec.decode(records), features, strict=True):
+            assert found.equal(given.bfloat16())
+
+
 @pytest.fixture
 def files(tmp_path: Path) -> FeatureFiles:
     """Two views of ten images with records of 8 bytes, four in a file."""
@@ -108,9 +119,10 @@ def test_other_features_are_refused_by_the_setting_that_differs(files: FeatureFi
         other.open({"seed": 1}, make=False)
     with pytest.raises(UserError, match="elsewhere: holds no features; run `fd-scale features`"):
         FeatureFiles(files.folder.with_name("elsewhere"), 8, 10).open({}, make=False)
-    (files.folder / "manifest.json").write_text("{")
-    with pytest.raises(UserError, match=r"manifest.json: cannot be read .*; remove the folder"):
-        files.open({"seed": 1}, make=True)
+    for damaged in ("{", "[1]"):
+        (files.folder / "manifest.json").write_text(damaged)
+        with pytest.raises(UserError, match=r"manifest.json: cannot be read .*; remove the folder"):
+            files.open({"seed": 1}, make=True)
 
 
 @pytest.mark.parametrize("damage", ["cut", "changed"])
@@ -238,11 +250,14 @@ def test_ranks_and_rollbacks_bring_the_same_features(keeping: Callable[..., Reci
     assert (found.float() - wanted).abs().max() < 0.01 * wanted.abs().max()
 
 
-def test_a_second_call_makes_what_is_missing_alike(keeping: Callable[..., Recipe], tmp_path: Path) -> None:
+def test_a_second_call_makes_what_is_missing_alike(
+    keeping: Callable[..., Recipe], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     recipe = keeping()
     source = open_source(recipe.data.train)
     part = teacher_features.train_part(recipe, source)
     teacher_features.compute(recipe, part, WORLD)
+    assert "images/07.png cannot be decoded, another sample takes its place" in caplog.text
     files = sorted((tmp_path / "kept/train").rglob("*.features"))
     assert [file.parent.name for file in files] == ["view_0", "view_1"]
     before = [(file.read_bytes(), file.stat().st_mtime_ns) for file in files]
@@ -269,7 +284,13 @@ def test_a_run_trains_and_evaluates_without_its_teacher(
     check_file = tmp_path / "recipe.yaml"
     check_file.write_text(to_yaml(recipe))
     check(str(check_file), ["run_dir=other"], 1)
-    assert "2 views of features in" in " ".join(capfd.readouterr().out.split())
+    told = " ".join(capfd.readouterr().out.split())
+    assert "2 views of features in" in told
+    assert "1 views of features in" in told
+    (tmp_path / "kept/evaluation/view_0/000000.features").rename(tmp_path / "elsewhere")
+    with pytest.raises(SystemExit):
+        check(str(check_file), ["run_dir=other"], 1)
+    assert "1 of 1 files are not there" in " ".join(capfd.readouterr().out.split())
     lines = [json.loads(line) for line in Path(recipe.run_dir, "metrics.jsonl").read_text().splitlines()]
     [trained] = [line["loss"] for line in lines if line["kind"] == "evaluation"]
     # By the teacher itself, since other images may be named: equal but for bf16.
