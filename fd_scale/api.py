@@ -19,7 +19,7 @@ from torch import nn
 
 from fd_scale import distributed, ds_config, log, run_folder, teacher_features
 from fd_scale.checkpoint import Checkpoints, TrainState, refuse_other_identity
-from fd_scale.config import Recipe, load_recipe
+from fd_scale.config import DistillConfig, Recipe, load_recipe
 from fd_scale.data import (
     Source,
     TrainLoader,
@@ -168,6 +168,7 @@ def features(recipe: Recipe) -> None:
         )
     world = distributed.start(recipe.train.device, recipe.train.timeout_s)
     log.set_up(world.rank)
+    _warn_of_random_teachers(recipe.distill)
     recipe = resolved(recipe)
     choose_kernels(recipe.train.kernels, world.device)
     source = open_source(recipe.data.train)
@@ -438,12 +439,7 @@ def build_task(
         assert source is not None, "a trainer builds it"
         return LinearProbeTask(recipe, _evaluation_set(recipe, source), evaluation, placement)
     if recipe.distill is not None:
-        for index, teacher in enumerate(recipe.distill.teachers):
-            if teacher.model.weights is None:
-                logger.warning(
-                    "teacher %s has random weights: distill.teachers.%d.model.weights names none",
-                    teacher.model.name, index,
-                )  # fmt: skip
+        _warn_of_random_teachers(recipe.distill)
         bank = None
         if evaluation is not None and recipe.distill.knn_images:
             # Of its own where the training reads few shards at a time: these images are spread over all of them.
@@ -465,6 +461,15 @@ def build_task(
         if recipe.masked is not None:
             return MaskedTask(recipe, evaluation)
         return fine_tuning_task(recipe, evaluation, source)
+
+
+def _warn_of_random_teachers(config: DistillConfig) -> None:
+    for index, teacher in enumerate(config.teachers):
+        if teacher.model.weights is None:
+            logger.warning(
+                "teacher %s has random weights: distill.teachers.%d.model.weights names none",
+                teacher.model.name, index,
+            )  # fmt: skip
 
 
 def _evaluation_set(recipe: Recipe, source: Source) -> EvaluationSet:

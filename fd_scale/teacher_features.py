@@ -28,11 +28,13 @@ from fd_scale.evaluation import EvaluationSet
 from fd_scale.randomness import initial_seed
 
 FORMAT = 1
-# Of a run's identity, what decides the features: the images, how they are cut, the teachers and their arithmetic.
-_DECIDING = re.compile(
-    r"seed|data_fingerprint|train\.precision|data\.(crops|crop_scale|crop_ratio|flip|interpolation|rand_augment|erasing)|"
-    r"model\.(img_size|mean|std)|distill\.features\.(views|precision)|"
+# Of a run's identity, what decides the features: the images, the teachers and their arithmetic; and how views are cut.
+_DECIDING = (
+    r"seed|data_fingerprint|train\.precision|model\.(img_size|mean|std)|distill\.features\.precision|"
     r"distill\.teachers\.\d+\.(model\..*|target|layers|precision)"
+)
+_DECIDING_VIEWS = (
+    r"|data\.(crops|crop_scale|crop_ratio|flip|interpolation|rand_augment|erasing)|distill\.features\.views"
 )
 
 
@@ -90,17 +92,20 @@ def compute(recipe: Recipe, part: Part, world: World) -> None:
     total, done = sum(len(files.samples(number)) for _, number in own), 0
     with log.counting(f"images, {part.name}") if world.is_main else contextlib.nullcontext() as told:
         for view, places in itertools.groupby(own, key=lambda place: place[0]):
-            records_NR = np.empty((0, files.record_bytes), dtype=np.uint8)
+            records_NR, read_ids_N = np.empty((0, files.record_bytes), np.uint8), np.empty(0, np.int64)
             for batch in _batches(recipe, part, view, [files.samples(number) for _, number in places]):
                 images = batch.images.to(world.device)
                 features = [tokens_BLD for teacher in teachers for tokens_BLD in teacher.features(images)]
                 number, first = divmod(int(batch.positions[0]), files.samples_per_file)
                 if first == 0:
-                    records_NR = np.empty((len(files.samples(number)), files.record_bytes), dtype=np.uint8)
+                    count = len(files.samples(number))
+                    records_NR = np.empty((count, files.record_bytes), np.uint8)
+                    read_ids_N = np.empty(count, np.int64)
                 last = first + len(batch.positions)
                 records_NR[first:last] = codec.encode(features).cpu().numpy().reshape(last - first, -1)
+                read_ids_N[first:last] = batch.read_ids
                 if last == len(records_NR):
-                    files.write(view, number, records_NR)
+                    files.write(view, number, records_NR, read_ids_N)
                 done += last - first
                 if told is not None:
                     told(done, total)
@@ -144,7 +149,8 @@ def _part(
     folder = Path(_section(recipe).folder) / name
     files = FeatureFiles(folder, crops * codec_of(recipe).record_bytes, len(source), num_views)
     identity = run_folder.identity(recipe, source.fingerprint, stage=0, world_size=1)
-    deciding = {key: value for key, value in identity.items() if _DECIDING.fullmatch(key)}
+    pattern = re.compile(_DECIDING + _DECIDING_VIEWS if name == "train" else _DECIDING)
+    deciding = {key: value for key, value in identity.items() if pattern.fullmatch(key)}
     return Part(source, transform, files, deciding | {"format": FORMAT}, crops, num_replacements)
 
 

@@ -70,6 +70,8 @@ def bench_features(
                 features=FeaturesConfig(folder=f"{folder}/features", views=1, precision="int8"),
             ),
         )
+        if world.size > 1:
+            raise UserError(f"bench features: {world.size} ranks, expected one process, without torchrun")
         began = time.perf_counter()
         source = open_source(recipe.data.train)
         teacher_features.compute(keeping, teacher_features.train_part(keeping, source), world)

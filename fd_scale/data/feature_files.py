@@ -2,7 +2,9 @@
 
     FOLDER/manifest.json, FOLDER/view_0/000000.features, ...
 
-A record is followed by its CRC-32. A file holds the records of as many images as make 256 MiB, in the source's order.
+A record is followed by the number of the image that it is of, 8 bytes, which is another one where an image could not be
+decoded and was replaced, and by the CRC-32 of both. A file holds the records of as many images as make 256 MiB, in the
+source's order.
 
 Shape legend: B = images of a batch, N = images of a file, R = bytes of a record.
 """
@@ -19,9 +21,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from fd_scale.data.mapped_file import written_whole
 from fd_scale.errors import UserError
 
 _FILE_BYTES = 2**28
+_ID_BYTES = 8
 _CHECKSUM_BYTES = 4
 
 
@@ -46,7 +50,7 @@ class FeatureFiles:
     ) -> None:
         self.folder, self.record_bytes = folder, record_bytes
         self.num_samples, self.num_views = num_samples, num_views
-        self._stride = record_bytes + _CHECKSUM_BYTES
+        self._stride = record_bytes + _ID_BYTES + _CHECKSUM_BYTES
         self.samples_per_file = max(1, file_bytes // self._stride)
 
     def open(self, identity: dict[str, Any], *, make: bool) -> None:
@@ -65,7 +69,8 @@ class FeatureFiles:
         if make and not manifest.exists():
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
-                _write_whole(manifest, json.dumps(ours, indent=1).encode())
+                with written_whole(manifest) as out:
+                    out.write(json.dumps(ours, indent=1).encode())
             except OSError as error:
                 raise self._unwritable(error) from None
         try:
@@ -112,53 +117,79 @@ class FeatureFiles:
         first = number * self.samples_per_file
         return range(first, min(first + self.samples_per_file, self.num_samples))
 
-    def write(self, view: int, number: int, records_NR: npt.NDArray[np.uint8]) -> None:
+    def write(
+        self, view: int, number: int, records_NR: npt.NDArray[np.uint8], read_ids_N: npt.NDArray[np.int64]
+    ) -> None:
         """Writes a file that is seen whole or not at all, and stays after a power cut.
+
+        Args:
+            view: which.
+            number: of the file.
+            records_NR: of its images.
+            read_ids_N: the images that were really read for them.
 
         Raises:
             UserError: it cannot be written.
         """
         assert records_NR.shape == (len(self.samples(number)), self.record_bytes), records_NR.shape
-        checksums_N = np.array([zlib.crc32(record_R) for record_R in records_NR], dtype="<u4")
-        checked = np.concatenate(
-            [records_NR, checksums_N.view(np.uint8).reshape(-1, _CHECKSUM_BYTES)], axis=1
-        )
+        ids = read_ids_N.astype("<i8").view(np.uint8).reshape(-1, _ID_BYTES)
+        named = np.concatenate([records_NR, ids], axis=1)
+        checksums_N = np.array([zlib.crc32(row) for row in named], dtype="<u4")
+        checked = np.concatenate([named, checksums_N.view(np.uint8).reshape(-1, _CHECKSUM_BYTES)], axis=1)
         try:
             self._view(view).mkdir(exist_ok=True)
-            _write_whole(self._path(view, number), checked.tobytes())
+            with written_whole(self._path(view, number)) as out:
+                out.write(checked.tobytes())
         except OSError as error:
             raise self._unwritable(error) from None
 
-    def read(self, view: int, sample_ids: Sequence[int]) -> npt.NDArray[np.uint8]:
+    def read(self, view: int, sample_ids: Sequence[int], read_ids: Sequence[int]) -> npt.NDArray[np.uint8]:
         """Returns the records of some images, uint8 (B, R).
 
+        Args:
+            view: which.
+            sample_ids: the images.
+            read_ids: those that were really read for them.
+
         Raises:
-            UserError: a file cannot be read, or a record is not what was written.
+            UserError: a file cannot be read, a record is not what was written, or is of another image than was read.
         """
         records_BR = np.empty((len(sample_ids), self.record_bytes), dtype=np.uint8)
-        for record_R, sample_id in zip(records_BR, sample_ids, strict=True):
+        for record_R, sample_id, read_id in zip(records_BR, sample_ids, read_ids, strict=True):
             number, place = divmod(sample_id, self.samples_per_file)
             path = self._path(view, number)
-            try:
-                # Opened anew: of thousands of files in random order, none is worth keeping.
-                file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-                try:
-                    data = os.pread(file, self._stride, place * self._stride)
-                finally:
-                    os.close(file)
-            except OSError as error:
-                raise UserError(f"{path}: cannot be read: {error.strerror}") from None
-            record, checksum = data[: self.record_bytes], data[self.record_bytes :]
-            if (
-                len(data) != self._stride
-                or zlib.crc32(record).to_bytes(_CHECKSUM_BYTES, "little") != checksum
-            ):
+            named = self._named_record(path, place)
+            if named is None:
                 raise UserError(
                     f"{path}: the features of image {sample_id} are damaged; remove the file, "
                     "`fd-scale features` makes it again"
                 )
-            record_R[:] = np.frombuffer(record, dtype=np.uint8)
+            known_id = int.from_bytes(named[self.record_bytes :], "little")
+            if known_id != read_id:
+                raise UserError(
+                    f"{path}: the features of image {sample_id} are of image {known_id}, and image {read_id} was read "
+                    "now: not the same images could be decoded; mend the data, remove the file, run `fd-scale features` "
+                    "again"
+                )
+            record_R[:] = np.frombuffer(named, dtype=np.uint8, count=self.record_bytes)
         return records_BR
+
+    def _named_record(self, path: Path, place: int) -> bytes | None:
+        """A record and the number of its image; none where that is not what was written."""
+        try:
+            # Opened anew: of thousands of files in random order, none is worth keeping.
+            file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                data = os.pread(file, self._stride, place * self._stride)
+            finally:
+                os.close(file)
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+        named, checksum = data[:-_CHECKSUM_BYTES], data[-_CHECKSUM_BYTES:]
+        whole = (
+            len(data) == self._stride and zlib.crc32(named).to_bytes(_CHECKSUM_BYTES, "little") == checksum
+        )
+        return named if whole else None
 
     def _view(self, view: int) -> Path:
         return self.folder / f"view_{view}"
@@ -168,15 +199,3 @@ class FeatureFiles:
 
     def _unwritable(self, error: OSError) -> UserError:
         return UserError(f"distill.features.folder: {self.folder} cannot be written ({error.strerror})")
-
-
-def _write_whole(path: Path, data: bytes) -> None:
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

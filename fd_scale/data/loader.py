@@ -59,6 +59,8 @@ class Batch(NamedTuple):
     """How many of its rows are of other samples, as theirs could not be decoded."""
     features: Tensor | None = None
     """Records of teachers' features, uint8 (B, bytes of a record), where they are kept on disk."""
+    read_ids: tuple[int, ...] = ()
+    """The samples that were really read, each for all of its crops."""
 
     def to(self, device: torch.device | str) -> "Batch":
         """Returns all but the positions on a device (from pinned memory without waiting)."""
@@ -113,7 +115,7 @@ class _Reader:
             epoch %= self.features.num_views
         images, bad = [], []
         labels: list[Any] = []
-        num_bad = 0
+        read_ids: list[int] = []
         augment_seeds = self._augment_seeds(epoch, sample_ids)
         with torch.random.fork_rng(devices=[]):
             for sample_id, seeds in zip(sample_ids.tolist(), augment_seeds.tolist(), strict=True):
@@ -125,7 +127,7 @@ class _Reader:
                         bad.append(_BadSample(candidate, self.source.name(candidate), str(error)))
                 else:
                     return None, bad
-                num_bad += len(crops) * (candidate != sample_id)
+                read_ids.append(candidate)
                 for pixels, label in crops:
                     images.append(pixels)
                     labels.append(label if isinstance(label, Instances) else torch.as_tensor(label))
@@ -133,10 +135,14 @@ class _Reader:
         together = in_few_storages(labels) if isinstance(labels[0], Instances) else torch.stack(labels)
         features = None
         if self.features is not None:  # a record of a sample holds one of each of its crops
-            records = self.features.read(epoch, sample_ids.tolist())
+            records = self.features.read(epoch, sample_ids.tolist(), read_ids)
             features = torch.from_numpy(records).view(len(images), -1)
         # Stacks, in a worker at once into the memory that it shares with the main process.
-        return Batch(default_collate(images), together, torch.tensor(positions), num_bad, features), bad
+        num_bad = self.crops * sum(
+            read != wanted for read, wanted in zip(read_ids, sample_ids.tolist(), strict=True)
+        )
+        stacked = default_collate(images)
+        return Batch(stacked, together, torch.tensor(positions), num_bad, features, tuple(read_ids)), bad
 
     def _augment_seeds(self, epoch: int, sample_ids: npt.NDArray[np.int64]) -> npt.NDArray[np.uint64]:
         """Of each sample, those of its crops; that of the first is the same with and without others."""

@@ -139,6 +139,7 @@ def written_whole(target: Path) -> Iterator[IO[bytes]]:
         try:
             yield out.file
             out.flush()
+            os.fchmod(out.fileno(), 0o644)  # it may be for others, too
             os.fsync(out.fileno())
             os.replace(out.name, target)
         except BaseException:

@@ -186,7 +186,7 @@ def assumptions(plan: Plan) -> list[str]:
     gpu = plan.gpu
     return [
         f"compute: {plan.utilisation:.0%} of {gpu.peak_flops / 1e12:.0f} TFLOP/s (dense bf16, NVIDIA's datasheet) is "
-        "assumed, not measured; FLOPs are exact: student 3 x forward, teachers 1 x, and what is "
+        "assumed, not measured; FLOPs are exact: student 3 x forward, teachers that run 1 x, and what is "
         "recomputed; MFU leaves that out",
         f"network: NVLink {gpu.nvlink / 1e9:.0f} GB/s and InfiniBand {gpu.infiniband / 1e9:.0f} GB/s a GPU, one "
         f"direction (datasheets of the GPU and of NVIDIA's DGX machine), {GPUS_PER_NODE} GPUs a node; hidden behind "

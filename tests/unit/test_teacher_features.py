@@ -79,10 +79,10 @@ def test_parts_that_begin_at_odd_bytes(count: int) -> None:
 @pytest.fixture
 def files(tmp_path: Path) -> FeatureFiles:
     """Two views of ten images with records of 8 bytes, four in a file."""
-    files = FeatureFiles(tmp_path / "features", 8, 10, num_views=2, file_bytes=4 * 12)
+    files = FeatureFiles(tmp_path / "features", 8, 10, num_views=2, file_bytes=4 * 20)
     files.open({"seed": 1}, make=True)
     for view, number in files.missing():
-        files.write(view, number, records(view, files.samples(number)))
+        files.write(view, number, records(view, files.samples(number)), np.array(files.samples(number)))
     return files
 
 
@@ -92,7 +92,7 @@ def records(view: int, sample_ids: range) -> Any:
 
 def test_records_are_found_by_view_and_image(files: FeatureFiles) -> None:
     assert [len(files.samples(number)) for number in range(3)] == [4, 4, 2]
-    assert files.read(1, [9, 0, 4])[:, :2].tolist() == [[1, 9], [1, 0], [1, 4]]
+    assert files.read(1, [9, 0, 4], [9, 0, 4])[:, :2].tolist() == [[1, 9], [1, 0], [1, 4]]
     files.open({"seed": 1}, make=False)
 
 
@@ -105,7 +105,7 @@ def test_what_is_missing_is_named_and_made_again(files: FeatureFiles) -> None:
     ):
         files.open({"seed": 1}, make=False)
     with pytest.raises(UserError, match=r"000002.features: cannot be read: No such file"):
-        files.read(1, [9])
+        files.read(1, [9], [9])
 
 
 def test_other_features_are_refused_by_the_setting_that_differs(files: FeatureFiles) -> None:
@@ -129,13 +129,13 @@ def test_other_features_are_refused_by_the_setting_that_differs(files: FeatureFi
 def test_damage_is_told_by_file_and_image(files: FeatureFiles, damage: str) -> None:
     file = files.folder / "view_0/000001.features"
     data = bytearray(file.read_bytes())
-    data[13] ^= 1  # in the record of image 5
-    file.write_bytes(data if damage == "changed" else data[:20])
-    assert files.read(0, [4]).tolist() == [[0, 4] * 4]
+    data[21] ^= 1  # in the record of image 5
+    file.write_bytes(data if damage == "changed" else data[:30])
+    assert files.read(0, [4], [4]).tolist() == [[0, 4] * 4]
     with pytest.raises(
         UserError, match=r"000001.features: the features of image 5 are damaged; remove the file"
     ):
-        files.read(0, [5])
+        files.read(0, [5], [5])
 
 
 def test_a_folder_without_permission_or_room_is_a_sentence(
@@ -148,7 +148,7 @@ def test_a_folder_without_permission_or_room_is_a_sentence(
     with pytest.raises(
         UserError, match=r"distill\.features\.folder: .* cannot be written \(No space left on device\)"
     ):
-        files.write(0, 2, records(0, files.samples(2)))
+        files.write(0, 2, records(0, files.samples(2)), np.array(files.samples(2)))
     assert not list(files.folder.rglob("*.tmp"))
 
 
@@ -227,6 +227,23 @@ def test_a_batch_brings_the_targets_that_the_teacher_would_give(
         # Rounding to bf16; and that of fp32 in a batch of other images.
         torch.testing.assert_close(found.float(), wanted, rtol=2**-8, atol=1e-5)
     assert num_bad > 0
+
+
+def test_features_of_another_image_than_is_read_are_refused(
+    keeping: Callable[..., Recipe], images: str
+) -> None:
+    """One that could not be decoded when its features were made, and was replaced, and can be now."""
+    recipe = keeping()
+    source = open_source(recipe.data.train)
+    part = teacher_features.train_part(recipe, source)
+    teacher_features.compute(recipe, part, WORLD)
+    folder = Path(images.removeprefix("imagefolder:"))
+    (folder / "07.png").write_bytes((folder / "08.png").read_bytes())
+    with pytest.raises(
+        UserError, match=r"the features of image 7 are of image \d+, and image 7 was read now: .*mend"
+    ):
+        for _, _ in zip(range(3), loader_of(recipe, source, part.files).iterate(0), strict=False):
+            pass
 
 
 def test_ranks_and_rollbacks_bring_the_same_features(keeping: Callable[..., Recipe]) -> None:
