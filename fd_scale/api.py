@@ -464,11 +464,11 @@ def build_task(
 
 
 def _warn_of_random_teachers(config: DistillConfig) -> None:
-    for index, teacher in enumerate(config.teachers):
+    for number, teacher in enumerate(config.teachers):
         if teacher.model.weights is None:
             logger.warning(
                 "teacher %s has random weights: distill.teachers.%d.model.weights names none",
-                teacher.model.name, index,
+                teacher.model.name, number,
             )  # fmt: skip
 
 

@@ -168,8 +168,8 @@ class FeatureFiles:
             if known_id != read_id:
                 raise UserError(
                     f"{path}: the features of image {sample_id} are of image {known_id}, and image {read_id} was read "
-                    "now: not the same images could be decoded; mend the data, remove the file, run `fd-scale features` "
-                    "again"
+                    "now: not the same images could be decoded; mend the data, remove the file, run "
+                    "`fd-scale features` again"
                 )
             record_R[:] = np.frombuffer(named, dtype=np.uint8, count=self.record_bytes)
         return records_BR
