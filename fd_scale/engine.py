@@ -264,6 +264,9 @@ class Engine:
         if stage == 0 and not precise:
             # DeepSpeed has stepped it once on zero gradients, which leaves AdamW's bias correction a step ahead.
             self.deepspeed.basic_optimizer.state.clear()
+        if stage == 0 and precise and world.size == 1:
+            # Else all gradients are copied into a buffer and back, to be averaged over one rank.
+            self.deepspeed.enable_backward_allreduce = False
         self.host_copies = _HostCopies()
         self.deepspeed.checkpoint_engine = self.host_copies
         self.traffic = traffic_of(deepspeed.comm.comm.cdb)
