@@ -40,6 +40,7 @@ def test_ranks_do_not_change_losses(
     assert_same(found[2], found[1])
 
 
+@pytest.mark.slow
 def test_a_mean_over_ranks_is_no_mean_of_means(
     recipe_values: Callable[..., dict[str, Any]], tmp_path: Any
 ) -> None:

@@ -83,6 +83,7 @@ def test_sigkill_then_resume_is_exact(
     assert lines(values["run_dir"]) == lines(whole_run)
 
 
+@pytest.mark.slow
 def test_an_evaluation_made_up_for_leaves_the_checkpoint_in_place(values: dict[str, Any]) -> None:
     """Its best value goes into the manifest; the tensors it was resumed from are not written anew."""
     run_ranks(cases.train_then_die, RANKS, values, 6, "before the evaluation", 1)
@@ -183,6 +184,7 @@ def test_preemption_saves_and_the_same_command_resumes(values: dict[str, Any], w
     assert lines(values["run_dir"]) == lines(whole_run)
 
 
+@pytest.mark.slow
 def test_retention_keeps_the_last_and_the_best(recipe_values: Values) -> None:
     values = recipe_values(
         "classification", data__evaluation="digits:test", checkpoint__keep_last=1,

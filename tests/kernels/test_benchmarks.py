@@ -485,6 +485,7 @@ def test_docs_page_is_what_its_command_writes(tmp_path: Path, monkeypatch: pytes
     assert (tmp_path / "kernel_benchmarks.md").read_text().replace(f"{tmp_path}/", "docs/") == written
 
 
+@pytest.mark.slow
 def test_command_without_a_gpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     if torch.cuda.is_available():
         pytest.skip("there is a CUDA device")

@@ -95,6 +95,7 @@ def test_missing_triton_runs_the_reference(
     assert "triton cannot be imported" in caplog.messages[0]
 
 
+@pytest.mark.slow
 def test_package_needs_no_triton() -> None:
     program = (
         "import sys; sys.modules['triton'] = None; import torch, fd_kernels; "

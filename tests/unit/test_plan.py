@@ -57,6 +57,7 @@ def forward_flops(model: torch.nn.Module, size: int) -> int:
     return int(counter.get_total_flops())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("size", "window"), [(192, 12), (224, 14), (640, 40)])
 def test_flops_of_the_giant_by_hand(size: int, window: int) -> None:
     with torch.device("meta"):
@@ -68,6 +69,7 @@ def test_flops_of_the_giant_by_hand(size: int, window: int) -> None:
             assert forward_flops(model, size) == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", ["reference", "triton"])
 def test_flops_of_the_base_are_those_of_timm(path: Any) -> None:
     with torch.device("meta"):

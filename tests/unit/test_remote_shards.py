@@ -325,6 +325,7 @@ def test_a_fault_that_passes(
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("fault", "message"),
     [
@@ -362,6 +363,7 @@ def test_a_fault_that_stays(
     assert not list(tmp_path.rglob("*.tmp"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("fault", "message"),
     [
@@ -498,6 +500,7 @@ def test_a_bad_member_and_evil_names(remote: FakeStore, tmp_path: Path) -> None:
             opened(remote)
 
 
+@pytest.mark.slow
 def test_a_fault_in_a_worker_is_its_sentence(remote: FakeStore, monkeypatch: pytest.MonkeyPatch) -> None:
     one_by_one(monkeypatch)
     source = opened(remote)

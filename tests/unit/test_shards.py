@@ -93,6 +93,7 @@ def test_a_part_of_other_ranks_is_what_they_would_hold(tmp_path: Path, stage: in
         assert torch.equal(found, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("world_size", [1, 4])
 def test_consolidation_holds_less_than_two_tensors(tmp_path: Path, world_size: int) -> None:
     for name, num_tensors, numel in (("small", 2, 1000), ("large", 24, 2 * MIB)):

@@ -285,6 +285,7 @@ def test_a_second_call_makes_what_is_missing_alike(
     assert after[1][0] == before[1][0]
 
 
+@pytest.mark.slow
 def test_a_run_trains_and_evaluates_without_its_teacher(
     keeping: Callable[..., Recipe], images: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
