@@ -137,10 +137,10 @@ class _Reader:
         if self.features is not None:  # a record of a sample holds one of each of its crops
             records = self.features.read(epoch, sample_ids.tolist(), read_ids)
             features = torch.from_numpy(records).view(len(images), -1)
-        # Stacks, in a worker at once into the memory that it shares with the main process.
         num_bad = self.crops * sum(
             read != wanted for read, wanted in zip(read_ids, sample_ids.tolist(), strict=True)
         )
+        # In a worker at once into the memory that it shares with the main process.
         stacked = default_collate(images)
         return Batch(stacked, together, torch.tensor(positions), num_bad, features, tuple(read_ids)), bad
 
