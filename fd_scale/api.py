@@ -20,6 +20,7 @@ from torch import nn
 from fd_scale import distributed, ds_config, log, run_folder, teacher_features
 from fd_scale.checkpoint import Checkpoints, TrainState, refuse_other_identity
 from fd_scale.config import DistillConfig, Recipe, load_recipe
+from fd_scale.cuda_graphs import record
 from fd_scale.data import (
     Source,
     TrainLoader,
@@ -316,6 +317,8 @@ def build_trainer(
     log.set_up(world.rank, run_dir)
     task.prepare(world, loader)
     engine = Engine(task.module, task.undecayed, task.lr_scales, engine_config, recipe.optim, world)
+    if recipe.train.cuda_graphs:
+        _record_graphs(recipe, task, loader.micro_batch, stage, world.device)
     checkpoints = Checkpoints(run_dir, recipe.checkpoint.keep_last, identity, world)
     logger.info(
         "%s: %d steps of %d images (%d ranks x %d micro-batches x %d) on %s, ZeRO-%d, %s, %s; %.1f M parameters",
@@ -410,6 +413,19 @@ def _compile(task: Task) -> None:
         )
     for teacher in task.teachers if isinstance(task, DistillationTask) else []:
         teacher.model.compile_blocks()
+
+
+def _record_graphs(recipe: Recipe, task: Task, micro_batch: int, stage: int, device: torch.device) -> None:
+    assert isinstance(task, DistillationTask | ClassificationTask), "others are refused"
+    for teacher in task.teachers if isinstance(task, DistillationTask) else []:
+        # What each sees of a batch is of another size each time, where it does not see all.
+        if not teacher.config.partitioned and teacher.config.share == 1:
+            teacher.record(micro_batch, device)
+    if stage < 3:
+        module, size = task.module.train(), recipe.model.size
+        pixels_BCHW = torch.zeros(micro_batch, 3, size, size, dtype=module.dtype, device=device)
+        scales = [torch.ones(len(task.rates), micro_batch, device=device)]
+        record(module.backbone, pixels_BCHW, *(scales if any(task.rates) else []))
 
 
 def build_task(

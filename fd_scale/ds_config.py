@@ -108,12 +108,13 @@ def resolve(ds_config: dict[str, Any], recipe: Recipe, world_size: int, device_t
     """
     train, optim = recipe.train, recipe.optim
     micro_batch = micro_batch_of_a_rank(train.global_batch, train.micro_batch, world_size)
-    _refuse_unserved(ds_config, recipe, device_type)
+    accumulation = train.global_batch // (micro_batch * world_size)
+    _refuse_unserved(ds_config, recipe, accumulation, device_type)
     resolved = json.loads(json.dumps(ds_config))
     wanted = {
         "train_batch_size": train.global_batch,
         "train_micro_batch_size_per_gpu": micro_batch,
-        "gradient_accumulation_steps": train.global_batch // (micro_batch * world_size),
+        "gradient_accumulation_steps": accumulation,
         "gradient_clipping": optim.grad_clip,
         "bf16.enabled": train.precision == "bf16",
         "fp16.enabled": train.precision == "fp16",
@@ -144,7 +145,7 @@ def resolve(ds_config: dict[str, Any], recipe: Recipe, world_size: int, device_t
     return resolved
 
 
-def _refuse_unserved(ds_config: dict[str, Any], recipe: Recipe, device_type: str) -> None:
+def _refuse_unserved(ds_config: dict[str, Any], recipe: Recipe, accumulation: int, device_type: str) -> None:
     train = recipe.train
     if train.precision == "fp16" and device_type == "cpu":
         raise UserError("train.precision: DeepSpeed has no fp16 on a CPU; set train.precision=bf16 or fp32")
@@ -153,6 +154,8 @@ def _refuse_unserved(ds_config: dict[str, Any], recipe: Recipe, device_type: str
             "train.ds_config: at ZeRO stage 0 DeepSpeed divides fp16 gradients by a loss scale that it did not apply "
             "to the loss; set train.ds_config=zero1 (on one rank it is the same) or train.precision=bf16"
         )
+    if train.cuda_graphs:
+        _refuse_graphs(ds_config, recipe, accumulation, device_type)
     for key, least in (("offload_optimizer", 1), ("offload_param", 3)):
         device = offload_device(ds_config, key)
         if device not in ("none", "cpu"):
@@ -174,6 +177,26 @@ def _refuse_unserved(ds_config: dict[str, Any], recipe: Recipe, device_type: str
         raise UserError(
             f"train.ds_config: {train.ds_config} has a scheduler, but the recipe's optim section holds the "
             "schedule; remove the scheduler from the JSON"
+        )
+
+
+def _refuse_graphs(ds_config: dict[str, Any], recipe: Recipe, accumulation: int, device_type: str) -> None:
+    stage = zero_stage(ds_config)
+    if device_type != "cuda":
+        raise UserError("train.cuda_graphs: there are none on a CPU; set it to false")
+    if stage < 2 and accumulation > 1:
+        # Autograd would sum the gradients of micro-batches in the memory that the next replay overwrites.
+        raise UserError(
+            f"train.cuda_graphs: a step is {accumulation} micro-batches, whose gradients ZeRO stage {stage} leaves "
+            "where the graphs write; set train.ds_config=zero2, or train.micro_batch so that a step is one"
+        )
+    whole_teachers = recipe.distill is not None and any(
+        not teacher.partitioned for teacher in recipe.distill.teachers
+    )
+    if stage == 3 and not whole_teachers:
+        raise UserError(
+            "train.cuda_graphs: at ZeRO stage 3 parameters move, and no teacher is whole; set it to false, or "
+            "distill.teachers.N.partitioned=false, or train.ds_config=zero1"
         )
 
 

@@ -106,6 +106,10 @@ class Recipe:
             raise UserError(
                 "train.compile: a linear probe runs its model once over the images; set it to false"
             )
+        if self.train.cuda_graphs and self.task not in ("distill", "classification"):
+            raise UserError(
+                f"train.cuda_graphs: task {self.task} has none, only distill and classification; set it to false"
+            )
         if self.train.steps is None and self.optim.warmup_steps:
             raise UserError(
                 "optim.warmup_steps: the run's length is in epochs; set optim.warmup_epochs instead"

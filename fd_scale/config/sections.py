@@ -203,6 +203,10 @@ class TrainConfig:
     compile: bool = False
     """Compiles the blocks of `swin_v2_*` and `fd_vit_*` (`torch.compile`), our kernels left as they are: the first step
     takes minutes longer."""
+    cuda_graphs: bool = False
+    """Records forward and backward as CUDA graphs, which the host launches at once: for models whose GPU waits for
+    Python. The student's backbone where it is not in parts (ZeRO 0 to 2), and teachers that are whole. Gradients then
+    come all at the end of the backward pass, so that their reduction does not hide behind it."""
     timeout_s: int = 1800
     """Seconds without a step, a save or a batch of an evaluation after which the job ends, with the stacks of its
     ranks in logs/."""

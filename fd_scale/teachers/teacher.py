@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fd_scale.config import TeacherConfig
+from fd_scale.cuda_graphs import record
 from fd_scale.errors import UserError
 from fd_scale.models import Backbone, build_model, cls_and_patches, normalize, resolved_model
 from fd_scale.models.position_bias import ContinuousPositionBias
@@ -78,6 +79,16 @@ class Teacher:
             if isinstance(module, ContinuousPositionBias) and self.placement is WHOLE:
                 module.constant = True
         self.run = self.placement.frozen(_Targets(self.model, self.config), device, self.dtype)
+
+    @torch.no_grad()
+    def record(self, num_images: int, device: torch.device) -> None:
+        """Makes `features` of so many images replay a CUDA graph; the teacher is whole, and on the device."""
+        assert isinstance(self.run, nn.Module), "a teacher that is whole"
+        pixels_BCHW = torch.zeros(
+            num_images, 3, self.img_size, self.img_size, dtype=self.dtype, device=device
+        )
+        scales = [torch.ones(len(self.drop_path_rates), num_images, device=device)]
+        record(self.run, pixels_BCHW, *(scales if self.drop_path_rates else []))
 
     @torch.no_grad()
     def features(self, images_BCHW: Tensor, drop_path_scale_RB: Tensor | None = None) -> list[Tensor]:

@@ -49,3 +49,36 @@ def test_states_on_the_gpu_are_as_predicted(recipe_values: Callable[..., dict[st
     [found] = run_ranks(cases.measured_state, 1, values)
     predicted, measured = np.array(found).T
     np.testing.assert_allclose(predicted, measured, rtol=0.05)
+
+
+@pytest.mark.parametrize(
+    ("stage", "changes"),
+    [
+        (0, {}),
+        (1, {}),
+        (1, {"train__activation_checkpointing": "block"}),
+        (1, {"train__compile": True}),
+        (2, {"train__micro_batch": 4}),
+        (3, {}),
+    ],
+    ids=str,
+)
+def test_losses_are_the_same_with_cuda_graphs(
+    recipe_values: Callable[..., dict[str, Any]], tmp_path: Any, stage: int, changes: dict[str, Any]
+) -> None:
+    """A gradient of the step before, or of a micro-batch that counts twice, would show in the norm."""
+
+    def curve(graphs: bool) -> list[tuple[float, float]]:
+        values = recipe_values(
+            run_dir=str(tmp_path / f"graphs_{graphs}"),
+            train__device="cuda",
+            train__precision="bf16",
+            train__ds_config=f"zero{stage}",
+            train__cuda_graphs=graphs,
+            **changes,
+        )
+        run_ranks(cases.train, 1, values)
+        return cases.curve(values["run_dir"])
+
+    # The same kernels; cuBLAS may take another algorithm where it has another workspace.
+    np.testing.assert_allclose(curve(True), curve(False), rtol=1e-2)

@@ -110,6 +110,7 @@ def write(tmp_path: Path) -> Write:
             ("kernels", ["train.kernels=triton"], ["train.kernels: triton needs a CUDA device", "set it to auto"]),
             ("compile", ["train.compile=true", "model.name=test_vit", "model.img_size=32", "model.overrides={}"],
              ["train.compile", "TimmBackbone has no blocks of ours", "swin_v2_* or fd_vit_*"]),
+            ("graphs", ["train.cuda_graphs=true"], ["train.cuda_graphs", "none on a CPU", "false"]),
             ("cls", ["distill.teachers.0.cls_weight=1"], ["cls_weight", "swin_v2_tiny has no CLS token"]),
             ("logits", ["distill.teachers.0.target=logits"], ["has no classifier", "feature_map or pooled"]),
         ]
@@ -122,6 +123,8 @@ def write(tmp_path: Path) -> Write:
                      ["data.erasing", "task linear_probe cuts"], id="augmented probe"),
         pytest.param("linear_probe", ["optim.grad_clip=0", "train.compile=true"],
                      ["train.compile", "runs its model once"], id="compiled probe"),
+        pytest.param("contrastive", ["train.cuda_graphs=true", "train.micro_batch=16"],
+                     ["train.cuda_graphs", "task contrastive", "set it to false"], id="graphs of another task"),
         pytest.param("classification", ["classification.num_classes=1000"],
                      ["classification.num_classes: got 1000", "digits:train has 10"], id="class count"),
         pytest.param("classification", ["classification.cutmix=1.0", "train.micro_batch=1"],
