@@ -13,7 +13,9 @@ from ranks import run_ranks
 from safetensors.torch import save_file
 from test_equality import assert_same
 from test_students import CONVNEXT, EVA, SWIN_TEACHER, TIMM_TEACHER, VIT
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from fd_scale import engine
 from fd_scale.config import ModelConfig
 from fd_scale.models import build_model
 
@@ -164,3 +166,29 @@ def test_weight_decay_knows_the_whole_shapes(recipe_values: Values, tmp_path: Pa
     ]
     assert groups[0] == groups[1]
     assert [len(names) > 10 for names in groups[0][0]] == [True, True]
+
+
+class Operations(TorchDispatchMode):
+    """Notes which operations run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(function.overloadpacket.__name__)
+        return function(*args, **(kwargs or {}))
+
+
+def test_the_bias_is_added_in_the_product() -> None:
+    """ZeRO-3's linear layer would add it in a pass of its own; values and gradients are torch's."""
+    inputs = [torch.randn(*shape, requires_grad=True) for shape in ((2, 5, 3), (4, 3), (4,))]
+    with Operations() as operations:
+        out_BLE = engine._linear(*inputs)
+    assert "addmm" in operations.names
+    assert not {"mm", "add", "add_"} & set(operations.names)
+    theirs_BLE = torch.ops.aten.linear(*inputs)
+    torch.testing.assert_close(out_BLE, theirs_BLE)
+    ours, theirs = (torch.autograd.grad(each.square().sum(), inputs) for each in (out_BLE, theirs_BLE))
+    for mine, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine, other)  # fp32: sums may go in another order

@@ -1,55 +1,150 @@
-"""When a recorded module replays; that what it replays is right is seen on a GPU (tests/distributed/test_gpu.py)."""
+"""Recorded modules, with a stand-in for CUDA graphs; real ones are replayed in tests/distributed/test_gpu.py."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from fd_scale import ds_config
-from fd_scale.config import Recipe
+from fd_scale.config import ModelConfig, Recipe
 from fd_scale.cuda_graphs import record
 from fd_scale.errors import UserError
+from fd_scale.models import build_model
 
 
-class Scaled(nn.Module):
-    def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
-        return x if scale is None else x * scale
+def _storages(values: Any) -> set[int]:
+    return {leaf.untyped_storage().data_ptr() for leaf in tree_leaves(values) if isinstance(leaf, Tensor)}
 
 
-@pytest.fixture
-def recorded(monkeypatch: pytest.MonkeyPatch) -> Scaled:
-    """A module whose replay gives -1: the CPU records nothing."""
+class Recording(TorchDispatchMode):
+    """As a CUDA graph: keeps the operations of a context, and replays them on the same memory."""
 
-    def stand_in(module: nn.Module, samples: tuple[Tensor, ...], allow_unused_input: bool) -> None:
-        def forward(*inputs: Tensor) -> Tensor:
-            assert len(inputs) == len(samples)
-            return torch.tensor(-1.0)
+    def __init__(self) -> None:
+        super().__init__()
+        self.operations: list[tuple[Any, Any, Any, Any]] = []
 
-        module.forward = forward
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        self.operations.append((function, args, kwargs or {}, result))
+        return result
 
-    monkeypatch.setattr(torch.cuda, "make_graphed_callables", stand_in)
-    module = Scaled()
+    def replay(self) -> None:
+        for function, args, kwargs, result in self.operations:
+            again = function(*args, **kwargs)
+            for old, new in zip(tree_leaves(result), tree_leaves(again), strict=True):
+                if isinstance(old, Tensor) and not _storages(old) & _storages((args, kwargs)):
+                    old.copy_(new)
+
+    def pool(self) -> None:
+        return None
+
+
+@pytest.fixture(autouse=True)
+def graphs_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    @contextmanager
+    def graph(recording: Recording, **_: Any) -> Iterator[None]:
+        with recording:
+            yield
+
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+    for name, value in {
+        "CUDAGraph": Recording, "graph": graph, "Stream": lambda: stream, "current_stream": lambda: stream,
+        "stream": lambda stream: nullcontext(), "synchronize": lambda: None,
+    }.items():  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, value)
+
+
+class Layers(nn.Module):
+    """Two outputs, a parameter without a part in them, and a count of what was not replayed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(3, 5), nn.Linear(5, 3)
+        self.unused = nn.Parameter(torch.ones(2))
+        self.calls = 0
+
+    def forward(self, x: Tensor, scale: Tensor | None = None) -> list[Tensor]:
+        self.calls += 1
+        hidden = self.first(x).tanh()
+        return [hidden, self.second(hidden if scale is None else hidden * scale)]
+
+
+def gradients(module: nn.Module, *inputs: Tensor) -> list[Tensor | None]:
+    module.zero_grad()
+    sum(output.square().sum() for output in module(*inputs)).backward()
+    return [None if each.grad is None else each.grad.clone() for each in module.parameters()]
+
+
+def test_replays_are_the_module() -> None:
+    """Outputs and gradients, of other inputs and after an optimizer's step, in any order."""
+    torch.manual_seed(0)
+    module, plain = Layers(), Layers()
+    plain.load_state_dict(module.state_dict())
     record(module, torch.zeros(4, 3), torch.zeros(4, 1))
-    return module
+    calls = module.calls
+    for _ in range(3):
+        x, scale = torch.randn(4, 3), torch.rand(4, 1)
+        for ours, theirs in zip(module(x, scale), plain(x, scale), strict=True):
+            assert torch.equal(ours, theirs)
+        for mine, other in zip(gradients(module, x, scale), gradients(plain, x, scale), strict=True):
+            assert (mine is None) == (other is None)
+            assert mine is None or torch.equal(mine, other)
+        with torch.no_grad():
+            for each in (module, plain):
+                each.first.weight.add_(1)
+    assert module.calls == calls, "all was replayed"
 
 
-def test_inputs_like_the_samples_are_replayed(recorded: Scaled) -> None:
-    assert recorded(torch.ones(4, 3), torch.ones(4, 1)) == -1
+def test_a_backbone_replays() -> None:
+    overrides = {"patch_size": 4, "embed_dim": 32, "depths": [1, 1], "num_heads": [1, 2], "window_size": 4}
+    module = build_model(ModelConfig(name="swin_v2_tiny", img_size=32, overrides=overrides))
+    sample, scale = torch.zeros(2, 3, 32, 32), torch.ones(len(module.drop_path_rates), 2)
+    images, drop = torch.randn(2, 3, 32, 32), torch.rand_like(scale)
+    module(images, drop).square().sum().backward()
+    expected = [each.grad.clone() for each in module.parameters() if each.grad is not None]
+    record(module, sample, scale)
+    module.zero_grad()
+    module(images, drop).square().sum().backward()
+    assert [each.grad is not None for each in module.parameters()] == [True] * len(expected)
+    for each, other in zip(module.parameters(), expected, strict=True):
+        assert each.grad is not None
+        assert torch.equal(each.grad, other)
 
 
-@pytest.mark.parametrize(
-    ("rows", "scale"), [(3, torch.full((3, 1), 2.0)), (4, None), (4, torch.full((4, 3), 2.0))], ids=str
-)
-def test_other_inputs_are_not(recorded: Scaled, rows: int, scale: Tensor | None) -> None:
-    expected = torch.ones(rows, 3) * (1 if scale is None else 2)
-    assert torch.equal(recorded(torch.ones(rows, 3), scale), expected)
+def test_a_frozen_module_has_no_backward() -> None:
+    module = Layers().eval().requires_grad_(False)
+    with torch.no_grad():
+        record(module, torch.zeros(4, 3))
+    x = torch.randn(4, 3)
+    calls = module.calls
+    outputs = module(x, None)
+    assert module.calls == calls
+    assert torch.equal(outputs[0], module.first(x).tanh())
 
 
-def test_the_other_mode_is_not(recorded: Scaled) -> None:
-    recorded.eval()
-    assert torch.equal(recorded(torch.ones(4, 3), torch.ones(4, 1)), torch.ones(4, 3))
+@pytest.mark.parametrize("change", ["fewer images", "other scale", "no scale", "the other mode"])
+def test_others_are_not_replayed(change: str) -> None:
+    module = Layers()
+    record(module, torch.zeros(4, 3), torch.zeros(4, 1))
+    inputs: list[Tensor | None] = [torch.randn(4, 3), torch.rand(4, 1)]
+    if change == "fewer images":
+        inputs = [torch.randn(3, 3), torch.rand(3, 1)]
+    elif change == "other scale":
+        inputs[1] = torch.rand(4, 5)
+    elif change == "no scale":
+        inputs[1] = None
+    else:
+        module.eval()
+    calls = module.calls
+    outputs = module(*inputs)
+    assert module.calls == calls + 1
+    assert torch.equal(outputs[0], module.first(inputs[0]).tanh())
 
 
 @pytest.mark.parametrize(
@@ -72,5 +167,5 @@ def test_graphs_are_refused_where_they_would_be_wrong(
     if sentence is None:
         ds_config.resolve(ds_config.read(recipe.train.ds_config), recipe, 1, "cuda")
         return
-    with pytest.raises(UserError, match=f"train.cuda_graphs: .*{sentence}"):
+    with pytest.raises(UserError, match=rf"train.cuda_graphs: .*{sentence}"):
         ds_config.resolve(ds_config.read(recipe.train.ds_config), recipe, 1, "cuda")
