@@ -105,15 +105,15 @@ class Block(ResidualBlock):
         attn_scale_B, mlp_scale_B = (
             (None, None) if drop_path_scale_2B is None else drop_path_scale_2B.unbind()
         )
-        x_BHWC = x + _drop_path(self.norm1(attended), attn_scale_B)
-        x_BHWC = x_BHWC + _drop_path(self.norm2(self.mlp(x_BHWC)), mlp_scale_B)
+        x_BHWC = _with_branch(x, self.norm1(attended), attn_scale_B)
+        x_BHWC = _with_branch(x_BHWC, self.norm2(self.mlp(x_BHWC)), mlp_scale_B)
         return self.norm3(x_BHWC)
 
 
-def _drop_path(residual_BHWC: Tensor, scale_B: Tensor | None) -> Tensor:
+def _with_branch(x_BHWC: Tensor, residual_BHWC: Tensor, scale_B: Tensor | None) -> Tensor:
     if scale_B is None:
-        return residual_BHWC
-    return residual_BHWC * scale_B.to(residual_BHWC.dtype)[:, None, None, None]
+        return x_BHWC + residual_BHWC
+    return torch.addcmul(x_BHWC, residual_BHWC, scale_B.to(x_BHWC.dtype)[:, None, None, None])
 
 
 class PatchEmbed(nn.Module):
