@@ -1,4 +1,4 @@
-"""DeepSpeed behind five verbs: forward, backward, step, snapshot, load. The only importer of deepspeed."""
+"""DeepSpeed behind five verbs: forward, backward, step, snapshot, load. Only this and `quicker_deepspeed` import it."""
 
 from __future__ import annotations
 
@@ -20,13 +20,11 @@ if not torch.cuda.is_available():
 
 import deepspeed  # noqa: E402
 import deepspeed.ops  # noqa: E402
-import torch.nn.functional as F  # noqa: E402
 from deepspeed.accelerator import set_accelerator  # noqa: E402
 from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator  # noqa: E402
 from deepspeed.accelerator.cuda_accelerator import CUDA_Accelerator  # noqa: E402
 from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointEngine  # noqa: E402
 from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer  # noqa: E402
-from deepspeed.runtime.zero.linear import zero3_linear_wrap  # noqa: E402
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus, is_zero_param  # noqa: E402
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3  # noqa: E402
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer  # noqa: E402
@@ -44,6 +42,7 @@ from fd_scale.ds_config import offload_device, zero_stage  # noqa: E402
 from fd_scale.errors import UserError  # noqa: E402
 from fd_scale.models import Backbone  # noqa: E402
 from fd_scale.optim import ClippedAdamW, build_adamw, parameter_groups  # noqa: E402
+from fd_scale.quicker_deepspeed import look_at_gradients_together, quicken_zero3  # noqa: E402
 from fd_scale.shards import BASE_OPTIMIZER, FLAT_MASTERS, MASTERS, Shards, layout  # noqa: E402
 from fd_scale.traffic import traffic_of  # noqa: E402
 
@@ -134,17 +133,6 @@ class _BuildInParts(TorchFunctionMode):
         self.whole = [parameter for parameter in self.whole if any(parameter is other for other in kept)]
 
 
-def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """DeepSpeed's linear layer of ZeRO-3, which lets go of the weight until the backward pass, over rows.
-
-    To an input of more than two dimensions it adds the bias after the product, in a pass of its own: 15% of a step of
-    SwinV2-G.
-    """
-    if input.dim() < 3:
-        return zero3_linear_wrap(input, weight, bias)
-    return zero3_linear_wrap(input.flatten(0, -2), weight, bias).unflatten(0, input.shape[:-1])
-
-
 def _refused(error: Exception) -> UserError:
     return UserError(f"train.ds_config: DeepSpeed refuses it: {' '.join(str(error).split())}")
 
@@ -171,8 +159,7 @@ class Partition:
             init = deepspeed.zero.Init(module=nn.Module(), config_dict_or_path=self.config)
         except ValidationError as error:
             raise _refused(error) from None
-        if F.linear is zero3_linear_wrap:
-            F.linear = _linear
+        quicken_zero3()
         return _BuildInParts(init, dtype)
 
     def frozen(self, module: nn.Module, device: torch.device, dtype: torch.dtype) -> Callable[..., Any]:
@@ -274,8 +261,8 @@ class Engine:
         except (ValidationError, ZeRORuntimeException) as error:
             raise _refused(error) from None
 
-        if isinstance(self.optimizer, DeepSpeedZeroOptimizer):
-            _look_at_gradients_together(self.optimizer)
+        if isinstance(self.optimizer, DeepSpeedZeroOptimizer | DeepSpeedZeroOptimizer_Stage3):
+            look_at_gradients_together(self.optimizer)
         if stage == 0 and not precise:
             # DeepSpeed has stepped it once on zero gradients, which leaves AdamW's bias correction a step ahead.
             self.deepspeed.basic_optimizer.state.clear()
@@ -443,35 +430,6 @@ class Engine:
 def _choose_accelerator(world: World) -> None:
     # DeepSpeed would take a GPU wherever there is one; the recipe's device decides.
     set_accelerator(CPU_Accelerator() if world.device.type == "cpu" else CUDA_Accelerator())
-
-
-def _look_at_gradients_together(optimizer: DeepSpeedZeroOptimizer) -> None:
-    """Takes the norms of all gradients at once, and from them whether one is not finite.
-
-    DeepSpeed takes ten launches for each gradient, while the device waits for them: SwinV2-B has 365 gradients.
-    """
-
-    def norms(gradients: Iterable[Tensor | None]) -> list[Tensor]:
-        present = [
-            each for each in gradients if each is not None and not getattr(each, "_zero_padding", False)
-        ]
-        if not present:
-            return [torch.zeros((), device=optimizer.device)]
-        return list(torch._foreach_norm(present, 2, dtype=torch.float32))
-
-    def has_overflow() -> Tensor:
-        groups = range(len(optimizer.bit16_groups))
-        of_all = [norm for group in groups for norm in norms(optimizer.averaged_gradients[group])]
-        return torch.stack(of_all).isfinite().all().logical_not()[None]
-
-    def norm_of_group(gradients: list[Tensor], parameters: list[Tensor], norm_type: int = 2) -> Tensor:
-        total = torch.stack(norms(gradients)).double().square().sum().float()
-        deepspeed.comm.all_reduce(total, group=optimizer.dp_process_group)
-        norm = total.sqrt()
-        return torch.where(norm.isfinite(), norm, -1.0)  # as DeepSpeed says it
-
-    optimizer.has_overflow_partitioned_grads_serial = has_overflow
-    optimizer.get_grad_norm_direct = norm_of_group
 
 
 def _in_parts(value: Any) -> bool:

@@ -54,12 +54,12 @@ def test_states_on_the_gpu_are_as_predicted(recipe_values: Callable[..., dict[st
 @pytest.mark.parametrize(
     ("stage", "changes"),
     [
-        (0, {}),
-        (1, {}),
-        (1, {"train__activation_checkpointing": "block"}),
-        (1, {"train__compile": True}),
-        (2, {"train__micro_batch": 4}),
-        (3, {}),
+        (0, {"train__micro_batch": 16}),
+        (1, {"train__micro_batch": 16}),
+        (1, {"train__micro_batch": 16, "train__activation_checkpointing": "block"}),
+        (1, {"train__micro_batch": 16, "train__compile": True}),
+        (2, {"train__micro_batch": 8}),
+        (3, {"train__micro_batch": 8}),
     ],
     ids=str,
 )
