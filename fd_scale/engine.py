@@ -202,6 +202,25 @@ class _HostCopies(CheckpointEngine):  # type: ignore[misc]
         return True
 
 
+class _Statistics:
+    """Running statistics of BatchNorm layers: those of a step that is skipped may be NaN, and would stay so."""
+
+    def __init__(self, module: nn.Module) -> None:
+        norms = [part for part in module.modules() if isinstance(part, nn.modules.batchnorm._BatchNorm)]
+        self.running = [buffer for norm in norms for buffer in norm.buffers()]
+        self.kept = [buffer.clone() for buffer in self.running]
+
+    def keep(self) -> None:
+        """Takes them as they are for good."""
+        if self.running:
+            torch._foreach_copy_(self.kept, self.running)
+
+    def restore(self) -> None:
+        """Sets them to what was kept last."""
+        if self.running:
+            torch._foreach_copy_(self.running, self.kept)
+
+
 class Engine:
     """A module, its optimizer and its partition over ranks.
 
@@ -272,6 +291,7 @@ class Engine:
         self.host_copies = _HostCopies()
         self.deepspeed.checkpoint_engine = self.host_copies
         self.traffic = traffic_of(deepspeed.comm.comm.cdb)
+        self.statistics = _Statistics(module)
 
     def forward(self, **inputs: Any) -> dict[str, Tensor]:
         """Runs the module's forward: the one entry at which ZeRO-3 gathers parameters."""
@@ -300,7 +320,10 @@ class Engine:
 
     def step(self) -> None:
         """Ends a micro-batch; after the last one of a step, steps the optimizer."""
+        ends_step = self.deepspeed.is_gradient_accumulation_boundary()
         self.deepspeed.step()
+        if ends_step:
+            (self.statistics.restore if self.skipped else self.statistics.keep)()
 
     @property
     def skipped(self) -> bool:
@@ -374,10 +397,11 @@ class Engine:
             shards.world_size != self.world.size or shards.zero != self.deepspeed.config["zero_optimization"]
         ):
             self._load_from_other_ranks(shards)
-            return
-        path, _ = self.deepspeed.load_checkpoint(str(folder.parent), tag=folder.name)
-        if path is None:
-            raise RuntimeError(f"DeepSpeed found nothing to load in {folder}, which passed its checksums")
+        else:
+            path, _ = self.deepspeed.load_checkpoint(str(folder.parent), tag=folder.name)
+            if path is None:
+                raise RuntimeError(f"DeepSpeed found nothing to load in {folder}, which passed its checksums")
+        self.statistics.keep()
 
     def _load_from_other_ranks(self, shards: Shards) -> None:
         """Gives DeepSpeed what it would have written here, had the checkpoint's ranks been as many as ours."""

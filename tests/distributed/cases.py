@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fd_scale import api, checkpoint, distributed, log, traffic
 from fd_scale.checkpoint import Checkpoints, TrainState
@@ -171,6 +171,32 @@ def train_with_bad_losses(
 
     Engine.forward, Engine.step = bad_forward, noted  # type: ignore[method-assign]
     return skipped, train_or_error(values)
+
+
+def train_with_bad_activations(
+    values: dict[str, Any], poisoned: list[int]
+) -> tuple[list[bool], dict[str, np.ndarray]]:
+    """Trains with NaN before the first BatchNorm at some steps; returns which were skipped, and its statistics."""
+    skipped: list[bool] = []
+    norms: list[nn.Module] = []
+    init, step = Engine.__init__, Engine.step
+
+    def hooked(self: Engine, module: nn.Module, *args: Any) -> None:
+        init(self, module, *args)
+        norms.extend(part for part in module.modules() if isinstance(part, nn.modules.batchnorm._BatchNorm))
+        norms[0].register_forward_pre_hook(
+            lambda norm, inputs: (
+                (inputs[0] * float("nan"),) if len(skipped) in poisoned and norm.training else None
+            )
+        )
+
+    def noted(self: Engine) -> None:
+        step(self)
+        skipped.append(self.skipped)
+
+    Engine.__init__, Engine.step = hooked, noted  # type: ignore[method-assign]
+    train(values)
+    return skipped, {name: value.numpy() for name, value in norms[0].named_buffers()}
 
 
 def train_until_preempted(values: dict[str, Any], step: int) -> TrainState:

@@ -61,6 +61,20 @@ def test_two_ranks_equal_one(
     assert 0.5 < expected[0, 0] < 2, "about 1.4 ln 3: a mean over pixels"
 
 
+def test_a_skipped_step_leaves_no_nan_in_batch_statistics(values: Values) -> None:
+    """What a step that is skipped brought is forgotten, also where accumulation sees the layer twice in it."""
+    of = {}
+    for name, poisoned in (("bad", [1, 2]), ("good", [])):
+        run = values(
+            name, train__micro_batch=4, train__steps=3, segmentation__norm="batch", data__evaluation=None
+        )
+        [(skipped, of[name])] = run_ranks(cases.train_with_bad_activations, 1, run, poisoned)
+        # Of six micro-batches the third and the fourth belong to the second step.
+        assert skipped[1::2] == [name == "bad", name == "bad", False]
+    assert all(np.isfinite(statistic).all() for statistic in of["bad"].values())
+    assert (of["bad"]["running_mean"] != 0).any(), "the step that was good is in them"
+
+
 def test_mask2former_trains_alike_on_two_ranks(values: Values) -> None:
     """Its matching and its points are a function of the image, in parts, too."""
     pytest.importorskip("transformers", reason="needs the extra [hf]")
