@@ -13,6 +13,9 @@ from fd_scale.config import Recipe, load_recipe
 from fd_scale.errors import UserError
 from fd_scale.hardware import GPUS, find_gpu
 
+_OF_A_PLAN = ("utilisation", "launch_us")
+"""Assumptions that count without --scaling."""
+
 
 def add_planning(verbs: Verbs) -> None:
     """Adds `plan` and `submit`."""
@@ -55,7 +58,7 @@ def _add_plan(verbs: Verbs) -> None:
     )
     plan.add_argument(
         "--assume", metavar="NAME=VALUE", action="append", default=None,
-        help="with --scaling: another value of an assumption, of those that it prints; may be repeated",
+        help="another value of utilisation or launch_us, with --scaling of any assumption; may be repeated",
     )  # fmt: skip
     plan.add_argument("--json", metavar="FILE", help="write all numbers there too")
     plan.add_argument(
@@ -127,7 +130,11 @@ def _plan(options: argparse.Namespace) -> None:
     if options.scaling is not None:
         _scaling(options, recipe)
         return
-    _refuse(options, "without --scaling nothing is assumed that can be set", "assume")
+    assumed = options.assume or []
+    if others := [each for each in assumed if each.partition("=")[0] not in _OF_A_PLAN]:
+        raise UserError(
+            f"plan: without --scaling --assume takes {' and '.join(_OF_A_PLAN)}; remove {', '.join(others)}"
+        )
     if options.gpus is None or options.gpu is None:
         raise UserError(
             f"plan: --gpus N and --gpu NAME say for what to plan (one of {', '.join(GPUS)}), or --measure"
@@ -137,11 +144,12 @@ def _plan(options: argparse.Namespace) -> None:
     if options.images_per_core is not None and not 0 < options.images_per_core < math.inf:
         raise UserError(f"--images-per-core: got {options.images_per_core}, expected a number above 0")
     gpu = find_gpu(options.gpu)
-    from fd_scale.plan import IMAGES_PER_CORE, plan, plot, show, to_json, write_json
+    from fd_scale.plan import IMAGES_PER_CORE, plan, plot, scaling, show, to_json, write_json
 
+    given = scaling.Assumptions.given(assumed)
     found = plan(
-        options.recipe, recipe, gpu, options.gpus,
-        images=options.images, images_per_core=options.images_per_core or IMAGES_PER_CORE,
+        options.recipe, recipe, gpu, options.gpus, images=options.images, utilisation=given.utilisation,
+        launch_us=given.launch_us, images_per_core=options.images_per_core or IMAGES_PER_CORE,
     )  # fmt: skip
     show(found, wide_console())
     if options.json is not None:

@@ -28,6 +28,8 @@ from fd_scale.plan.memory import (
 
 UTILISATION = 0.4
 """Assumed unless a measured one is given."""
+LAUNCH_US = 450.0
+"""Microseconds of Python for each trained parameter tensor and micro-batch; measured, see `launch_seconds`."""
 IMAGES_PER_CORE = 350.0
 """Crops of 224 px a second, of photos of 108 KB and 500 x 375 px: `fd-scale bench data`, see docs/loading.md."""
 
@@ -68,12 +70,14 @@ class Choice:
     accumulation: int
     memory: Memory
     compute_seconds: float
+    launch_seconds: float
+    """Least that the host takes to launch it."""
     traffic: Traffic
 
     @property
     def step_seconds(self) -> float:
-        """Communication hides behind computation as far as it can."""
-        return max(self.compute_seconds, self.traffic.seconds)
+        """Communication and the host's work hide behind computation as far as they can."""
+        return max(self.compute_seconds, self.launch_seconds, self.traffic.seconds)
 
 
 @dataclass(frozen=True)
@@ -91,6 +95,8 @@ class Plan:
     """The recipe's."""
     utilisation: float
     """Share of the GPUs' peak that a step is assumed to reach, recomputation counted as work."""
+    launch_us: float
+    """As of `launch_seconds`."""
     num_steps: int | None
     """Of the run; none where the images of an epoch are not known."""
     images_per_core: float
@@ -171,6 +177,7 @@ def plan(
     source: Source | None = None,
     images: int | None = None,
     utilisation: float = UTILISATION,
+    launch_us: float = LAUNCH_US,
     images_per_core: float = IMAGES_PER_CORE,
     counts: Counts | None = None,
 ) -> Plan:
@@ -184,6 +191,7 @@ def plan(
         source: training images; none: the recipe's, where they can be opened here.
         images: how many they are; none: as many as are in `source`.
         utilisation: share of the GPUs' peak that a step is assumed to reach.
+        launch_us: as of `launch_seconds`.
         images_per_core: crops that a core decodes and cuts in a second.
         counts: those of the recipe where they are known, which its batch and its engine do not change.
 
@@ -203,7 +211,9 @@ def plan(
     own_policy = Policy(train.activation_checkpointing, train.checkpointing_period)
     own_stage = str(ds_config.zero_stage(zero))
     choices = tuple(
-        _choice(recipe, counts, gpu, num_gpus, utilisation, _section(stage, zero), stage, policy, size)
+        _choice(
+            recipe, counts, gpu, num_gpus, utilisation, launch_us, _section(stage, zero), stage, policy, size
+        )
         for stage in STAGES
         for policy in counts.activations
         for size in sizes
@@ -224,6 +234,7 @@ def plan(
         choices=choices,
         own=own,
         utilisation=utilisation,
+        launch_us=launch_us,
         num_steps=_num_steps(recipe, images),
         images_per_core=images_per_core,
     )
@@ -248,8 +259,8 @@ def _section(stage: str, zero: dict[str, Any]) -> dict[str, Any]:
 
 
 def _choice(
-    recipe: Recipe, counts: Counts, gpu: Gpu, num_gpus: int, utilisation: float, zero: dict[str, Any], stage: str,
-    policy: Policy, micro_batch: int,
+    recipe: Recipe, counts: Counts, gpu: Gpu, num_gpus: int, utilisation: float, launch_us: float, zero: dict[str, Any],
+    stage: str, policy: Policy, micro_batch: int,
 ) -> Choice:  # fmt: skip
     train = recipe.train
     accumulation = train.global_batch // (micro_batch * num_gpus)
@@ -264,6 +275,7 @@ def _choice(
         accumulation=accumulation,
         memory=memory(counts, held, activations, micro_batch),
         compute_seconds=flops / (num_gpus * gpu.peak_flops * utilisation),
+        launch_seconds=launch_seconds(recipe, counts, stage, accumulation, launch_us),
         traffic=traffic(
             counts.parameters,
             size,
@@ -275,6 +287,24 @@ def _choice(
             frozen_in_parts(counts, stage),
         ),
     )
+
+
+def launch_seconds(recipe: Recipe, counts: Counts, stage: str, accumulation: int, launch_us: float) -> float:
+    """Least seconds that the host takes for a step: Python, DeepSpeed and launches go with the number of tensors.
+
+    Args:
+        recipe: with or without CUDA graphs.
+        counts: of its models.
+        stage: of `memory.STAGES`.
+        accumulation: micro-batches of a step.
+        launch_us: microseconds for each trained tensor and micro-batch at ZeRO 0 to 2.
+
+    Source: docs/measurements.md, the hosts of H200s: SwinV2-B at ZeRO-1, 365 tensors, 160 and 176 ms, with graphs 69 at
+        most; SwinV2-G at ZeRO-3, 743 tensors, 606 and 699 ms, of which the GPU worked 506.
+    """
+    in_parts = stage in ("3", HIERARCHICAL)
+    factor = 1.9 if in_parts else 0.4 if recipe.train.cuda_graphs else 1.0
+    return 1e-6 * launch_us * factor * len(counts.parameters) * accumulation
 
 
 @dataclass(frozen=True)

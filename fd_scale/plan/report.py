@@ -91,8 +91,8 @@ def _activation_table(plan: Plan) -> Table:
 
 def _choice_table(plan: Plan) -> Table:
     table = Table(
-        "ZeRO stage", "checkpointing", "largest micro-batch", "GiB", "compute s", "gather GB", "reduce GB", "network s",
-        "step s", "MFU", "days", "GPU-hours", title="What fits",
+        "ZeRO stage", "checkpointing", "largest micro-batch", "GiB", "compute s", "host s", "gather GB", "reduce GB",
+        "network s", "step s", "MFU", "days", "GPU-hours", title="What fits",
     )  # fmt: skip
     for stage in STAGES:
         for policy in plan.counts.activations:
@@ -115,7 +115,8 @@ def _costs(plan: Plan, choice: Choice) -> list[str]:
     hours = plan.gpu_hours(choice)
     cost = ["unknown"] * 2 if hours is None else [f"{hours / 24 / plan.num_gpus:.2f}", f"{hours:.0f}"]
     return [
-        f"{choice.compute_seconds:.3f}", f"{choice.traffic.gathered / 1e9:.2f}", f"{choice.traffic.reduced / 1e9:.2f}",
+        f"{choice.compute_seconds:.3f}", f"{choice.launch_seconds:.3f}",
+        f"{choice.traffic.gathered / 1e9:.2f}", f"{choice.traffic.reduced / 1e9:.2f}",
         f"{choice.traffic.seconds:.3f}", f"{choice.step_seconds:.3f}", f"{plan.mfu(choice):.1%}", *cost,
     ]  # fmt: skip
 
@@ -186,8 +187,10 @@ def assumptions(plan: Plan) -> list[str]:
     gpu = plan.gpu
     return [
         f"compute: {plan.utilisation:.0%} of {gpu.peak_flops / 1e12:.0f} TFLOP/s (dense bf16, NVIDIA's datasheet) is "
-        "assumed, not measured; FLOPs are exact: student 3 x forward, teachers that run 1 x, and what is "
-        "recomputed; MFU leaves that out",
+        "assumed (while it worked, an H200 reached 38% with SwinV2-G, 17% with SwinV2-B: docs/measurements.md); FLOPs "
+        "are exact: student 3 x forward, teachers that run 1 x, and what is recomputed; MFU leaves that out",
+        f"host: {plan.launch_us:g} us of Python for each of {len(plan.counts.parameters)} trained tensors and "
+        "micro-batch, 1.9 times that at ZeRO-3, 0.4 times with train.cuda_graphs below; measured on the hosts of H200s",
         f"network: NVLink {gpu.nvlink / 1e9:.0f} GB/s and InfiniBand {gpu.infiniband / 1e9:.0f} GB/s a GPU, one "
         f"direction (datasheets of the GPU and of NVIDIA's DGX machine), {GPUS_PER_NODE} GPUs a node; hidden behind "
         "computation as far as it can be",
@@ -206,6 +209,7 @@ def to_json(plan: Plan) -> dict[str, Any]:
             "stage": choice.stage, "policy": str(choice.policy), "micro_batch": choice.micro_batch,
             "accumulation": choice.accumulation, "fits": plan.fits(choice), "memory": parts(choice.memory),
             "memory_total": choice.memory.total, "compute_seconds": choice.compute_seconds,
+            "launch_seconds": choice.launch_seconds,
             "gathered": choice.traffic.gathered, "reduced": choice.traffic.reduced,
             "network_seconds": choice.traffic.seconds, "step_seconds": choice.step_seconds,
             "mfu": plan.mfu(choice), "gpu_hours": plan.gpu_hours(choice),

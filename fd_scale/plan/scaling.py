@@ -18,7 +18,7 @@ from fd_scale.config import Recipe, describe_fields
 from fd_scale.errors import UserError
 from fd_scale.hardware import GPUS_PER_NODE, Gpu
 from fd_scale.plan.counts import Counts, count
-from fd_scale.plan.estimate import UTILISATION, Choice, Plan, Traffic, plan
+from fd_scale.plan.estimate import LAUNCH_US, UTILISATION, Choice, Plan, Traffic, launch_seconds, plan
 from fd_scale.plan.memory import HIERARCHICAL
 
 LARGEST = 4096
@@ -35,9 +35,9 @@ class Assumptions:
 
     utilisation: float = UTILISATION
     """Share of a GPU's dense bf16 peak at which it computes, recomputation counted as work. Assumed."""
-    launch_us: float = 40.0
-    """Least microseconds of a micro-batch for each trained parameter tensor: some 8 kernels of student and teacher
-    belong to one, and the host launches one in 5. Assumed; it binds where micro-batches are small."""
+    launch_us: float = LAUNCH_US
+    """Microseconds that the host takes for each trained parameter tensor and micro-batch at ZeRO 0 to 2; 1.9 times that
+    at 3, 0.4 times with train.cuda_graphs. Measured on the hosts of H200s, docs/measurements.md."""
     link_efficiency: float = 0.8
     """Share of the datasheets' rates of NVLink and InfiniBand that collectives reach. Assumed."""
     overlap: float = 0.9
@@ -297,7 +297,7 @@ def predict(planned: Plan, assumed: Assumptions, stage: str | None = None) -> Po
         == (stage or own.stage, own.policy, own.micro_batch)
     )
     counts, sent, train = planned.counts, choice.traffic, planned.recipe.train
-    launch_s = 1e-6 * assumed.launch_us * len(counts.parameters) * choice.accumulation
+    launch_s = launch_seconds(planned.recipe, counts, choice.stage, choice.accumulation, assumed.launch_us)
     compute_s = max(choice.compute_seconds, launch_s)
     during, after = _latency(choice, planned.num_gpus, assumed)
     links_s = sent.seconds / assumed.link_efficiency

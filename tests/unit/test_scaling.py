@@ -319,7 +319,8 @@ def test_the_verb(recipe_file: str, tmp_path: Path, capsys: pytest.CaptureFixtur
         (["--scaling", "8..16"], "--gpu NAME says on what to scale"),
         (["--scaling", "32..64", "--gpu", "h100"], "has an image for no more than 16; begin with fewer"),
         (["--scaling", "3..6", "--gpu", "h100"], "16 images do not divide over 3 ranks"),
-        (["--gpus", "8", "--gpu", "h100", "--assume", "jitter=0"], "remove --assume"),
+        (["--gpus", "8", "--gpu", "h100", "--assume", "jitter=0"], "remove jitter=0"),
+        (["--gpus", "8", "--gpu", "h100", "--assume", "utilisation=2"], "--assume utilisation"),
         (["--measure", "--scaling", "8..16"], "remove --scaling"),
     ],
 )
