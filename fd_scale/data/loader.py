@@ -130,9 +130,9 @@ class _Reader:
                 read_ids.append(candidate)
                 for pixels, label in crops:
                     images.append(pixels)
-                    labels.append(label if isinstance(label, Instances) else torch.as_tensor(label))
+                    labels.append(label)
         # Images have their own number of objects each, which do not stack.
-        together = in_few_storages(labels) if isinstance(labels[0], Instances) else torch.stack(labels)
+        together = in_few_storages(labels) if isinstance(labels[0], Instances) else default_collate(labels)
         features = None
         if self.features is not None:  # a record of a sample holds one of each of its crops
             records = self.features.read(epoch, sample_ids.tolist(), read_ids)
