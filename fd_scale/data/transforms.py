@@ -27,10 +27,11 @@ from fd_scale.data.mask_transforms import MaskCrop, fill_colour, whole_with_mask
 from fd_scale.data.picture import Box, Interpolation, Picture, tensor_of
 from fd_scale.errors import UserError
 
-Unfinished = Callable[[], torch.Tensor]
-"""What makes a uint8 tensor when it is called, and draws nothing more: the loader calls those of a batch in a row."""
-View = Callable[[Picture], torch.Tensor | Unfinished]
+View = Callable[[Picture], torch.Tensor]
 """Image -> uint8 tensor."""
+Unfinished = Callable[[], torch.Tensor]
+"""Makes a uint8 tensor, for which everything has been drawn."""
+TrainingView = Callable[[Picture], torch.Tensor | Unfinished]
 Transform = Callable[[Picture, Any], tuple[torch.Tensor | Unfinished, Any]]
 """Image and target (`data.base.Target`) -> uint8 tensor, and the target as a tensor or a number."""
 
@@ -44,7 +45,7 @@ def finished(image: torch.Tensor | Unfinished) -> torch.Tensor:
 class ImageAlone:
     """The transform of a view that concerns no target: this one goes through as it is."""
 
-    view: View
+    view: TrainingView
 
     def __call__(self, picture: Picture, target: Any) -> tuple[torch.Tensor | Unfinished, Any]:
         return self.view(picture), target
@@ -66,7 +67,7 @@ def training_view(
     erasing: float = 0.0,
     mean: Sequence[float] = (0.5, 0.5, 0.5),
     std: Sequence[float] = (0.25, 0.25, 0.25),
-) -> View:
+) -> TrainingView:
     """Returns random resized crop and horizontal flip; for classification also RandAugment and random erasing.
 
     Args:
@@ -122,7 +123,7 @@ def _in_turn(steps: Sequence[Callable[[Any], Any]], image: Any) -> torch.Tensor:
     """Takes steps; torchvision's `Compose` takes apart whatever goes from one to the next."""
     for step in steps:
         image = step(image)
-    return image  # type: ignore[no-any-return]
+    return image
 
 
 class _CropAndFlip:
@@ -171,7 +172,8 @@ class _RandAugment:
     """timm's, and mended; the seed of its draws is drawn from torch's generator."""
 
     def __init__(self, description: str, img_size: int, mean: Sequence[float]) -> None:
-        from timm.data.auto_augment import rand_augment_transform  # seconds, which loader workers can do without
+        # Takes seconds, which most loader workers can do without.
+        from timm.data.auto_augment import rand_augment_transform
 
         colour = tuple(min(255, round(255 * value)) for value in mean)
         settings = {
@@ -196,7 +198,8 @@ class _RandAugment:
 
 def _as_pil(pixels_CHW: torch.Tensor) -> Image.Image:
     """Of uint8 RGB; torchvision's own, which takes anything, takes ten times as long."""
-    return Image.fromarray(np.ascontiguousarray(pixels_CHW.permute(1, 2, 0).numpy()))
+    pixels_HWC = np.ascontiguousarray(pixels_CHW.permute(1, 2, 0).numpy())
+    return Image.frombytes("RGB", (pixels_HWC.shape[1], pixels_HWC.shape[0]), pixels_HWC)
 
 
 def mend_posterize(augment: Any) -> None:
@@ -214,7 +217,7 @@ def _posterize(image: Image.Image, bits: int, **_: Any) -> Image.Image:
 
 
 class _Seeded:
-    """A transform of timm's that draws from Python's and numpy's generators: from two of its own, seeded at each call."""
+    """A transform of timm's that draws from Python's and numpy's generators: from its own two, seeded at each call."""
 
     def __init__(self, transform: Callable[[Any], Any]) -> None:
         self.transform = transform
