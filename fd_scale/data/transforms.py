@@ -244,16 +244,12 @@ class _Erasing:
     def __init__(self, probability: float, mean: Sequence[float], std: Sequence[float]) -> None:
         from timm.data.random_erasing import RandomErasing
 
-        self.probability = probability
         self.erase = _Seeded(RandomErasing(probability, mode="pixel", device="cpu"))
         self.mean, self.std = (255 * torch.tensor(values).view(3, 1, 1) for values in (mean, std))
 
     def __call__(self, shape: torch.Size) -> _Step:
-        seed = _drawn_below(2**32)
         written = _Written(shape)
-        self.erase.random.seed(seed)
-        if self.erase.random.random() <= self.probability:  # timm's first draw: most images stay as they are
-            self.erase(written, seed)
+        self.erase(written, _drawn_below(2**32))
         return functools.partial(self._erased, written.parts)
 
     def _erased(self, parts: Sequence[tuple[Any, torch.Tensor]], image: torch.Tensor) -> torch.Tensor:
