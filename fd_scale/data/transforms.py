@@ -160,7 +160,7 @@ class _CropAndFlip:
         return Box((width - w) // 2, (height - h) // 2, w, h)
 
 
-# Drawn into; torch.rand and torch.randint draw the same into tensors of their own, which takes twice as long.
+# Drawn into: torch.rand and torch.randint draw the same, and make a tensor each time.
 _FLOAT, _INTEGER = torch.empty(1), torch.empty(1, dtype=torch.int64)
 
 
@@ -187,6 +187,7 @@ class _RandAugment:
             )
         augment = rand_augment_transform(f"rand-{description}", settings)
         mend_posterize(augment)
+        augment.ops = np.array(augment.ops)  # which numpy's choice makes of a list, at each call
         self.augment = _Seeded(augment)
 
     def __call__(self, shape: torch.Size) -> _Step:
