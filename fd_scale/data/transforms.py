@@ -106,10 +106,7 @@ _Draw = Callable[[torch.Size], _Step]
 
 @dataclass(frozen=True)
 class _Augmented:
-    """Crops and draws at once, and leaves it for later to change the crop.
-
-    Of small images that takes three quarters of the time: the code of a part stays in the processor's caches.
-    """
+    """Crops, and draws what is done to the crop; doing it is left for later."""
 
     crop: "_CropAndFlip"
     draws: Sequence[_Draw]
@@ -169,7 +166,7 @@ def _drawn_below(bound: int) -> int:
 
 
 class _RandAugment:
-    """timm's, and mended; the seed of its draws is drawn from torch's generator."""
+    """timm's, mended; its seed is drawn from torch's generator."""
 
     def __init__(self, description: str, img_size: int, mean: Sequence[float]) -> None:
         # Takes seconds, which most loader workers can do without.
@@ -240,7 +237,7 @@ class _Seeded:
 
 
 class _Erasing:
-    """timm's random erasing, which wants normalised pixels, of uint8 images."""
+    """timm's random erasing, which wants normalised pixels, of uint8 images: in their place."""
 
     def __init__(self, probability: float, mean: Sequence[float], std: Sequence[float]) -> None:
         from timm.data.random_erasing import RandomErasing
