@@ -31,7 +31,7 @@ from fd_scale.data.decode import DecodeError
 from fd_scale.data.feature_files import FeatureFiles
 from fd_scale.data.instances import Instances, in_few_storages
 from fd_scale.data.order import ShardOrder, order
-from fd_scale.data.transforms import Transform
+from fd_scale.data.transforms import Transform, Unfinished, finished
 from fd_scale.errors import UserError
 from fd_scale.randomness import hash64
 
@@ -130,9 +130,9 @@ class _Reader:
                 read_ids.append(candidate)
                 for pixels, label in crops:
                     images.append(pixels)
-                    labels.append(label if isinstance(label, Instances) else torch.as_tensor(label))
+                    labels.append(label)
         # Images have their own number of objects each, which do not stack.
-        together = in_few_storages(labels) if isinstance(labels[0], Instances) else torch.stack(labels)
+        together = in_few_storages(labels) if isinstance(labels[0], Instances) else default_collate(labels)
         features = None
         if self.features is not None:  # a record of a sample holds one of each of its crops
             records = self.features.read(epoch, sample_ids.tolist(), read_ids)
@@ -140,8 +140,9 @@ class _Reader:
         num_bad = self.crops * sum(
             read != wanted for read, wanted in zip(read_ids, sample_ids.tolist(), strict=True)
         )
-        # In a worker at once into the memory that it shares with the main process.
-        stacked = default_collate(images)
+        # In a worker at once into the memory that it shares with the main process. Finished in a row: of small images,
+        # each kind of work for itself takes three quarters of the time, as its code stays in the processor's caches.
+        stacked = default_collate([finished(image) for image in images])
         return Batch(stacked, together, torch.tensor(positions), num_bad, features, tuple(read_ids)), bad
 
     def _augment_seeds(self, epoch: int, sample_ids: npt.NDArray[np.int64]) -> npt.NDArray[np.uint64]:
@@ -150,7 +151,7 @@ class _Reader:
         others = [hash64(self.seed, "augment", epoch, sample_ids, crop) for crop in range(1, self.crops)]
         return np.stack([first, *others], axis=1)
 
-    def _crops(self, sample_id: int, seeds: list[int]) -> list[tuple[Tensor, Any]]:
+    def _crops(self, sample_id: int, seeds: list[int]) -> list[tuple[Tensor | Unfinished, Any]]:
         picture, target = self.source.read(sample_id)
         crops = []
         for seed in seeds:

@@ -118,10 +118,10 @@ class Rows:
         group = bisect.bisect_right(self._first_ids, sample_id) - 1
         found = []
         for column, name in zip(self._table(group).columns, self._columns, strict=True):
-            struct = column[sample_id - self._first_ids[group]].as_py()
-            if struct is None or struct["bytes"] is None:
+            data = column[sample_id - self._first_ids[group]].as_py()
+            if data is None:
                 raise DecodeError(f"the row holds no image bytes in column {name!r}")
-            found.append(struct["bytes"])
+            found.append(data)
         return found
 
     def _require(self, file_id: int, columns: Sequence[str]) -> None:
@@ -154,7 +154,7 @@ class Rows:
                 table = self._file(file_id).read_row_group(group_id, columns, use_threads=False)
             except (OSError, pa.ArrowException) as error:
                 raise DecodeError(f"its row group cannot be read: {error}") from error
-            self._cache[group] = table.select(self._columns)
+            self._cache[group] = table.flatten().select(columns)
         return self._cache[group]
 
 

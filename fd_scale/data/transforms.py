@@ -5,8 +5,11 @@ std. A transform draws from torch's default generator only: that is the one whic
 """
 
 import difflib
+import functools
+import math
 import random
 import re
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,22 +24,30 @@ from fd_scale.config import Recipe
 from fd_scale.data.base import Source, object_source
 from fd_scale.data.instance_transforms import CopyPaste, InstanceCrop, whole_with_objects
 from fd_scale.data.mask_transforms import MaskCrop, fill_colour, whole_with_mask
-from fd_scale.data.picture import Box, Interpolation, Picture
+from fd_scale.data.picture import Box, Interpolation, Picture, tensor_of
 from fd_scale.errors import UserError
 
 View = Callable[[Picture], torch.Tensor]
 """Image -> uint8 tensor."""
-Transform = Callable[[Picture, Any], tuple[torch.Tensor, Any]]
+Unfinished = Callable[[], torch.Tensor]
+"""Makes a uint8 tensor, for which everything has been drawn."""
+TrainingView = Callable[[Picture], torch.Tensor | Unfinished]
+Transform = Callable[[Picture, Any], tuple[torch.Tensor | Unfinished, Any]]
 """Image and target (`data.base.Target`) -> uint8 tensor, and the target as a tensor or a number."""
+
+
+def finished(image: torch.Tensor | Unfinished) -> torch.Tensor:
+    """Returns the tensor that an image is, or makes."""
+    return image if isinstance(image, torch.Tensor) else image()
 
 
 @dataclass(frozen=True)
 class ImageAlone:
     """The transform of a view that concerns no target: this one goes through as it is."""
 
-    view: View
+    view: TrainingView
 
-    def __call__(self, picture: Picture, target: Any) -> tuple[torch.Tensor, Any]:
+    def __call__(self, picture: Picture, target: Any) -> tuple[torch.Tensor | Unfinished, Any]:
         return self.view(picture), target
 
 
@@ -56,7 +67,7 @@ def training_view(
     erasing: float = 0.0,
     mean: Sequence[float] = (0.5, 0.5, 0.5),
     std: Sequence[float] = (0.25, 0.25, 0.25),
-) -> View:
+) -> TrainingView:
     """Returns random resized crop and horizontal flip; for classification also RandAugment and random erasing.
 
     Args:
@@ -71,7 +82,7 @@ def training_view(
         std: of the model's input, in 0..1: the noise's, which is cut at black and white.
 
     Returns:
-        Callable, `Picture` -> uint8 (3, img_size, img_size).
+        Callable, `Picture` -> uint8 (3, img_size, img_size), with RandAugment or erasing `Unfinished`.
 
     Raises:
         UserError: that is no RandAugment.
@@ -79,13 +90,37 @@ def training_view(
     Source: distillation: Wei et al. 2022 (arXiv:2205.14141), as in the released code, crop and flip alone;
         classification: the same code, which takes timm's.
     """
-    steps: list[Any] = [_CropAndFlip(img_size, crop_scale, crop_ratio, interpolation, flip)]
+    crop = _CropAndFlip(img_size, crop_scale, crop_ratio, interpolation, flip)
+    draws: list[_Draw] = []
     if rand_augment is not None:
-        steps += [_as_pil, _seeded_rand_augment(rand_augment, img_size, mean), v2.PILToTensor()]
+        draws.append(_RandAugment(rand_augment, img_size, mean))
     if erasing:
-        steps.append(_Erasing(erasing, mean, std))
-    view: View = v2.Compose(steps)
-    return view
+        draws.append(_Erasing(erasing, mean, std))
+    return _Augmented(crop, draws) if draws else crop
+
+
+_Step = Callable[[torch.Tensor], torch.Tensor]
+_Draw = Callable[[torch.Size], _Step]
+"""Shape of an image -> what is done to it, for which everything has been drawn."""
+
+
+@dataclass(frozen=True)
+class _Augmented:
+    """Crops, and draws what is done to the crop; doing it is left for later."""
+
+    crop: "_CropAndFlip"
+    draws: Sequence[_Draw]
+
+    def __call__(self, picture: Picture) -> Unfinished:
+        pixels = self.crop(picture)
+        return functools.partial(_in_turn, [draw(pixels.shape) for draw in self.draws], pixels)
+
+
+def _in_turn(steps: Sequence[Callable[[Any], Any]], image: Any) -> torch.Tensor:
+    """Takes steps; torchvision's `Compose` takes apart whatever goes from one to the next."""
+    for step in steps:
+        image = step(image)
+    return image
 
 
 class _CropAndFlip:
@@ -99,37 +134,70 @@ class _CropAndFlip:
         interpolation: Interpolation,
         flip: float,
     ) -> None:
-        self.crop = v2.RandomResizedCrop(side, scale, ratio)
-        self.side, self.interpolation, self.flip = side, interpolation, flip
+        self.side, self.interpolation, self.scale, self.ratio = side, interpolation, scale, ratio
+        # To the bit what torchvision draws between and compares with: fp32.
+        self.log_ratio = torch.tensor(ratio).log().tolist()
+        self.flip = torch.tensor(flip, dtype=torch.float32).item()
 
     def __call__(self, picture: Picture) -> torch.Tensor:
-        stand_in = torch.empty(1, 1, 1).expand(3, picture.height, picture.width)
-        box = Box(**self.crop.make_params([stand_in]))
-        pixels = picture.crop(box, self.side, self.interpolation)
-        mirrored = torch.rand(1) < self.flip
-        return pixels.flip(-1) if mirrored else pixels
+        pixels = picture.crop(self._box(*picture.size), self.side, self.interpolation)
+        return pixels.flip(-1) if _FLOAT.uniform_().item() < self.flip else pixels
+
+    def _box(self, width: int, height: int) -> Box:
+        """Draws as torchvision's `make_params` does, call by call, in a third of its time."""
+        for _ in range(10):
+            area = width * height * _FLOAT.uniform_(*self.scale).item()
+            ratio = _FLOAT.uniform_(*self.log_ratio).exp_().item()
+            w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+            if 0 < w <= width and 0 < h <= height:
+                top = _drawn_below(height - h + 1)
+                return Box(_drawn_below(width - w + 1), top, w, h)
+        w = min(width, round(height * max(self.ratio)))
+        h = min(height, round(width / min(self.ratio)))
+        return Box((width - w) // 2, (height - h) // 2, w, h)
+
+
+# Drawn into: torch.rand and torch.randint draw the same, and make a tensor each time.
+_FLOAT, _INTEGER = torch.empty(1), torch.empty(1, dtype=torch.int64)
+
+
+def _drawn_below(bound: int) -> int:
+    return int(_INTEGER.random_(bound).item())
+
+
+class _RandAugment:
+    """timm's, mended; its seed is drawn from torch's generator."""
+
+    def __init__(self, description: str, img_size: int, mean: Sequence[float]) -> None:
+        # Takes seconds, which most loader workers can do without.
+        from timm.data.auto_augment import rand_augment_transform
+
+        colour = tuple(min(255, round(255 * value)) for value in mean)
+        settings = {
+            "translate_const": int(img_size * 0.45), "img_mean": colour, "interpolation": Image.Resampling.BICUBIC,
+        }  # fmt: skip
+        if not _RAND_AUGMENT.fullmatch(description):
+            raise UserError(
+                f"data.rand_augment: got {description!r}, expected sections in timm's words, m9-mstd0.5-inc1: "
+                "magnitude, its standard deviation, whether all get stronger with it; n2, operations an image; p0.5, "
+                "probability"
+            )
+        augment = rand_augment_transform(f"rand-{description}", settings)
+        mend_posterize(augment)
+        augment.ops = np.array(augment.ops)  # which numpy's choice makes of a list, at each call
+        self.augment = _Seeded(augment)
+
+    def __call__(self, shape: torch.Size) -> _Step:
+        return functools.partial(self._augmented, _drawn_below(2**32))
+
+    def _augmented(self, seed: int, image: torch.Tensor) -> torch.Tensor:
+        return tensor_of(self.augment(_as_pil(image), seed))
 
 
 def _as_pil(pixels_CHW: torch.Tensor) -> Image.Image:
     """Of uint8 RGB; torchvision's own, which takes anything, takes ten times as long."""
-    return Image.fromarray(np.ascontiguousarray(pixels_CHW.permute(1, 2, 0).numpy()))
-
-
-def _seeded_rand_augment(description: str, img_size: int, mean: Sequence[float]) -> "_Seeded":
-    from timm.data.auto_augment import rand_augment_transform  # seconds, which loader workers can do without
-
-    colour = tuple(min(255, round(255 * value)) for value in mean)
-    settings = {
-        "translate_const": int(img_size * 0.45), "img_mean": colour, "interpolation": Image.Resampling.BICUBIC,
-    }  # fmt: skip
-    if not _RAND_AUGMENT.fullmatch(description):
-        raise UserError(
-            f"data.rand_augment: got {description!r}, expected sections in timm's words, m9-mstd0.5-inc1: magnitude, "
-            "its standard deviation, whether all get stronger with it; n2, operations an image; p0.5, probability"
-        )
-    augment = rand_augment_transform(f"rand-{description}", settings)
-    mend_posterize(augment)
-    return _Seeded(augment)
+    pixels_HWC = np.ascontiguousarray(pixels_CHW.permute(1, 2, 0).numpy())
+    return Image.frombytes("RGB", (pixels_HWC.shape[1], pixels_HWC.shape[0]), pixels_HWC)
 
 
 def mend_posterize(augment: Any) -> None:
@@ -147,48 +215,61 @@ def _posterize(image: Image.Image, bits: int, **_: Any) -> Image.Image:
 
 
 class _Seeded:
-    """A transform that draws from Python's and numpy's generators, seeded from torch's and left as they were."""
+    """A transform of timm's that draws from Python's and numpy's generators: from its own two, seeded at each call."""
 
     def __init__(self, transform: Callable[[Any], Any]) -> None:
         self.transform = transform
-        self.bits = np.random.MT19937()
+        self.random, self.bits = random.Random(), np.random.MT19937()
 
-    def __call__(self, image: Any, seed: int | None = None) -> Any:
-        if seed is None:
-            seed = _drawn_seed()
-        # Another generator in numpy's place: to copy its state out and back takes fifty times as long.
-        before = random.getstate(), mtrand.get_bit_generator()
+    def __call__(self, image: Any, seed: int) -> Any:
+        # They take the places of the global ones: to copy those' states out and back takes as long as many draws.
+        module: Any = sys.modules[type(self.transform).__module__]
+        before = mtrand.get_bit_generator()
+        module.random = self.random
         mtrand.set_bit_generator(self.bits)
-        random.seed(seed)
+        self.random.seed(seed)
         np.random.seed(seed)
         try:
             return self.transform(image)
         finally:
-            random.setstate(before[0])
-            mtrand.set_bit_generator(before[1])
-
-
-def _drawn_seed() -> int:
-    return int(torch.randint(2**32, ()))
+            module.random = random
+            mtrand.set_bit_generator(before)
 
 
 class _Erasing:
-    """timm's random erasing, which wants normalised pixels, of a uint8 image."""
+    """timm's random erasing, which wants normalised pixels, of uint8 images: in their place."""
 
     def __init__(self, probability: float, mean: Sequence[float], std: Sequence[float]) -> None:
         from timm.data.random_erasing import RandomErasing
 
-        self.probability = probability
         self.erase = _Seeded(RandomErasing(probability, mode="pixel", device="cpu"))
         self.mean, self.std = (255 * torch.tensor(values).view(3, 1, 1) for values in (mean, std))
 
-    def __call__(self, image: torch.Tensor) -> torch.Tensor:
-        seed = _drawn_seed()
-        if random.Random(seed).random() > self.probability:  # timm's first draw: most images stay as they are
-            return image
-        pixels = (image - self.mean) / self.std
-        self.erase(pixels, seed)
-        return (pixels * self.std + self.mean).round().clamp(0, 255).to(torch.uint8)
+    def __call__(self, shape: torch.Size) -> _Step:
+        written = _Written(shape)
+        self.erase(written, _drawn_below(2**32))
+        return functools.partial(self._erased, written.parts)
+
+    def _erased(self, parts: Sequence[tuple[Any, torch.Tensor]], image: torch.Tensor) -> torch.Tensor:
+        for where, noise in parts:
+            image[where] = (noise * self.std + self.mean).round_().clamp_(0, 255)
+        return image
+
+
+class _Written:
+    """Stands in for an image and keeps what timm writes into it."""
+
+    dtype = torch.float32
+
+    def __init__(self, shape: torch.Size) -> None:
+        self.shape = shape
+        self.parts: list[tuple[Any, torch.Tensor]] = []
+
+    def size(self) -> torch.Size:
+        return self.shape
+
+    def __setitem__(self, where: Any, noise: torch.Tensor) -> None:
+        self.parts.append((where, noise))
 
 
 def evaluation_transform(
@@ -216,8 +297,7 @@ def evaluation_transform(
     if not 0 < crop_fraction <= 1:
         raise UserError(f"crop_fraction must be in (0, 1], got {crop_fraction}; 0.875 is usual at 224 pixels")
     resize = v2.Resize(round(img_size / crop_fraction), _INTERPOLATIONS[interpolation])
-    view: View = v2.Compose([Picture.pil, resize, v2.CenterCrop(img_size), v2.PILToTensor()])
-    return view
+    return functools.partial(_in_turn, [Picture.pil, resize, v2.CenterCrop(img_size), tensor_of])
 
 
 def contrastive_transform(
@@ -246,26 +326,18 @@ def contrastive_transform(
     Source: Chen et al. 2020 (arXiv:2002.05709), appendix A, with weaker jitter and without blur.
     """
     jitter = v2.ColorJitter(colour_jitter, colour_jitter, colour_jitter, colour_jitter / 4)
-    view = v2.Compose(
-        [
-            _CropAndFlip(img_size, crop_scale, crop_ratio, "bilinear", flip),
-            _as_pil,
-            v2.RandomApply([jitter], p=0.8),
-            v2.RandomGrayscale(grey),
-            v2.PILToTensor(),
-        ]
-    )
-    return _TwoViews(view)
+    steps = [
+        _CropAndFlip(img_size, crop_scale, crop_ratio, "bilinear", flip),
+        _as_pil,
+        v2.RandomApply([jitter], p=0.8),
+        v2.RandomGrayscale(grey),
+        tensor_of,
+    ]
+    return functools.partial(_two_views, steps)
 
 
-class _TwoViews:
-    """A class and not a closure, so that workers can unpickle it."""
-
-    def __init__(self, view: View) -> None:
-        self.view = view
-
-    def __call__(self, picture: Picture) -> torch.Tensor:
-        return torch.stack([self.view(picture), self.view(picture)])
+def _two_views(steps: Sequence[Callable[[Any], Any]], picture: Picture) -> torch.Tensor:
+    return torch.stack([_in_turn(steps, picture), _in_turn(steps, picture)])
 
 
 def training_transform(recipe: Recipe, source: Source) -> Transform:

@@ -19,8 +19,15 @@ from PIL import Image
 
 from fd_scale.data.loader import Batch, TrainLoader, evaluation_batches
 from fd_scale.data.sources import Source, open_source
-from fd_scale.data.transforms import ImageAlone, contrastive_transform, evaluation_transform, training_view
+from fd_scale.data.transforms import (
+    ImageAlone,
+    contrastive_transform,
+    evaluation_transform,
+    finished,
+    training_view,
+)
 from fd_scale.errors import UserError
+from fd_scale.randomness import hash64
 
 NUM_SAMPLES = 31
 RANDOM = ImageAlone(training_view(8))
@@ -115,6 +122,16 @@ def test_labels_belong_to_the_images(source: Source) -> None:
     for batch in join(take(make_loader(source, transform=WHOLE), 1)[0]), *evaluate(source, 31, 0, 1):
         for image, label in zip(batch.images, batch.labels, strict=True):
             assert torch.equal(image, WHOLE(*source.read(int(label)))[0])
+
+
+def test_what_is_left_for_later_is_done_as_if_at_once(source: Source) -> None:
+    transform = ImageAlone(training_view(8, rand_augment="m9-mstd0.5-inc1", erasing=0.5))
+    [[batch]] = take(make_loader(source, transform=transform), 1)
+    for image, sample_id in zip(batch.images, batch.labels, strict=True):
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(int(hash64(0, "augment", 0, int(sample_id))))
+            alone, _ = transform(*source.read(int(sample_id)))
+        assert torch.equal(image, finished(alone))
 
 
 def test_an_epoch_has_no_sample_twice_and_epochs_differ(source: Source) -> None:

@@ -8,9 +8,10 @@ import simplejpeg
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageFilter
+from torchvision.transforms.v2.functional import pil_to_tensor
 
 from fd_scale.data.decode import DecodeError, decode
-from fd_scale.data.picture import Box, Picture
+from fd_scale.data.picture import Box, Picture, tensor_of
 
 
 @pytest.fixture(scope="module")
@@ -163,3 +164,9 @@ def test_other_formats_and_images_in_memory(photo: Image.Image) -> None:
         assert picture.size == photo.size
         np.testing.assert_array_equal(np.asarray(picture.pil()), np.asarray(photo))
         assert_near(picture.crop(Box(10, 20, 100, 120), 32, "bicubic"), expected, 0.2)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_tensor_is_torchvisions(mode: str, photo: Image.Image) -> None:
+    image = photo.convert(mode)
+    assert torch.equal(tensor_of(image), pil_to_tensor(image))

@@ -7,11 +7,18 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from timm.data import create_transform
+from timm.data import auto_augment, create_transform, random_erasing
 from torchvision.transforms import InterpolationMode, v2
 
 from fd_scale.data.picture import Picture
-from fd_scale.data.transforms import _posterize, contrastive_transform, evaluation_transform, training_view
+from fd_scale.data.transforms import (
+    _CropAndFlip,
+    _posterize,
+    contrastive_transform,
+    evaluation_transform,
+    finished,
+    training_view,
+)
 from fd_scale.errors import UserError
 
 
@@ -39,7 +46,7 @@ def left_half_white() -> Image.Image:
 @pytest.mark.parametrize("size", [(48, 32), (1, 1), (1, 40)], ids=str)
 def test_result_is_uint8_of_the_asked_size(transform, shape, size) -> None:
     image = Picture.of(Image.new("RGB", size, (255, 128, 0)))
-    result = pickle.loads(pickle.dumps(transform))(image)  # workers get a pickled copy
+    result = finished(pickle.loads(pickle.dumps(transform))(image))  # workers get a pickled copy
     assert result.shape == shape
     assert result.dtype == torch.uint8
 
@@ -74,6 +81,21 @@ def test_crop_and_flip_are_torchvisions(noise: Image.Image, mode: InterpolationM
         # Pillow and torch round weights, and what lies between the two passes, to other fractions. Levels are far from
         # black and white, beyond which bicubic weights lead: the two cut that off at different places.
         assert (found[0].int() - v2.functional.pil_to_tensor(found[1]).int()).abs().max() <= 1
+
+
+@pytest.mark.parametrize("ratio", [(3 / 4, 4 / 3), (0.1, 30.0), (2.0, 3.0)], ids=str)
+def test_crop_boxes_are_torchvisions_draw_by_draw(ratio: tuple[float, float]) -> None:
+    scale = (0.01, 1.0)
+    theirs, ours = v2.RandomResizedCrop(8, scale, ratio), _CropAndFlip(8, scale, ratio, "bilinear", 0)
+    with torch.random.fork_rng(devices=[]):
+        for seed in range(1000):
+            width, height = 1 + 37 * seed % 500, 1 + 61 * seed % 300
+            torch.manual_seed(seed)
+            expected = theirs.make_params([torch.empty(1).expand(3, height, width)])
+            drawn = torch.get_rng_state()
+            torch.manual_seed(seed)
+            assert ours._box(width, height)._asdict() == expected, (seed, width, height)
+            assert torch.equal(torch.get_rng_state(), drawn), "as many draws"
 
 
 def test_distillation_of_the_whole_image_is_the_image(noise: Image.Image) -> None:
@@ -150,11 +172,12 @@ def test_rand_augment_is_timms_and_leaves_the_generators_alone(noise: Image.Imag
     changed = 0
     for seed in range(20):
         torch.manual_seed(seed)
-        found = view(Picture.of(noise))
+        found = finished(view(Picture.of(noise)))
         torch.manual_seed(seed)
         plain = training_view(48, **whole)(Picture.of(noise))
         drawn = int(torch.randint(2**32, ()))
         assert random.getstate() == before[0]
+        assert auto_augment.random is random
         assert (np.random.get_state()[1] == before[1][1]).all()
         random.seed(drawn)
         np.random.seed(drawn)
@@ -172,7 +195,7 @@ def test_erasing_puts_noise_into_one_rectangle() -> None:
     erased = []
     for seed in range(60):
         torch.manual_seed(seed)
-        found = view(image)
+        found = finished(view(image))
         outside = (found == torch.tensor([10, 200, 90], dtype=torch.uint8)[:, None, None]).all(0)
         if outside.all():
             continue
@@ -188,6 +211,24 @@ def test_erasing_puts_noise_into_one_rectangle() -> None:
     torch.testing.assert_close(pixels.std(1), torch.tensor([0.1, 0.2, 0.1]).double(), rtol=0.05, atol=0)
 
 
+def test_erasing_is_timms_of_normalised_pixels(noise: Image.Image) -> None:
+    whole = {"crop_scale": (1, 1), "crop_ratio": (1.5, 1.5), "flip": 0}
+    mean, std = (0.5, 0.4, 0.6), (0.1, 0.2, 0.3)
+    mean_C11, std_C11 = (255 * torch.tensor(values)[:, None, None] for values in (mean, std))
+    theirs = random_erasing.RandomErasing(0.5, mode="pixel", device="cpu")
+    changed = 0
+    for seed in range(40):
+        torch.manual_seed(seed)
+        found = finished(training_view(48, erasing=0.5, mean=mean, std=std, **whole)(Picture.of(noise)))
+        torch.manual_seed(seed)
+        plain = training_view(48, **whole)(Picture.of(noise))
+        random.seed(int(torch.randint(2**32, ())))
+        expected = theirs((plain - mean_C11) / std_C11) * std_C11 + mean_C11
+        assert torch.equal(found, expected.round().clamp(0, 255).to(torch.uint8))
+        changed += not torch.equal(found, plain)
+    assert 10 <= changed <= 30
+
+
 @pytest.mark.parametrize("description", ["m9-q3", "strong", "m9mstd0.5", "m9.5", ""])
 def test_unknown_rand_augment_is_refused(description: str) -> None:
     with pytest.raises(UserError, match=r"data\.rand_augment: got '.*', expected sections"):
@@ -200,7 +241,7 @@ def test_every_operation_at_every_strength(noise: Image.Image, magnitude: int) -
     view = training_view(32, rand_augment=f"m{magnitude}-n12-p1-inc1", erasing=0.5)
     for seed in range(20):
         torch.manual_seed(seed)
-        assert view(Picture.of(noise)).shape == (3, 32, 32)
+        assert finished(view(Picture.of(noise))).shape == (3, 32, 32)
 
 
 def test_no_bits_are_black(noise: Image.Image) -> None:
