@@ -64,6 +64,16 @@ def planned(make_recipe: Callable[..., Recipe], tmp_path: Path) -> Callable[...,
     return make
 
 
+def test_nothing_hides_behind_a_recorded_backward(planned: Callable[..., Plan]) -> None:
+    plain = planned(1, 8, micro=8, zero={"overlap_comm": True})
+    recorded = replace(
+        plain, recipe=replace(plain.recipe, train=replace(plain.recipe.train, cuda_graphs=True))
+    )
+    hidden, shown = (predict(each, IDEAL) for each in (plain, recorded))
+    assert hidden.links_s == shown.links_s > 0
+    assert hidden.exposed_s < shown.exposed_s == pytest.approx(shown.links_s)
+
+
 def test_computation_and_launches(planned: Callable[..., Plan]) -> None:
     """64 images of 3.5 GFLOPs on 8 GPUs at 0.5 TFLOP/s: 56 ms. Eight micro-batches of 100 tensors at 20 us: 16 ms."""
     point = predict(planned(0, 8), replace(IDEAL, launch_us=20))
