@@ -419,15 +419,14 @@ def _record_graphs(recipe: Recipe, task: Task, micro_batch: int, stage: int, dev
     assert isinstance(task, DistillationTask | ClassificationTask), "others are refused"
     recorded = []
     for teacher in task.teachers if isinstance(task, DistillationTask) else []:
-        # What each sees of a batch is of another size each time, where it does not see all.
-        if not teacher.config.partitioned and teacher.config.share == 1:
+        if teacher.config.is_alike:
             teacher.record(micro_batch, device)
             recorded.append(f"teacher {teacher.config.model.name}")
     if stage < 3:
         module, size = task.module.train(), recipe.model.size
         pixels_BCHW = torch.zeros(micro_batch, 3, size, size, dtype=module.dtype, device=device)
         scales = [torch.ones(len(task.rates), micro_batch, device=device)]
-        record(module.backbone, pixels_BCHW, *(scales if any(task.rates) else []))
+        record(module.backbone, pixels_BCHW, *(scales if any(task.rates) else []), name=recipe.model.name)
         recorded.append(f"backbone {recipe.model.name}")
     logger.info("CUDA graphs of %s", ", ".join(recorded))
 

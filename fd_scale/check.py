@@ -74,7 +74,9 @@ class _Subject:
     @cached_property
     def resolved(self) -> dict[str, Any]:
         wanted = self.recipe.train.device
-        on_cuda = wanted == "cuda" or (wanted == "auto" and torch.cuda.is_available())
+        on_cuda = wanted == "cuda" or (
+            wanted == "auto" and (self.gpu is not None or torch.cuda.is_available())
+        )
         config = ds_config.read(self.recipe.train.ds_config)
         return ds_config.resolve(config, self.recipe, self.num_ranks, "cuda" if on_cuda else "cpu")
 

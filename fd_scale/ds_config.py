@@ -190,13 +190,17 @@ def _refuse_graphs(ds_config: dict[str, Any], recipe: Recipe, accumulation: int,
             f"train.cuda_graphs: a step is {accumulation} micro-batches, whose gradients ZeRO stage {stage} leaves "
             "where the graphs write; set train.ds_config=zero2, or train.micro_batch so that a step is one"
         )
-    whole_teachers = recipe.distill is not None and any(
-        not teacher.partitioned for teacher in recipe.distill.teachers
-    )
-    if stage == 3 and not whole_teachers:
+    if accumulation > 1 and ds_config.get("zero_optimization", {}).get("contiguous_gradients") is False:
         raise UserError(
-            "train.cuda_graphs: at ZeRO stage 3 parameters move, and no teacher is whole; set it to false, or "
-            "distill.teachers.N.partitioned=false, or train.ds_config=zero1"
+            f"train.cuda_graphs: a step is {accumulation} micro-batches, whose gradients stay where the graphs write, "
+            f"as zero_optimization.contiguous_gradients is false in {recipe.train.ds_config}; set it to true"
+        )
+    section = recipe.distill
+    teachers = [] if section is None or section.features is not None else section.teachers
+    if stage == 3 and not any(teacher.is_alike for teacher in teachers):
+        raise UserError(
+            "train.cuda_graphs: at ZeRO stage 3 parameters move, and no teacher is whole, run here and shown all "
+            "images; set it to false, or train.ds_config=zero1"
         )
 
 

@@ -61,6 +61,11 @@ class TeacherConfig:
                     "remove layers or set target=feature_map"
                 )
 
+    @property
+    def is_alike(self) -> bool:
+        """Whether each step runs it alike: where its weights are stays, and as many images are shown."""
+        return not self.partitioned and self.share == 1
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FeaturesConfig:

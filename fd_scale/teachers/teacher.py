@@ -88,7 +88,8 @@ class Teacher:
             num_images, 3, self.img_size, self.img_size, dtype=self.dtype, device=device
         )
         scales = [torch.ones(len(self.drop_path_rates), num_images, device=device)]
-        record(self.run, pixels_BCHW, *(scales if self.drop_path_rates else []))
+        name = f"teacher {self.config.model.name}"
+        record(self.run, pixels_BCHW, *(scales if self.drop_path_rates else []), name=name)
 
     @torch.no_grad()
     def features(self, images_BCHW: Tensor, drop_path_scale_RB: Tensor | None = None) -> list[Tensor]:

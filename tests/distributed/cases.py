@@ -10,9 +10,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from cpu_graphs import STAND_INS
 from torch import Tensor, nn
 
-from fd_scale import api, checkpoint, distributed, log, traffic
+from fd_scale import api, checkpoint, distributed, ds_config, log, traffic
 from fd_scale.checkpoint import Checkpoints, TrainState
 from fd_scale.config import Recipe, build_recipe, load_recipe, to_dict
 from fd_scale.data import Batch, open_source
@@ -49,6 +50,15 @@ def train_all(runs: list[dict[str, Any]]) -> None:
 def train_all_compiled(runs: list[dict[str, Any]], backend: str) -> None:
     """Trains several recipes in turn, their blocks compiled by a backend of `torch.compile`."""
     torch.compile = functools.partial(torch.compile, backend=backend)
+    train_all(runs)
+
+
+def train_all_with_stand_ins(runs: list[dict[str, Any]]) -> None:
+    """As `train_all`, on a CPU, with what stands in for CUDA graphs there."""
+    for name, value in STAND_INS.items():
+        setattr(torch.cuda, name, value)
+    refused = ds_config.resolve
+    ds_config.resolve = lambda config, recipe, world_size, _: refused(config, recipe, world_size, "cuda")
     train_all(runs)
 
 

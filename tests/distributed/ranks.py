@@ -16,7 +16,11 @@ TIMEOUT_S = 120
 
 # Python 3.11's fork server does not get our sys.path, and would pass over what it cannot import.
 os.environ["PYTHONPATH"] = os.pathsep.join(
-    [str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+    [
+        str(Path(__file__).parent),
+        str(Path(__file__).parent.parent),
+        *filter(None, [os.environ.get("PYTHONPATH")]),
+    ]
 )
 
 

@@ -273,6 +273,12 @@ def test_driver_against_torch(
     assert all(fact in found[1] for fact in facts), found
 
 
+def test_graphs_on_a_gpu_that_is_not_here(recipe_values: Values, check: Check) -> None:
+    values = recipe_values(train__device="auto", train__cuda_graphs=True, train__micro_batch=16)
+    assert check(values)["DeepSpeed JSON"][0] == "fails"
+    assert check(values, "--gpu", "h200")["DeepSpeed JSON"][0] == "ok"
+
+
 def test_driver_version(monkeypatch: pytest.MonkeyPatch) -> None:
     class Driver:
         def __init__(self, code: int) -> None:

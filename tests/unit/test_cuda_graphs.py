@@ -1,62 +1,24 @@
 """Recorded modules, with a stand-in for CUDA graphs; real ones are replayed in tests/distributed/test_gpu.py."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
-from types import SimpleNamespace
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from cpu_graphs import STAND_INS
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from fd_scale import ds_config
-from fd_scale.config import ModelConfig, Recipe
+from fd_scale.config import FeaturesConfig, ModelConfig, Recipe
 from fd_scale.cuda_graphs import record
 from fd_scale.errors import UserError
 from fd_scale.models import build_model
 
 
-def _storages(values: Any) -> set[int]:
-    return {leaf.untyped_storage().data_ptr() for leaf in tree_leaves(values) if isinstance(leaf, Tensor)}
-
-
-class Recording(TorchDispatchMode):
-    """As a CUDA graph: keeps the operations of a context, and replays them on the same memory."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.operations: list[tuple[Any, Any, Any, Any]] = []
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = function(*args, **(kwargs or {}))
-        self.operations.append((function, args, kwargs or {}, result))
-        return result
-
-    def replay(self) -> None:
-        for function, args, kwargs, result in self.operations:
-            again = function(*args, **kwargs)
-            for old, new in zip(tree_leaves(result), tree_leaves(again), strict=True):
-                if isinstance(old, Tensor) and not _storages(old) & _storages((args, kwargs)):
-                    old.copy_(new)
-
-    def pool(self) -> None:
-        return None
-
-
 @pytest.fixture(autouse=True)
 def graphs_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    @contextmanager
-    def graph(recording: Recording, **_: Any) -> Iterator[None]:
-        with recording:
-            yield
-
-    stream = SimpleNamespace(wait_stream=lambda other: None)
-    for name, value in {
-        "CUDAGraph": Recording, "graph": graph, "Stream": lambda: stream, "current_stream": lambda: stream,
-        "stream": lambda stream: nullcontext(), "synchronize": lambda: None,
-    }.items():  # fmt: skip
+    for name, value in STAND_INS.items():
         monkeypatch.setattr(torch.cuda, name, value)
 
 
@@ -86,7 +48,7 @@ def test_replays_are_the_module() -> None:
     torch.manual_seed(0)
     module, plain = Layers(), Layers()
     plain.load_state_dict(module.state_dict())
-    record(module, torch.zeros(4, 3), torch.zeros(4, 1))
+    record(module, torch.zeros(4, 3), torch.zeros(4, 1), name="layers")
     calls = module.calls
     for _ in range(3):
         x, scale = torch.randn(4, 3), torch.rand(4, 1)
@@ -108,7 +70,7 @@ def test_a_backbone_replays() -> None:
     images, drop = torch.randn(2, 3, 32, 32), torch.rand_like(scale)
     module(images, drop).square().sum().backward()
     expected = [each.grad.clone() for each in module.parameters() if each.grad is not None]
-    record(module, sample, scale)
+    record(module, sample, scale, name="swin")
     module.zero_grad()
     module(images, drop).square().sum().backward()
     assert [each.grad is not None for each in module.parameters()] == [True] * len(expected)
@@ -120,7 +82,7 @@ def test_a_backbone_replays() -> None:
 def test_a_frozen_module_has_no_backward() -> None:
     module = Layers().eval().requires_grad_(False)
     with torch.no_grad():
-        record(module, torch.zeros(4, 3))
+        record(module, torch.zeros(4, 3), name="layers")
     x = torch.randn(4, 3)
     calls = module.calls
     outputs = module(x, None)
@@ -131,7 +93,7 @@ def test_a_frozen_module_has_no_backward() -> None:
 @pytest.mark.parametrize("change", ["fewer images", "other scale", "no scale", "the other mode"])
 def test_others_are_not_replayed(change: str) -> None:
     module = Layers()
-    record(module, torch.zeros(4, 3), torch.zeros(4, 1))
+    record(module, torch.zeros(4, 3), torch.zeros(4, 1), name="layers")
     inputs: list[Tensor | None] = [torch.randn(4, 3), torch.rand(4, 1)]
     if change == "fewer images":
         inputs = [torch.randn(3, 3), torch.rand(3, 1)]
@@ -147,25 +109,72 @@ def test_others_are_not_replayed(change: str) -> None:
     assert torch.equal(outputs[0], module.first(inputs[0]).tanh())
 
 
+def test_running_statistics_do_not_count_what_was_recorded() -> None:
+    module, plain = (nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)) for _ in range(2))
+    plain.load_state_dict(module.state_dict())
+    record(module, torch.zeros(2, 3, 8, 8), name="layers")
+    for _ in range(2):
+        x = torch.randn(2, 3, 8, 8)
+        assert torch.equal(module(x), plain(x))
+    for mine, other in zip(module.buffers(), plain.buffers(), strict=True):
+        assert torch.equal(mine, other)
+
+
+def test_what_cannot_be_recorded_is_named() -> None:
+    """As a GPU says it: while it records, and in other words at the end of the recording."""
+
+    class Reading(Layers):
+        def forward(self, x: Tensor, scale: Tensor | None = None) -> list[Tensor]:
+            if self.calls == 3:
+                raise RuntimeError("operation not permitted when stream is capturing")
+            return super().forward(x, scale)
+
+    with pytest.raises(
+        UserError, match=r"train.cuda_graphs: some_model cannot be recorded: operation not .*false"
+    ):
+        record(Reading(), torch.zeros(4, 3), name="some_model")
+
+
 @pytest.mark.parametrize(
-    ("stage", "micro_batch", "partitioned", "sentence"),
+    ("stage", "micro_batch", "teacher", "features", "sentence"),
     [
-        (1, 4, False, "a step is 2 micro-batches"),
-        (3, 8, True, "no teacher is whole"),
-        (1, 8, True, None),
-        (2, 4, True, None),
-        (3, 8, False, None),
+        (1, 4, {}, None, "a step is 2 micro-batches"),
+        (3, 8, {"partitioned": True}, None, "no teacher is whole"),
+        (3, 8, {"share": 0.5}, None, "shown all images"),
+        (3, 8, {}, FeaturesConfig(folder="features", views=1), "run here"),
+        (1, 8, {"partitioned": True}, None, None),
+        (2, 4, {"partitioned": True}, None, None),
+        (3, 8, {}, None, None),
     ],
 )
 def test_graphs_are_refused_where_they_would_be_wrong(
-    make_recipe: Callable[..., Recipe], stage: int, micro_batch: int, partitioned: bool, sentence: str | None
+    make_recipe: Callable[..., Recipe],
+    stage: int,
+    micro_batch: int,
+    teacher: dict[str, Any],
+    features: FeaturesConfig | None,
+    sentence: str | None,
 ) -> None:
     changes: dict[str, Any] = {"train__cuda_graphs": True, "train__micro_batch": micro_batch}
     recipe = make_recipe(train__global_batch=8, train__ds_config=f"zero{stage}", **changes)
     assert recipe.distill is not None
-    object.__setattr__(recipe.distill.teachers[0], "partitioned", partitioned)
+    teachers = [replace(recipe.distill.teachers[0], **teacher)]
+    recipe = replace(recipe, distill=replace(recipe.distill, teachers=teachers, features=features))
     if sentence is None:
         ds_config.resolve(ds_config.read(recipe.train.ds_config), recipe, 1, "cuda")
         return
     with pytest.raises(UserError, match=rf"train.cuda_graphs: .*{sentence}"):
         ds_config.resolve(ds_config.read(recipe.train.ds_config), recipe, 1, "cuda")
+
+
+@pytest.mark.parametrize("micro_batch", [4, 8])
+def test_gradients_of_micro_batches_must_be_copied(
+    make_recipe: Callable[..., Recipe], micro_batch: int
+) -> None:
+    recipe = make_recipe(train__global_batch=8, train__micro_batch=micro_batch, train__cuda_graphs=True)
+    in_place = {"zero_optimization": {"stage": 2, "contiguous_gradients": False}}
+    if micro_batch == 8:
+        ds_config.resolve(in_place, recipe, 1, "cuda")
+        return
+    with pytest.raises(UserError, match=r"train.cuda_graphs: .*contiguous_gradients"):
+        ds_config.resolve(in_place, recipe, 1, "cuda")
