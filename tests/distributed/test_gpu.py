@@ -72,7 +72,6 @@ def test_losses_are_the_same_with_cuda_graphs(
         values = recipe_values(
             run_dir=str(tmp_path / f"graphs_{graphs}"),
             train__device="cuda",
-            train__precision="bf16",
             train__ds_config=f"zero{stage}",
             train__cuda_graphs=graphs,
             **changes,
@@ -80,5 +79,6 @@ def test_losses_are_the_same_with_cuda_graphs(
         run_ranks(cases.train, 1, values)
         return cases.curve(values["run_dir"])
 
-    # The same kernels; cuBLAS may take another algorithm where it has another workspace.
-    np.testing.assert_allclose(curve(True), curve(False), rtol=1e-2)
+    # The same kernels, in fp32, where a micro-batch that counts twice changes the norm by more than a hundredth; cuBLAS
+    # may take another algorithm where it has another workspace.
+    np.testing.assert_allclose(curve(True), curve(False), rtol=1e-4)
