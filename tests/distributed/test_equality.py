@@ -24,7 +24,13 @@ def assert_same(found: list[tuple[float, float]], expected: list[tuple[float, fl
     np.testing.assert_allclose(norms, expected_norms, rtol=NORM_TOLERANCE)
 
 
-@pytest.mark.parametrize("task", ["distill", "contrastive", "masked", "classification", "fine-tuning"])
+OTHER_TASKS = [
+    pytest.param(task, marks=pytest.mark.slow)
+    for task in ("contrastive", "masked", "classification", "fine-tuning")
+]
+
+
+@pytest.mark.parametrize("task", ["distill", *OTHER_TASKS])
 def test_ranks_do_not_change_losses(
     recipe_values: Callable[..., dict[str, Any]], tmp_path: Any, task: str
 ) -> None:
@@ -60,13 +66,13 @@ def test_a_mean_over_ranks_is_no_mean_of_means(
     ("task", "stage", "ranks", "micro_batch", "checkpointing"),
     [
         ("distill", 0, 1, 16, "none"),
-        ("distill", 0, 2, 4, "none"),
-        ("distill", 2, 2, 8, "none"),
+        pytest.param("distill", 0, 2, 4, "none", marks=pytest.mark.slow),
+        pytest.param("distill", 2, 2, 8, "none", marks=pytest.mark.slow),
         ("distill", 3, 2, 8, "none"),
         pytest.param("distill", 3, 2, 4, "block", marks=pytest.mark.slow),
-        ("fine-tuning", 0, 1, 16, "none"),
-        ("fine-tuning", 1, 2, 4, "none"),
-        ("fine-tuning", 3, 2, 8, "none"),
+        pytest.param("fine-tuning", 0, 1, 16, "none", marks=pytest.mark.slow),
+        pytest.param("fine-tuning", 1, 2, 4, "none", marks=pytest.mark.slow),
+        pytest.param("fine-tuning", 3, 2, 8, "none", marks=pytest.mark.slow),
     ],
 )
 def test_equals_a_bare_loop(
@@ -85,7 +91,7 @@ def test_equals_a_bare_loop(
     assert_same(found, expected)
 
 
-@pytest.mark.parametrize("stage", [0, 1, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("stage", [1, *(pytest.param(stage, marks=pytest.mark.slow) for stage in (0, 3))])
 def test_bf16_follows_fp32(recipe_values: Callable[..., dict[str, Any]], tmp_path: Any, stage: int) -> None:
     found = {}
     for precision, ds_config in (("fp32", "zero0"), ("bf16", f"zero{stage}")):

@@ -29,7 +29,10 @@ LARGE: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize(("ranks", "dtype"), [(1, torch.float32), (3, torch.float32), (2, torch.bfloat16)])
+@pytest.mark.parametrize(
+    ("ranks", "dtype"),
+    [(1, torch.float32), pytest.param(3, torch.float32, marks=pytest.mark.slow), (2, torch.bfloat16)],
+)
 def test_initial_values_are_those_of_a_whole_build(ranks: int, dtype: torch.dtype) -> None:
     """Bit for bit, also where a parent initialises again, or scales, what a child has made; all ranks hold parts."""
     for found in run_ranks(parts_cases.built_both_ways, ranks, FAMILIES, dtype):
@@ -70,7 +73,13 @@ def write_shards(state: dict[str, torch.Tensor], folder: Path, num_shards: int) 
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
 
 
-@pytest.mark.parametrize("task", ["distill", "contrastive", "masked", "classification"])
+@pytest.mark.parametrize(
+    "task",
+    [
+        "distill",
+        *(pytest.param(task, marks=pytest.mark.slow) for task in ("contrastive", "masked", "classification")),
+    ],
+)
 def test_a_task_starts_from_the_same_values(recipe_values: Values, task: str) -> None:
     """Also where the student starts from a teacher that is itself in parts."""
     values = recipe_values(task)
@@ -145,8 +154,8 @@ def test_offload_changes_no_loss_and_resumes_exactly(
     ("model", "expected"),
     [
         (SWIN_TEACHER, ["layers.0.blocks.0", "layers.1.blocks.0"]),
-        (VIT, ["model.blocks.0", "model.blocks.1", "model.blocks.2"]),
-        (EVA, ["model.blocks.0", "model.blocks.1"]),
+        pytest.param(VIT, ["model.blocks.0", "model.blocks.1", "model.blocks.2"], marks=pytest.mark.slow),
+        pytest.param(EVA, ["model.blocks.0", "model.blocks.1"], marks=pytest.mark.slow),
     ],
 )
 def test_zero3_gathers_block_by_block(

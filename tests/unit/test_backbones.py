@@ -190,7 +190,14 @@ def test_pooling_without_a_token_grid_and_without_a_classifier() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["vit_relpos_small_patch16_224", "tnt_s_legacy_patch16_224", "swin_s3_tiny_224"]
+    "name",
+    [
+        "vit_relpos_small_patch16_224",
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in ("tnt_s_legacy_patch16_224", "swin_s3_tiny_224")
+        ),
+    ],
 )
 def test_nothing_is_drawn_in_a_training_forward(name: str) -> None:
     """Models with dropout unasked, and with patches or windows folded into the batch of a residual."""

@@ -104,6 +104,7 @@ def test_cores_of_a_node(make_recipe: Callable[..., Recipe]) -> None:
     assert input_needed(plan("views", make_recipe("contrastive", train__steps=10), GPUS["h100"], 1)) == []
 
 
+@pytest.mark.slow
 def test_epochs_have_all_crops(make_recipe: Callable[..., Recipe]) -> None:
     steps = [
         plan(

@@ -64,6 +64,7 @@ def measure(out: Path, *cells: Cell, **options: Any) -> dict[str, Record]:
     return {} if records is None else records.by_cell
 
 
+@pytest.mark.slow
 def test_what_goes_wrong_is_recorded_and_the_rest_goes_on(
     tmp_path: Path, started: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -70,6 +70,7 @@ def test_what_needs_no_measurement(recipe_file: str, tmp_path: Path) -> None:
     assert other.rows(records) == Job(recipe=recipe_file, weak=True).rows(records) == job.rows(None) == []
 
 
+@pytest.mark.slow
 def test_predicted_beside_measured(
     recipe_file: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -187,6 +187,7 @@ def test_global_generator_is_neither_used_nor_changed(source: Source) -> None:
     assert_same(take(make_loader(source), 2), first)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more workers than cores are meant
 def test_workers_change_nothing_and_end_with_the_iterator(source: Source) -> None:
     steps = make_loader(source, num_workers=4, micro_batch=3).iterate(1)

@@ -86,6 +86,7 @@ def small(recipe_values: Callable[..., dict[str, Any]], **changes: Any) -> Recip
     return build_recipe(recipe_values(**changes))
 
 
+@pytest.mark.slow
 def test_what_is_counted_on_meta_is_what_the_cpu_keeps(make_recipe: Callable[..., Recipe]) -> None:
     """The reference path, with numbers: storages that wait for the backward pass, found from outside.
 
@@ -117,6 +118,7 @@ def test_what_is_counted_on_meta_is_what_the_cpu_keeps(make_recipe: Callable[...
             assert found == pytest.approx(expected.kept.at(size), abs=1), (policy, size)
 
 
+@pytest.mark.slow
 def test_the_kernels_keep_less_than_the_reference(make_recipe: Callable[..., Recipe]) -> None:
     """Kernels keep qkv, output and a statistic; the reference keeps its softmax and more."""
     changes: dict[str, Any] = {
@@ -482,6 +484,7 @@ def test_check_refuses_what_does_not_fit(
     assert "nothing does on so many GPUs" in out
 
 
+@pytest.mark.slow
 def test_training_is_refused_where_it_cannot_fit(
     make_recipe: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

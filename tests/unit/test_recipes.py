@@ -24,8 +24,11 @@ SHAPES_OF_COCO = [name for name in COCO if not name.endswith("objects365")]
 DISTILLATION = [name for name in IMAGENET if name not in FINE_TUNING]
 
 
-def giants_are_slow(names: list[str]) -> list[Any]:
-    return [pytest.param(name, marks=[pytest.mark.slow] * name.endswith("giant")) for name in names]
+LARGE = ("giant", "large", "large_336", "esvit_swin_base")
+
+
+def large_ones_are_slow(names: list[str]) -> list[Any]:
+    return [pytest.param(name, marks=[pytest.mark.slow] * name.endswith(LARGE)) for name in names]
 
 
 def without_weights(recipe: Recipe) -> Recipe:
@@ -36,7 +39,7 @@ def without_weights(recipe: Recipe) -> Recipe:
     return resolved(replace(recipe, distill=replace(recipe.distill, teachers=teachers)))
 
 
-@pytest.mark.parametrize("name", giants_are_slow(DISTILLATION))
+@pytest.mark.parametrize("name", large_ones_are_slow(DISTILLATION))
 def test_a_step_of_shapes(name: str) -> None:
     """On the meta device: all shapes and dtypes of a step, no arithmetic, up to the 3 billion parameters."""
     recipe = without_weights(load_recipe(name))
@@ -78,7 +81,7 @@ def test_the_published_values() -> None:
         assert (recipe.distill.loss, recipe.distill.beta) == ("whitened_smooth_l1", 2.0)
 
 
-@pytest.mark.parametrize("name", giants_are_slow(FINE_TUNING))
+@pytest.mark.parametrize("name", large_ones_are_slow(FINE_TUNING))
 def test_a_fine_tuning_step_of_shapes(name: str) -> None:
     """On the meta device, as above; the bias of each block is its own."""
     recipe = load_recipe(name)
@@ -133,7 +136,7 @@ def test_the_published_values_of_fine_tuning() -> None:
         assert recipe.model.overrides["shared_bias"] is False
 
 
-@pytest.mark.parametrize("name", giants_are_slow(ADE20K))
+@pytest.mark.parametrize("name", large_ones_are_slow(ADE20K))
 def test_a_segmentation_step_of_shapes(name: str) -> None:
     """On the meta device, as above; SwinV2-G also at the size and window of its test."""
     recipe = load_recipe(name)
@@ -189,7 +192,7 @@ def test_the_published_values_of_segmentation() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.slow] * ("giant" in name)) for name in SHAPES_OF_COCO]
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * ("base" not in name)) for name in SHAPES_OF_COCO]
 )
 def test_a_detection_step_of_shapes(name: str) -> None:
     """On the meta device, as above; SwinV2-G also with the window of its test."""

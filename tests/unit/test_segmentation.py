@@ -211,7 +211,7 @@ def test_a_frozen_backbone_stays_as_it_is(head: Any) -> None:
 
 
 @pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("head", ["upernet", "linear", "mask2former"])
+@pytest.mark.parametrize("head", ["upernet", "linear", pytest.param("mask2former", marks=pytest.mark.slow)])
 def test_every_parameter_learns(name: str, head: Any) -> None:
     """Swin and ViT, ours and timm's: logits at a fourth of the size, and a gradient for every parameter."""
     torch.manual_seed(0)

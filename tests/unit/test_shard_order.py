@@ -72,6 +72,7 @@ def test_few_shards_at_a_time(window: int) -> None:
         assert sorted(gaps)[:-1] == [1] * (window - 1), "one after the other, in the circle"
 
 
+@pytest.mark.slow
 def test_every_sample_is_as_likely_at_every_position() -> None:
     order, counts = ShardOrder(shards(2, 2, 2), 2), np.zeros((6, 6))
     for seed in range(1000):

@@ -51,7 +51,7 @@ def test_weights_are_the_proportions_of_an_epoch(tar: str, folder: str) -> None:
     assert (source.key(0), source.key(18)) == ("0000", "y/2.png")
 
 
-@pytest.mark.parametrize("num_workers", [0, 1])
+@pytest.mark.parametrize("num_workers", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_an_epoch_of_the_loader_has_exactly_these_images(tar: str, folder: str, num_workers: int) -> None:
     source = open_source([one(tar, weight=3), one(folder)])
     loader = TrainLoader(
