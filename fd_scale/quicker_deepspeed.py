@@ -75,7 +75,10 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         LinearFunctionForZeroStage3.setup_context(ctx, (x, weight, bias), None)
-        return _TORCH_LINEAR(x, weight, bias)
+        rows = _TORCH_LINEAR(x.flatten(0, -2) if x.dim() > 2 else x, weight, bias)
+        # No view for autograd, which would not let others write into it.
+        out: Tensor = torch.ops.aten._unsafe_view(rows, [*x.shape[:-1], len(weight)])
+        return out
 
     backward = staticmethod(LinearFunctionForZeroStage3.backward)
 

@@ -197,6 +197,8 @@ def test_the_bias_is_added_in_the_product() -> None:
     assert "addmm" in operations.names
     assert not {"mm", "add", "add_"} & set(operations.names)
     theirs_BLE = torch.ops.aten.linear(*inputs)
+    for each in (out_BLE, theirs_BLE):
+        each.mul_(2).add_(1)  # as models do
     torch.testing.assert_close(out_BLE, theirs_BLE)
     ours, theirs = (torch.autograd.grad(each.square().sum(), inputs) for each in (out_BLE, theirs_BLE))
     for mine, other in zip(ours, theirs, strict=True):
