@@ -190,7 +190,8 @@ def assumptions(plan: Plan) -> list[str]:
         "assumed (while it worked, an H200 reached 38% with SwinV2-G, 17% with SwinV2-B: docs/measurements.md); FLOPs "
         "are exact: student 3 x forward, teachers that run 1 x, and what is recomputed; MFU leaves that out",
         f"host: {plan.launch_us:g} us of Python for each of {len(plan.counts.parameters)} trained tensors and "
-        "micro-batch, 1.9 times that at ZeRO-3, 0.4 times with train.cuda_graphs below; measured on the hosts of H200s",
+        "micro-batch, 1.9 times that at ZeRO-3, at most 0.4 times with train.cuda_graphs below; measured on the "
+        "hosts of H200s",
         f"network: NVLink {gpu.nvlink / 1e9:.0f} GB/s and InfiniBand {gpu.infiniband / 1e9:.0f} GB/s a GPU, one "
         f"direction (datasheets of the GPU and of NVIDIA's DGX machine), {GPUS_PER_NODE} GPUs a node; hidden behind "
         "computation as far as it can be",

@@ -37,7 +37,7 @@ class Assumptions:
     """Share of a GPU's dense bf16 peak at which it computes, recomputation counted as work. Assumed."""
     launch_us: float = LAUNCH_US
     """Microseconds that the host takes for each trained parameter tensor and micro-batch at ZeRO 0 to 2; 1.9 times that
-    at 3, 0.4 times with train.cuda_graphs. Measured on the hosts of H200s, docs/measurements.md."""
+    at 3, at most 0.4 times with train.cuda_graphs. Measured on the hosts of H200s, docs/measurements.md."""
     link_efficiency: float = 0.8
     """Share of the datasheets' rates of NVLink and InfiniBand that collectives reach. Assumed."""
     overlap: float = 0.9

@@ -354,17 +354,25 @@ def test_step_time_and_cost(planned: Callable[..., Plan]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("stage", "graphs", "factor"), [("1", False, 1), ("1", True, 0.4), ("3", False, 1.9)]
+    ("stage", "graphs", "micro_batch", "factor"),
+    [
+        ("1", False, 16, 1),
+        ("1", True, 16, 0.4),
+        ("1", True, 4, 1),  # refused with several micro-batches
+        ("2", True, 4, 0.4),
+        ("3", False, 4, 1.9),
+        ("3", True, 16, 1.9),
+    ],
 )
 def test_a_step_takes_no_less_than_its_launches(
-    planned: Callable[..., Plan], stage: str, graphs: bool, factor: float
+    planned: Callable[..., Plan], stage: str, graphs: bool, micro_batch: int, factor: float
 ) -> None:
     counts = numbers(10**6)
     choices = planned(counts, launch_us=1e6, train__cuda_graphs=graphs).choices
-    for choice in (each for each in choices if each.stage == stage):
-        assert choice.launch_seconds == pytest.approx(
-            factor * len(counts.parameters) * 16 / choice.micro_batch
-        )
+    found = [each for each in choices if (each.stage, each.micro_batch) == (stage, micro_batch)]
+    assert found
+    for choice in found:
+        assert choice.launch_seconds == pytest.approx(factor * len(counts.parameters) * 16 / micro_batch)
         assert choice.step_seconds == choice.launch_seconds
 
 
