@@ -45,10 +45,11 @@ def show(name: str, records: Sequence[Record], assumed: Assumptions) -> None:
 def predictions(records: Sequence[Record], assumed: Assumptions) -> tuple[list[Point], Assumptions]:
     """Predicts the steps of measured sizes.
 
-    The first size says how quickly these devices compute, so that what is compared is the scaling.
+    The first size says how quickly these devices compute and, where it outran the assumed host, how quickly theirs
+    launches, so that what is compared is the scaling.
 
     Returns:
-        A point for each record, and the assumptions with the utilisation of the first one.
+        A point for each record, and the assumptions with the utilisation and host time of the first one.
     """
     if not records:
         return [], assumed
@@ -66,8 +67,12 @@ def predictions(records: Sequence[Record], assumed: Assumptions) -> tuple[list[P
         return [predict(planned, assumed) for planned in plans]
 
     busy_s = _seconds(records[0]) / (1 + assumed.jitter * expected_maximum(records[0].num_ranks))
-    factor = points(assumed)[0].flops_s / busy_s
-    found = replace(assumed, utilisation=min(1.0, assumed.utilisation * factor))
+    first = points(assumed)[0]
+    found = replace(
+        assumed,
+        utilisation=min(1.0, assumed.utilisation * first.flops_s / busy_s),
+        launch_us=assumed.launch_us * busy_s / max(busy_s, first.launch_s),
+    )
     return points(found), found
 
 
@@ -93,8 +98,8 @@ def _notes(first: Record, assumed: Assumptions) -> list[str]:
         f"measured on {first.environment.gpu}, commit {first.environment.commit}, {first.num_steps} steps: medians; "
         "images are noise in memory, and nothing is saved",
         f"predicted with the links of {gpu.name}{'' if known else ', which stand in for those that are here'}, and "
-        f"utilisation = {assumed.utilisation:.3g}, that of the fewest ranks; the rest as `fd-scale plan "
-        "--scaling` prints",
+        f"utilisation = {assumed.utilisation:.3g} and launch_us = {assumed.launch_us:.3g}, which the fewest ranks "
+        "allow; the rest as `fd-scale plan --scaling` prints",
         "share: images/s a rank over those on the fewest; MB sent: by a rank, a step",
     ]
 

@@ -1,6 +1,7 @@
 """`bench scale`: sizes, settings, and predicted beside measured. `tests/distributed` starts the ranks."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +91,10 @@ def test_predicted_beside_measured(
     assert late[0].training_s == pytest.approx(8, rel=1e-3)
     assert found.jitter == 0
     assert found.utilisation < 1e-3
+    slow_host = replace(assumed, launch_us=1e9)
+    hosted, found = scale_report.predictions(measured, slow_host)
+    assert hosted[0].training_s == pytest.approx(10), "a host is no slower than what was measured"
+    assert found.launch_us < slow_host.launch_us
     failed = record(job, 4, error="rank 3: out of memory")
     scale_report.show(job.name, [*measured, failed], assumed)
     out = capsys.readouterr().out
