@@ -20,7 +20,6 @@ import torch
 from fd_scale import log, run_folder
 from fd_scale.config import FeaturesConfig, Recipe
 from fd_scale.data import Batch, FeatureFiles, Source, Transform, training_transform, view_batches
-from fd_scale.data.loader import NUM_REPLACEMENTS
 from fd_scale.distill import built_teachers, codec_of
 from fd_scale.distributed import World
 from fd_scale.errors import UserError
@@ -48,8 +47,8 @@ class Part:
     identity: dict[str, Any]
     crops: int
     """Of each image, in one view; a record holds the features of all of them."""
-    num_replacements: int
-    """Others that are tried in place of an image that cannot be decoded."""
+    max_bad_fraction: float
+    """Of the images, which need not be decodable: another takes the place of such a one."""
 
     @property
     def name(self) -> str:
@@ -61,7 +60,9 @@ def train_part(recipe: Recipe, source: Source) -> Part:
     """Returns the views of a training's images, for a resolved recipe with `distill.features`."""
     section = _section(recipe)
     transform = training_transform(recipe, source)
-    return _part(recipe, "train", source, transform, section.views, recipe.data.crops, NUM_REPLACEMENTS)
+    return _part(
+        recipe, "train", source, transform, section.views, recipe.data.crops, recipe.data.max_bad_fraction
+    )
 
 
 def evaluation_part(recipe: Recipe, images: EvaluationSet) -> Part:
@@ -78,7 +79,8 @@ def compute(recipe: Recipe, part: Part, world: World) -> None:
         world: ranks.
 
     Raises:
-        UserError: the folder has other features, or cannot be written; or an image cannot be decoded.
+        UserError: the folder has other features, or cannot be written; or an image of the evaluation, or more than
+            `data.max_bad_fraction` of the training's, cannot be decoded.
     """
     files = part.files
     world.on_main(lambda: files.open(part.identity, make=True))
@@ -122,7 +124,7 @@ def _batches(recipe: Recipe, part: Part, view: int, files: list[range]) -> Itera
         view=view,
         requests=[ids[first : first + size] for ids in files for first in range(0, len(ids), size)],
         num_workers=recipe.data.num_workers,
-        num_replacements=part.num_replacements,
+        max_bad_fraction=part.max_bad_fraction,
         crops=part.crops,
     )
 
@@ -144,14 +146,14 @@ def _part(
     transform: Transform,
     num_views: int,
     crops: int,
-    num_replacements: int,
+    max_bad_fraction: float,
 ) -> Part:
     folder = Path(_section(recipe).folder) / name
     files = FeatureFiles(folder, crops * codec_of(recipe).record_bytes, len(source), num_views)
     identity = run_folder.identity(recipe, source.fingerprint, stage=0, world_size=1)
     pattern = re.compile(_DECIDING + _DECIDING_VIEWS if name == "train" else _DECIDING)
     deciding = {key: value for key, value in identity.items() if pattern.fullmatch(key)}
-    return Part(source, transform, files, deciding | {"format": FORMAT}, crops, num_replacements)
+    return Part(source, transform, files, deciding | {"format": FORMAT}, crops, max_bad_fraction)
 
 
 def _section(recipe: Recipe) -> FeaturesConfig:

@@ -99,6 +99,41 @@ class _BadSample(NamedTuple):
 _Loaded = tuple[Batch | None, list[_BadSample]]
 
 
+class _Toll:
+    """Counts the samples that could not be decoded, names each once, and says when they are too many."""
+
+    def __init__(self, max_fraction: float, num_crops: int) -> None:
+        if not 0 <= max_fraction <= 1:
+            raise UserError(f"max_bad_fraction must be between 0 and 1, got {max_fraction}; 0.01 is usual")
+        self._max_fraction = max_fraction
+        self._min_judged = min(_MIN_JUDGED_SAMPLES, num_crops)
+        self._num_seen = 0
+        self._num_bad = 0
+        self._names: dict[int, str] = {}
+
+    def take(self, batch: Batch | None, bad: list[_BadSample]) -> Batch:
+        """Returns the batch, if there is one and not too many were bad so far."""
+        if batch is None and len(bad) == 1:
+            raise UserError(f"{bad[0].name} cannot be decoded: {bad[0].reason}; repair or remove it")
+        for sample in bad:
+            if sample.sample_id not in self._names:
+                self._names[sample.sample_id] = sample.name
+                logger.warning("%s cannot be decoded, another sample takes its place: %s", *sample[1:])
+        names = ", ".join(list(self._names.values())[:3])
+        if batch is None:
+            raise UserError(
+                f"{NUM_REPLACEMENTS + 1} samples in a row cannot be decoded: {names}; repair the data set"
+            )
+        self._num_seen += len(batch.labels)
+        self._num_bad += batch.num_bad
+        if self._num_bad > self._max_fraction * max(self._num_seen, self._min_judged):
+            raise UserError(
+                f"{self._num_bad} of {self._num_seen} samples cannot be decoded, allowed are "
+                f"{self._max_fraction:.2%} (max_bad_fraction): {names}; repair or remove them"
+            )
+        return batch
+
+
 @dataclass(frozen=True)
 class _Reader:
     """Reads, decodes and augments samples; runs inside the workers."""
@@ -256,10 +291,6 @@ class TrainLoader:
                 f"global batch {global_batch} is larger than the data set of {num_crops} samples; "
                 f"take at most {num_crops}"
             )
-        if not 0 <= max_bad_fraction <= 1:
-            raise UserError(
-                f"max_bad_fraction must be between 0 and 1, got {max_bad_fraction}; 0.01 is usual"
-            )
         self.accumulation = global_batch // rows
         self.steps_per_epoch = num_crops // global_batch
         self.global_batch = global_batch
@@ -267,11 +298,7 @@ class TrainLoader:
         self._first_row = rank * global_batch // world_size
         self._num_workers = num_workers
         self._pin_memory = pin_memory
-        self._max_bad_fraction = max_bad_fraction
-        self._min_judged = min(_MIN_JUDGED_SAMPLES, num_crops)
-        self._num_seen = 0
-        self._num_bad = 0
-        self._bad_names: dict[int, str] = {}
+        self._toll = _Toll(max_bad_fraction, num_crops)
         by_shards = None
         if shard_window:
             by_shards = ShardOrder(sharded(source).first_of_shards(), shard_window)
@@ -303,32 +330,13 @@ class TrainLoader:
             samples = replace(samples, reader=reader, order_seed=seed)
         with contextlib.closing(_run(samples, requests, self._num_workers, self._pin_memory)) as loaded:
             while True:
-                yield [self._checked(*next(loaded)) for _ in range(self.accumulation)]
+                yield [self._toll.take(*next(loaded)) for _ in range(self.accumulation)]
 
     def _micro_batches(self, start_step: int) -> Iterator[range]:
         for step in itertools.count(start_step):
             first = step * self.global_batch + self._first_row
             for i in range(self.accumulation):
                 yield range(first + i * self.micro_batch, first + (i + 1) * self.micro_batch)
-
-    def _checked(self, batch: Batch | None, bad: list[_BadSample]) -> Batch:
-        for sample in bad:
-            if sample.sample_id not in self._bad_names:
-                self._bad_names[sample.sample_id] = sample.name
-                logger.warning("%s cannot be decoded, another sample takes its place: %s", *sample[1:])
-        names = ", ".join(list(self._bad_names.values())[:3])
-        if batch is None:
-            raise UserError(
-                f"{NUM_REPLACEMENTS + 1} samples in a row cannot be decoded: {names}; repair the data set"
-            )
-        self._num_seen += len(batch.labels)
-        self._num_bad += batch.num_bad
-        if self._num_bad > self._max_bad_fraction * max(self._num_seen, self._min_judged):
-            raise UserError(
-                f"{self._num_bad} of {self._num_seen} samples cannot be decoded, allowed are "
-                f"{self._max_bad_fraction:.2%} (max_bad_fraction): {names}; repair or remove them"
-            )
-        return batch
 
 
 def evaluation_batches(
@@ -377,7 +385,7 @@ def evaluation_batches(
         view=0,
         requests=itertools.starmap(range, itertools.pairwise(own)),
         num_workers=num_workers,
-        num_replacements=0,
+        max_bad_fraction=0,
         features=features,
     )
 
@@ -390,7 +398,7 @@ def view_batches(
     view: int,
     requests: Iterable[range],
     num_workers: int,
-    num_replacements: int = NUM_REPLACEMENTS,
+    max_bad_fraction: float,
     crops: int = 1,
     features: FeatureFiles | None = None,
 ) -> Generator[Batch, None, None]:
@@ -403,21 +411,19 @@ def view_batches(
         view: the epoch.
         requests: the sample ids of each batch, which become its positions.
         num_workers: processes that read and transform; 0 for none.
-        num_replacements: others that are tried in place of a sample that cannot be decoded.
+        max_bad_fraction: as of `TrainLoader`; at 0 nothing is tried in place of a sample that cannot be decoded.
         crops: of each sample, side by side; positions are of samples then.
         features: teachers' features that each batch brings along.
 
     Raises:
-        UserError: a sample cannot be decoded, nor can any of its replacements.
+        UserError: more than `max_bad_fraction` of the samples cannot be decoded.
     """
+    num_replacements = NUM_REPLACEMENTS if max_bad_fraction else 0
     samples = _SamplesInOrder(_Reader(source, transform, seed, num_replacements, crops, features), view)
+    toll = _Toll(max_bad_fraction, len(source) * crops)
     with contextlib.closing(_run(samples, requests, num_workers, pin_memory=False)) as loaded:
         for batch, bad in loaded:
-            if batch is None:
-                raise UserError(f"{bad[0].name} cannot be decoded: {bad[0].reason}; repair or remove it")
-            for sample in bad:
-                logger.warning("%s cannot be decoded, another sample takes its place: %s", *sample[1:])
-            yield batch
+            yield toll.take(batch, bad)
 
 
 def _run(

@@ -285,6 +285,16 @@ def test_a_second_call_makes_what_is_missing_alike(
     assert after[1][0] == before[1][0]
 
 
+def test_too_many_bad_images_end_a_call(keeping: Callable[..., Recipe]) -> None:
+    recipe = keeping()
+    part = teacher_features.train_part(recipe, open_source(recipe.data.train))
+    assert part.max_bad_fraction == 0.5
+    with pytest.raises(UserError, match=r"1 of \d+ samples cannot be decoded, allowed are 1\.00%.*07\.png"):
+        teacher_features.compute(recipe, replace(part, max_bad_fraction=0.01), WORLD)
+    with pytest.raises(UserError, match=r"07\.png cannot be decoded: .*repair or remove it"):
+        teacher_features.compute(recipe, replace(part, max_bad_fraction=0), WORLD)
+
+
 @pytest.mark.slow
 def test_a_run_trains_and_evaluates_without_its_teacher(
     keeping: Callable[..., Recipe], images: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
