@@ -20,6 +20,7 @@ from fd_scale.plan.memory import (
     HIERARCHICAL,
     STAGES,
     Memory,
+    Recorded,
     frozen_in_parts,
     memory,
     persistent_parameters,
@@ -264,7 +265,8 @@ def _choice(
 ) -> Choice:  # fmt: skip
     train = recipe.train
     accumulation = train.global_batch // (micro_batch * num_gpus)
-    held = state(counts, stage, num_gpus, train.precision, accumulation, zero)
+    recorded = _recorded(recipe, stage, accumulation)
+    held = state(counts, stage, num_gpus, train.precision, accumulation, zero, recorded)
     activations = counts.activations[policy]
     flops = train.global_batch * (_model_flops(counts) + activations.recomputed_flops)
     size = 4 if train.precision == "fp32" else 2
@@ -273,7 +275,7 @@ def _choice(
         policy=policy,
         micro_batch=micro_batch,
         accumulation=accumulation,
-        memory=memory(counts, held, activations, micro_batch),
+        memory=memory(counts, held, activations, micro_batch, recorded),
         compute_seconds=flops / (num_gpus * gpu.peak_flops * utilisation),
         launch_seconds=launch_seconds(recipe, counts, stage, accumulation, launch_us),
         traffic=traffic(
@@ -303,10 +305,17 @@ def launch_seconds(recipe: Recipe, counts: Counts, stage: str, accumulation: int
         most; SwinV2-G at ZeRO-3, 743 tensors, 606 and 699 ms, of which the GPU worked 506.
     """
     in_parts = stage in ("3", HIERARCHICAL)
-    # Below stage 2 graphs are refused where a step is several micro-batches.
-    recorded = recipe.train.cuda_graphs and (accumulation == 1 or stage == "2")
-    factor = 1.9 if in_parts else 0.4 if recorded else 1.0
+    factor = 1.9 if in_parts else 0.4 if _recorded(recipe, stage, accumulation) == "all" else 1.0
     return 1e-6 * launch_us * factor * len(counts.parameters) * accumulation
+
+
+def _recorded(recipe: Recipe, stage: str, accumulation: int) -> Recorded:
+    if not recipe.train.cuda_graphs:
+        return "nothing"
+    if stage in ("3", HIERARCHICAL):
+        return "teacher"
+    # Below stage 2 graphs are refused where a step is several micro-batches.
+    return "all" if accumulation == 1 or stage == "2" else "nothing"
 
 
 @dataclass(frozen=True)

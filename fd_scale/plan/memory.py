@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from fd_scale.ds_config import offload_device
 from fd_scale.hardware import GPUS_PER_NODE
@@ -16,6 +16,8 @@ from fd_scale.plan.counts import Activations, Counts
 HIERARCHICAL = "hierarchical"
 """ZeRO-3 within a node, replicated between nodes, as MiCS does (arXiv 2205.00119). Planned, not run by this version."""
 STAGES = ("0", "1", "2", "3", HIERARCHICAL)
+Recorded = Literal["nothing", "teacher", "all"]
+"""What runs as CUDA graphs; `all`: the teacher's pass, and the student's forward and backward."""
 
 # What DeepSpeed takes where its JSON names no other number; in elements.
 _REDUCE_BUCKET = 5e8
@@ -46,8 +48,9 @@ class State:
 
 
 def state(
-    counts: Counts, stage: str, num_gpus: int, precision: str, accumulation: int, zero: dict[str, Any]
-) -> State:
+    counts: Counts, stage: str, num_gpus: int, precision: str, accumulation: int, zero: dict[str, Any],
+    recorded: Recorded = "nothing",
+) -> State:  # fmt: skip
     """Predicts what a GPU holds.
 
     Args:
@@ -57,6 +60,7 @@ def state(
         precision: fp32, bf16 or fp16.
         accumulation: micro-batches a step.
         zero: section `zero_optimization` of the DeepSpeed JSON.
+        recorded: in the recipe's run.
     """
     size = 4 if precision == "fp32" else 2
     total = counts.num_parameters
@@ -77,10 +81,12 @@ def state(
     # What is offloaded is on the host: the optimizer's states and the gradients that it reads, or the parameters.
     stays = offload_device({"zero_optimization": zero}, "offload_optimizer") == "none"
     if stage in ("1", "2"):
-        # Stage 1 accumulates whole gradients; where it does not accumulate, they go as they are reduced.
+        # Stage 1 accumulates whole gradients; where it does not accumulate, they go as they are reduced. A graph writes
+        # them where they stay.
         all_gradients = stage == "1" and accumulation > 1
+        written = size * total if recorded == "all" else 0
         return State(
-            parameters=size * total, gradients=size * (total if all_gradients else own * stays),
+            parameters=size * total, gradients=written + size * (total if all_gradients else own * stays),
             optimizer=12 * own * stays,
             teacher=teacher, buffers=bucket * (2 if zero.get("overlap_comm", False) else 1) + teacher_live,
             step=4 * own * stays,
@@ -123,8 +129,19 @@ class Memory:
         return self.state.steady + self.state.teacher + self.state.buffers + self.kept + self.working
 
 
-def memory(counts: Counts, state: State, activations: Activations, micro_batch: int) -> Memory:
-    """Predicts the fullest moment of a step: in the backward pass, the teachers' forward pass or the optimizer."""
-    kept = activations.kept.at(micro_batch)
-    alone = max(counts.teacher_working.at(micro_batch), state.step)
-    return Memory(state, kept, max(activations.working.at(micro_batch), alone - kept))
+def memory(
+    counts: Counts, state: State, activations: Activations, micro_batch: int, recorded: Recorded = "nothing"
+) -> Memory:
+    """Predicts the fullest moment of a step: in the backward pass, the teachers' forward pass or the optimizer.
+
+    What a graph works in belongs to it alone at any moment, so that a maximum over moments becomes a sum.
+    """
+    kept, working = activations.kept.at(micro_batch), activations.working.at(micro_batch)
+    teacher = counts.teacher_working.at(micro_batch)
+    if recorded == "all":
+        working += teacher + state.step
+    elif recorded == "teacher":
+        working = teacher + max(working, state.step - kept)
+    else:
+        working = max(working, max(teacher, state.step) - kept)
+    return Memory(state, kept, working)

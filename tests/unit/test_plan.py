@@ -29,7 +29,7 @@ from fd_scale.models import Backbone, create_model
 from fd_scale.plan import Plan, Policy, count, plan, plot, present_gpu, require_fit, show, to_json, write_json
 from fd_scale.plan.counts import Activations, Counts, Line, Meter, NotCountedError, keeping
 from fd_scale.plan.estimate import Traffic, traffic
-from fd_scale.plan.memory import Memory, State, memory, state
+from fd_scale.plan.memory import Memory, Recorded, State, memory, state
 
 G = 10**9
 
@@ -271,6 +271,12 @@ def test_states_of_every_stage(
     assert found.steady == sum(expected) * G + whole
 
 
+@pytest.mark.parametrize(("stage", "gradients"), [("0", 20), ("1", 20 + 5), ("2", 20 + 5), ("3", 5)])
+def test_a_graph_writes_whole_gradients(stage: str, gradients: float) -> None:
+    recorded: Recorded = "teacher" if stage == "3" else "all"
+    assert state(numbers(), stage, 4, "bf16", 1, {}, recorded).gradients == gradients * G
+
+
 def test_buffers_are_those_of_the_json() -> None:
     def buffers(stage: str, **zero: Any) -> float:
         return state(numbers(), stage, 4, "bf16", 1, zero).buffers
@@ -295,6 +301,27 @@ def test_the_fullest_moment() -> None:
     assert memory(counts, held, costs, 1).total == 31 + 1000
     alone = replace(counts, teacher_working=Line(0, 0))
     assert memory(alone, held, costs, 10).working == 15
+    # What graphs work in stays with them.
+    assert memory(counts, held, costs, 1, "teacher").working == 300 + 1000 - 110
+    assert memory(counts, replace(held, step=0), costs, 1, "teacher").working == 300 + 6
+    assert memory(counts, held, costs, 1, "all").working == 6 + 300 + 1000
+
+
+def test_recipes_with_graphs_are_planned_with_them() -> None:
+    settings = ["distill.teachers.0.model.weights=null", "train.global_batch=64", "train.micro_batch=8"]
+    recipe = load_recipe("imagenet/clip_vit_base", [*settings, "train.cuda_graphs=true"])
+    counts = count(recipe)
+
+    def totals(recipe: Recipe) -> dict[str, float]:
+        planned = plan("b", recipe, find_gpu("h100"), 8, images=0, counts=counts)
+        kind = (planned.own.policy, planned.own.micro_batch)
+        alike = (each for each in planned.choices if (each.policy, each.micro_batch) == kind)
+        return {each.stage: each.memory.total for each in alike}
+
+    plain, found = totals(load_recipe("imagenet/clip_vit_base", settings)), totals(recipe)
+    pool = counts.teacher_working.at(8)
+    assert found["1"] - plain["1"] > pool + 2 * counts.num_parameters
+    assert found["3"] - plain["3"] == pytest.approx(pool)
 
 
 def test_traffic_by_hand() -> None:
