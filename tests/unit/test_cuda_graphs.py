@@ -8,12 +8,14 @@ import pytest
 import torch
 from cpu_graphs import STAND_INS
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from fd_scale import ds_config
-from fd_scale.config import FeaturesConfig, ModelConfig, Recipe
+from fd_scale.config import FeaturesConfig, ModelConfig, Recipe, load_recipe, packaged_recipes
 from fd_scale.cuda_graphs import record
 from fd_scale.errors import UserError
-from fd_scale.models import build_model
+from fd_scale.models import build_model, resolved_model
 
 
 @pytest.fixture(autouse=True)
@@ -133,6 +135,41 @@ def test_what_cannot_be_recorded_is_named() -> None:
         UserError, match=r"train.cuda_graphs: some_model cannot be recorded: operation not .*false"
     ):
         record(Reading(), torch.zeros(4, 3), name="some_model")
+
+
+class OnTheHost(TorchDispatchMode):
+    """Notes what gives tensors on the CPU: copied to a GPU from there, they end a recording."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if any(leaf.device.type == "cpu" for leaf in tree_leaves(out) if isinstance(leaf, Tensor)):
+            self.found.add(str(func))
+        return out
+
+
+@pytest.mark.slow
+def test_packaged_models_make_nothing_on_the_host() -> None:
+    """On the meta device, where a number that the host would wait for is an error."""
+    models = {}
+    for name in packaged_recipes():
+        recipe = load_recipe(name)
+        if recipe.distill is not None and name.startswith("imagenet/"):
+            for model in (recipe.model, *(teacher.model for teacher in recipe.distill.teachers)):
+                models[repr(resolved_model(replace(model, weights=None)))] = model
+    assert len(models) > 12
+    for config in map(resolved_model, models.values()):
+        with torch.device("meta"):
+            module = build_model(replace(config, weights=None))
+            pixels_BCHW = torch.zeros(2, 3, config.size, config.size)
+            scale_RB = torch.ones(len(module.drop_path_rates), 2)
+        module(pixels_BCHW, scale_RB)  # tables that are kept
+        with OnTheHost() as host:
+            module(pixels_BCHW, scale_RB)
+        assert not host.found, config.name
 
 
 @pytest.mark.parametrize(
