@@ -89,12 +89,6 @@ class Recipe:
                 f"data.crops: got {self.data.crops}, and task {self.task} learns from one crop of an image at a time; "
                 "set it to 1"
             )
-        section = self.classification
-        if self.data.crops > 1 and section is not None and (section.mixup or section.cutmix):
-            raise UserError(
-                f"data.crops: got {self.data.crops}, and classification.mixup and cutmix mix neighbours, which would "
-                "be crops of one image; set it to 1, or both of them to 0"
-            )
         if self.linear_probe is not None and (self.optim.grad_clip or self.optim.layer_decay != 1):
             raise UserError(
                 "optim.grad_clip, optim.layer_decay: a linear probe trains classifiers that must not touch each other, "

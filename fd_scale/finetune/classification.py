@@ -116,8 +116,9 @@ class ClassificationTask:
         self.mixing = None
         if config.mixup or config.cutmix:
             self.mixing = Mixing(
-                seed=recipe.seed, mixup=config.mixup, cutmix=config.cutmix, cutmix_share=config.cutmix_share
-            )
+                seed=recipe.seed, mixup=config.mixup, cutmix=config.cutmix, cutmix_share=config.cutmix_share,
+                crops=recipe.data.crops,
+            )  # fmt: skip
         self.evaluation = evaluation
         dtype = dtype_of(recipe.train.precision)
         self.module = ClassificationModule(recipe.model, recipe.classification, num_classes, dtype)

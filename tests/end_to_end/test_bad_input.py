@@ -128,7 +128,7 @@ def write(tmp_path: Path) -> Write:
         pytest.param("classification", ["classification.num_classes=1000"],
                      ["classification.num_classes: got 1000", "digits:train has 10"], id="class count"),
         pytest.param("classification", ["classification.cutmix=1.0", "train.micro_batch=1"],
-                     ["train.micro_batch", "mix pairs", "is 1", "even"], id="pairs"),
+                     ["train.micro_batch", "mix pairs", "is 1", "multiple of 2"], id="pairs"),
         pytest.param("segmentation", [], ["data.train: digits:train has no masks", "masks:PATH"], id="no masks at all"),
         pytest.param("segmentation", ["data.erasing=0.1"], ["task segmentation cuts its views"], id="augmented masks"),
         pytest.param("contrastive", [], ["8 x 1 ranks", "train.global_batch=16"], id="contrastive accumulation"),

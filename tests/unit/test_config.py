@@ -210,10 +210,6 @@ def test_every_limit_is_in_the_table_above() -> None:
             "data.crops: got 2, and task contrastive learns from one crop of an image at a time; set it to 1",
         ),
         (
-            {"task": "classification", "distill": None, "classification": {"mixup": 0.8}, "data__crops": 2},
-            "data.crops: got 2, and classification.mixup and cutmix mix neighbours",
-        ),
-        (
             {
                 "task": "linear_probe",
                 "distill": None,

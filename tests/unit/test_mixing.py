@@ -1,5 +1,7 @@
 """Mixup and CutMix: timm's arithmetic, on pairs that the position in the stream decides."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -68,6 +70,24 @@ def test_a_pair_is_mixed_alike_in_any_batch() -> None:
     later = BOTH(images, labels, positions + 16)
     for changed in (other_seed, later):
         assert (changed.weights != whole.weights).float().mean() > 0.5
+
+
+@pytest.mark.parametrize("mixing", [MIXUP, CUTMIX, BOTH])
+def test_crops_of_an_image_are_mixed_with_those_of_the_next(mixing: Mixing) -> None:
+    """Crop c of an image with crop c of the other: as two streams of one crop each, but for what is drawn."""
+    images, labels, positions = batch(24)
+    labels = positions // 3
+    mixed = replace(mixing, crops=3)(images, labels, positions)
+    partners = torch.tensor([3, 4, 5, 0, 1, 2]).repeat(4) + positions // 6 * 6
+    assert torch.equal(mixed.partner_labels, labels[partners])
+    assert torch.equal(mixed.weights, mixed.weights[partners])
+    assert len(mixed.weights.unique()) > 9, "each of 12 pairs for itself"
+    own = mixed.weights[:, None, None, None]
+    if mixing is MIXUP:
+        expected = own * images.float() + (1 - own) * images[partners].float()
+        torch.testing.assert_close(mixed.images, expected, rtol=0, atol=1e-4)
+    part = replace(mixing, crops=3)(images[6:12], labels[6:12], positions[6:12])
+    assert torch.equal(part.images, mixed.images[6:12])
 
 
 def test_weights_are_of_the_beta_distribution() -> None:
