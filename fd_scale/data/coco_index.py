@@ -84,18 +84,20 @@ def index_of(file: Path) -> CocoIndex:
     Raises:
         UserError: as of `convert`, or the cache cannot be written.
     """
-    try:
-        state = file.stat()
-    except OSError as error:
-        raise UserError(f"{file} cannot be read ({error.strerror}); check the path") from None
-    index = cache_file(
-        file.stem, [str(file.resolve()), str(state.st_size), str(state.st_mtime_ns), str(VERSION)]
-    )
+    index = cache_file(file.stem, [str(file.resolve()), *map(str, _state(file)), str(VERSION)])
     try:
         make_once(index, lambda: convert(file, index))
     except OSError as error:
         raise unwritable(index, error) from None
     return CocoIndex(index)
+
+
+def _state(file: Path) -> tuple[int, int]:
+    try:
+        found = file.stat()
+    except OSError as error:
+        raise UserError(f"{file} cannot be read ({error.strerror}); check the path") from None
+    return found.st_size, found.st_mtime_ns
 
 
 def convert(source: Path, target: Path) -> None:
@@ -107,16 +109,18 @@ def convert(source: Path, target: Path) -> None:
         target: the index.
 
     Raises:
-        UserError: the JSON cannot be read, or an annotation is broken.
+        UserError: the JSON cannot be read, an annotation is broken, or the file changed meanwhile.
         OSError: the target cannot be written.
     """
     began = time.monotonic()
     logger.info("%s: an index of it is made, once", source)
 
     def fill(out: IO[bytes]) -> tuple[Columns, dict[str, Any]]:
-        table, lists = _Table(source, out), JsonLists(source)
+        before, table, lists = _state(source), _Table(source, out), JsonLists(source)
         for name, value in lists:
             table.add(name, value)
+        if _state(source) != before:
+            raise UserError(f"{source}: has changed while it was read; start again when it is written")
         return table.columns(), {"digest": lists.digest.hexdigest(), **table.facts}
 
     CocoIndex.create(target, fill)

@@ -1,9 +1,10 @@
 """Objects in COCO's format: what is read equals pycocotools, and what is broken is one sentence."""
 
 import json
+import os
 import pickle
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -288,6 +289,24 @@ def test_what_is_no_json(tmp_path: Path, text: str, words: str) -> None:
     (tmp_path / "file.json").write_bytes(text.encode("latin-1"))
     with pytest.raises(UserError, match=rf"file.json:? {words}" if words.startswith("cannot") else words):
         list(JsonLists(tmp_path / "file.json"))
+
+
+def test_json_that_changes_while_it_is_read(
+    tmp_path: Path, write_objects: WriteObjects, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_objects(tmp_path / "set")
+    file = tmp_path / "set/instances.json"
+
+    class Slow(JsonLists):
+        def __iter__(self) -> Iterator[tuple[str, Any]]:
+            yield from super().__iter__()
+            os.utime(file, (0, 0))  # as after a second copy to it
+
+    monkeypatch.setattr("fd_scale.data.coco_index.JsonLists", Slow)
+    with pytest.raises(UserError, match=r"instances\.json: has changed while it was read; start again"):
+        index_of(file)
+    monkeypatch.undo()
+    assert len(index_of(file)) == 8
 
 
 def test_json_is_read_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
