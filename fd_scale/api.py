@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -30,7 +30,6 @@ from fd_scale.data import (
     spread,
     training_transform,
 )
-from fd_scale.diagnose.landscape import Grid, landscape_of
 from fd_scale.distill import DistillationTask
 from fd_scale.distributed import Preemption, World
 from fd_scale.engine import Engine, Partition
@@ -63,6 +62,9 @@ from fd_scale.predict import class_names_of, predict_images
 from fd_scale.pretrain import ContrastiveTask, MaskedTask
 from fd_scale.randomness import initial_seed
 from fd_scale.trainer import Task, Trainer
+
+if TYPE_CHECKING:
+    from fd_scale.diagnose.landscape import Grid
 
 __all__ = [
     "build_task", "build_trainer", "convert", "evaluate", "export", "features", "fetch", "index", "interpolate",
@@ -151,6 +153,8 @@ def landscape(
             f"{run}: no landscape of task {recipe.task}; expected a distillation, masked images or a classification"
         )
     restore(task, recipe, checkpoint, world)
+    from fd_scale.diagnose.landscape import landscape_of  # and plots: half a second of every rank's start
+
     return landscape_of(task, recipe, checkpoint, grid, num_images, world)
 
 

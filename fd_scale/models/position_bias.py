@@ -8,7 +8,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from fd_kernels.window_attention.reference import relative_position_index
-from scipy.interpolate import RectBivariateSpline
 from torch import Tensor, nn
 
 from fd_scale.models.layers import Linear, at_least_fp32
@@ -110,6 +109,8 @@ def resized_table(table_Th: Tensor, num_tokens: int) -> Tensor:
 
     Source: Bao et al. 2021 (arXiv:2106.08254), the released code, which takes q from 1.01 on.
     """
+    from scipy.interpolate import RectBivariateSpline  # a third of a second of every rank's start
+
     old_side = math.isqrt(len(table_Th))
     assert old_side * old_side == len(table_Th), "a square grid"
     distances = _stretched(old_side // 2, num_tokens - 1)
