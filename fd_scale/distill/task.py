@@ -71,12 +71,13 @@ class DistillationTask:
         self.seed = recipe.seed
         self.evaluation = evaluation
         self.bank = bank
-        self.targets = [targets_of(teacher) for teacher in config.teachers]
         self.teachers: list[Teacher] = []
         if config.features is None:
             self.teachers = built_teachers(recipe, in_parts)
+            self.targets = [teacher.targets for teacher in self.teachers]
         else:
             self.codec = codec_of(recipe)
+            self.targets = [targets_of(teacher) for teacher in config.teachers]
         dtype = dtype_of(recipe.train.precision)
         with placement.building(dtype):
             student = build_model(recipe.model)

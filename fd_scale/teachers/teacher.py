@@ -58,12 +58,12 @@ class Teacher:
         self.config = config
         self.dtype = dtype
         self.img_size = resolved_model(config.model).size
+        self.targets = targets_of(config)  # before minutes are spent on a large model
         # eval() for good: DeepSpeed's coordinator also mistakes a teacher in train mode under no_grad.
         self.placement = placement
         with placement.building(dtype):
             self.model = build_model(config.model, config.target)
         self.model.to(dtype).eval().requires_grad_(False)
-        self.targets = targets_of(config)
         self.drop_path_rates = self.model.drop_path_rates if config.drop_path else ()
         if config.drop_path and not any(self.drop_path_rates):
             raise UserError(
