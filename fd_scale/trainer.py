@@ -9,9 +9,11 @@ Shape legend: B = images of a micro-batch on this rank.
 
 from __future__ import annotations
 
+import gc
 import logging
 import math
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -115,7 +117,11 @@ class Trainer:
             self.loss_watch = LossWatch(self.recipe.watch.spike_factor, self.state.recent_losses)
             self.recorder.start(self.state.step, self.num_steps, self._evaluated())
             folder = Path(self.recipe.run_dir) / "profile" if self.recipe.log.profile else None
-            with self.watchdog, profiling(folder, self.world) as self.end_profiled_step:
+            with (
+                self.watchdog,
+                _spared_collections(),
+                profiling(folder, self.world) as self.end_profiled_step,
+            ):
                 self._loop()
             if self._last():
                 self.preemption.done()
@@ -346,3 +352,18 @@ class Trainer:
         self.loss_watch = LossWatch(self.recipe.watch.spike_factor, self.state.recent_losses)
         self.recorder.finish()
         self.recorder.start(self.state.step, self.num_steps, self._evaluated())
+
+
+@contextmanager
+def _spared_collections() -> Iterator[None]:
+    """Keeps what is built out of Python's collections of garbage.
+
+    A full one looks at every object there is: 0.33 s for a toy of SwinV2-G, in one of a hundred steps, for which a rank
+    lets all others wait; afterwards 1 ms.
+    """
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()  # a process may train again
