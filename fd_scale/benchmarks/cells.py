@@ -94,13 +94,13 @@ def _cell(name: str) -> Cell:
 CELLS = tuple(
     _cell(name)
     for name in (
-        "G none 64 zero3", "B none 128 zero1", "B none 128 timm-compiled", "B none 128 zero1-compiled",
-        "B none 128 zero1-graphs", "B none 128 zero1-compiled-graphs", "G none 64 zero3-graphs",
-        "G none 64 zero1-graphs", "G none 64 zero3-compiled", "G block 64 zero3", "G selective 64 zero3",
-        "B none 128 timm",
-        "G block 64 zero3-reference", "B none 128 zero1-reference", "B none 128 fsdp2-compiled",
-        "G none 128 zero3", "G selective 192 zero3", "G block 256 zero3", "L none 64 zero1", "B none 128 zero0",
-        "G none 64 fsdp2-compiled", "B none 256 zero1", "B none 256 timm-compiled", "L none 128 zero1",
-        "L selective 128 zero1", "G none 32 zero3", "G block 16 zero3", "B selective 256 zero1", "L block 256 zero1",
+        "G none 128 zero3", "G none 64 zero3", "B none 128 zero1", "B none 128 timm-compiled",
+        "B none 128 zero1-compiled", "B none 128 zero1-graphs", "B none 128 zero1-compiled-graphs",
+        "G none 96 zero1-graphs", "G none 64 zero3-graphs", "G none 64 zero1-graphs", "G none 64 zero3-compiled",
+        "G block 64 zero3", "G selective 64 zero3", "B none 128 timm", "G block 64 zero3-reference",
+        "B none 128 zero1-reference", "B none 128 fsdp2-compiled", "G selective 192 zero3", "G block 256 zero3",
+        "L none 64 zero1", "B none 128 zero0", "G none 64 fsdp2-compiled", "B none 256 zero1",
+        "B none 256 timm-compiled", "L none 128 zero1", "L selective 128 zero1", "G none 32 zero3",
+        "G block 16 zero3", "B selective 256 zero1", "L block 256 zero1",
     )
 )  # fmt: skip
