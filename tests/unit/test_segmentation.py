@@ -187,15 +187,15 @@ def test_mask2former_draws_points_by_image_and_leaves_the_global_generator() -> 
     masks = torch.randint(0, 5, (2, 64, 64), dtype=torch.uint8)
     layers = head(maps)
     before = torch.get_rng_state()
-    both = float(head.loss_sum(layers, masks, [3, 4]))
+    both = head.loss_sum(layers, masks, [3, 4]).item()
     assert torch.equal(torch.get_rng_state(), before)
     swapped = [{name: part.flip(0) for name, part in layer.items()} for layer in layers]
-    assert float(head.loss_sum(swapped, masks.flip(0), [4, 3])) == pytest.approx(both, rel=1e-6)
-    assert float(head.loss_sum(layers, masks, [5, 4])) != pytest.approx(both, rel=1e-6)
+    assert head.loss_sum(swapped, masks.flip(0), [4, 3]).item() == pytest.approx(both, rel=1e-6)
+    assert head.loss_sum(layers, masks, [5, 4]).item() != pytest.approx(both, rel=1e-6)
     masks[0] = IGNORED
     alone = head.loss_sum(layers, masks, [3, 4])
     rest = [{name: part[1:] for name, part in layer.items()} for layer in layers]
-    assert float(alone) == pytest.approx(float(head.loss_sum(rest, masks[1:], [4])), rel=1e-6)
+    assert alone.item() == pytest.approx(head.loss_sum(rest, masks[1:], [4]).item(), rel=1e-6)
 
 
 @pytest.mark.parametrize("head", ["upernet", "linear", "mask2former"])
