@@ -370,13 +370,6 @@ def _loader(recipe: Recipe, source: Source, micro_batch: int, world: World) -> T
     if recipe.linear_probe is not None:
         features = features_of(_evaluation_set(recipe, source), Path(recipe.run_dir) / "features/train")
         source, transform, num_workers = features.source, features.transform, features.num_workers
-    section = recipe.classification
-    pairs = 2 * recipe.data.crops
-    if section is not None and (section.mixup or section.cutmix) and micro_batch % pairs:
-        raise UserError(
-            f"train.micro_batch: classification.mixup and cutmix mix pairs, and a micro-batch on a rank is "
-            f"{micro_batch}; expected a multiple of {pairs}, take another train.micro_batch or number of ranks"
-        )
     return TrainLoader(
         source,
         transform,

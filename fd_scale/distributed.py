@@ -180,16 +180,19 @@ class Preemption:
         return self._written_by() in (None, self.start)
 
 
-def micro_batch_of_a_rank(global_batch: int, largest_micro_batch: int, world_size: int) -> int:
+def micro_batch_of_a_rank(
+    global_batch: int, largest_micro_batch: int, world_size: int, together: int = 1
+) -> int:
     """Returns the images in one forward pass: the largest that fits and divides a rank's share.
 
     Args:
         global_batch: images in one optimizer step over all ranks.
         largest_micro_batch: most images that a device may hold.
         world_size: number of ranks.
+        together: images that stay together (`Recipe.crops_together`).
 
     Raises:
-        UserError: the global batch is no multiple of the world size.
+        UserError: the global batch is no multiple of the world size, or those that stay together do not divide it.
     """
     if global_batch % world_size:
         nearest = max(1, round(global_batch / world_size)) * world_size
@@ -198,4 +201,12 @@ def micro_batch_of_a_rank(global_batch: int, largest_micro_batch: int, world_siz
             f"set train.global_batch={nearest} or start another number of ranks"
         )
     share = global_batch // world_size
-    return next(size for size in range(min(largest_micro_batch, share), 0, -1) if share % size == 0)
+    for size in range(min(largest_micro_batch, share), 0, -1):
+        if share % size == size % together == 0:
+            return size
+    raise UserError(
+        f"train.micro_batch: the {share} images of a rank are not cut into micro-batches of at most "
+        f"{largest_micro_batch} that are multiples of {together}, the crops that stay together: those of an image "
+        "(data.crops), with Mixup or CutMix those of a pair; take another train.micro_batch, train.global_batch or "
+        "number of ranks"
+    )

@@ -23,6 +23,25 @@ _COMMON_KEYS = (
 )  # fmt: skip
 _SECTIONS = ("zero_optimization", "bf16", "fp16", "optimizer")
 
+_REMOVED = "DeepSpeed has it no more"
+_PRECISION = "train.precision says what is computed in which dtype"
+UNSERVED = {
+    **dict.fromkeys((
+        "compression_training", "curriculum_learning", "eigenvalue", "elasticity", "graph_harvesting", "nebula",
+        "progressive_layer_drop", "quantize_training", "sparse_attention", "sparse_gradients",
+        "zero_optimization.mics_hierarchical_params_gather", "zero_optimization.mics_shard_size",
+        "zero_optimization.zeropp_loco_param",
+    ), _REMOVED),
+    "amp": _PRECISION, "torch_autocast": _PRECISION,
+    "data_efficiency": "the recipe's data section says what is shown and when",
+    "tensor_parallel": "models are partitioned by ZeRO alone",
+    "zero_optimization.elastic_checkpoint": "it lays checkpoints out in a way that this version does not read, and "
+    "a run resumes on another number of ranks without it",
+    "zero_optimization.zero_hpz_partition_size": "a model that is built in parts asks for its groups twice, which "
+    "DeepSpeed refuses",
+}  # fmt: skip
+"""Keys of a JSON that are refused, unless they are off, and why."""
+
 
 def read(name: str) -> dict[str, Any]:
     """Reads a DeepSpeed JSON.
@@ -107,7 +126,9 @@ def resolve(ds_config: dict[str, Any], recipe: Recipe, world_size: int, device_t
         UserError: a value disagrees with the recipe, or cannot be served.
     """
     train, optim = recipe.train, recipe.optim
-    micro_batch = micro_batch_of_a_rank(train.global_batch, train.micro_batch, world_size)
+    micro_batch = micro_batch_of_a_rank(
+        train.global_batch, train.micro_batch, world_size, recipe.crops_together
+    )
     accumulation = train.global_batch // (micro_batch * world_size)
     _refuse_unserved(ds_config, recipe, accumulation, device_type)
     resolved = json.loads(json.dumps(ds_config))
@@ -168,11 +189,16 @@ def _refuse_unserved(ds_config: dict[str, Any], recipe: Recipe, accumulation: in
                 f"train.ds_config: zero_optimization.{key} in {train.ds_config} needs ZeRO stage {least} or above, got "
                 f"{zero_stage(ds_config)}; raise the stage or remove it"
             )
-    if ds_config.get("zero_optimization", {}).get("elastic_checkpoint"):
-        raise UserError(
-            f"train.ds_config: zero_optimization.elastic_checkpoint in {train.ds_config} lays checkpoints out in a way "
-            "that this version does not read; remove it, a run resumes on another number of ranks without it"
+    for key, why in UNSERVED.items():
+        *section, last = key.split(".")
+        value = (ds_config.get(section[0], {}) if section else ds_config).get(last)
+        off = (
+            value is False
+            or repr(value) == "1"
+            or (isinstance(value, dict) and value.get("enabled") is False)
         )
+        if value is not None and (not off or why == _REMOVED):
+            raise UserError(f"train.ds_config: {key} in {train.ds_config} is not served: {why}; remove it")
     if "scheduler" in ds_config:
         raise UserError(
             f"train.ds_config: {train.ds_config} has a scheduler, but the recipe's optim section holds the "

@@ -5,8 +5,10 @@ from __future__ import annotations
 import copy
 import ctypes
 import os
+import traceback
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from deepspeed.accelerator import set_accelerator  # noqa: E402
 from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator  # noqa: E402
 from deepspeed.accelerator.cuda_accelerator import CUDA_Accelerator  # noqa: E402
 from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointEngine  # noqa: E402
+from deepspeed.runtime.config import DeepSpeedConfigError  # noqa: E402
 from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer  # noqa: E402
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus, is_zero_param  # noqa: E402
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3  # noqa: E402
@@ -133,8 +136,15 @@ class _BuildInParts(TorchFunctionMode):
         self.whole = [parameter for parameter in self.whole if any(parameter is other for other in kept)]
 
 
-def _refused(error: Exception) -> UserError:
-    return UserError(f"train.ds_config: DeepSpeed refuses it: {' '.join(str(error).split())}")
+@contextmanager
+def _naming_refusals() -> Iterator[None]:
+    """Makes a sentence of DeepSpeed's errors of many kinds, some without a word, where it reads a configuration."""
+    try:
+        yield
+    except (ValidationError, ZeRORuntimeException, DeepSpeedConfigError, AssertionError, ValueError) as error:
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        reason = " ".join(str(error).split()) or f"{frame.line} ({Path(frame.filename).name}:{frame.lineno})"
+        raise UserError(f"train.ds_config: DeepSpeed refuses it: {reason}") from error
 
 
 class Partition:
@@ -154,11 +164,9 @@ class Partition:
 
     def building(self, dtype: torch.dtype) -> _BuildInParts:
         """See `Placement`."""
-        try:
+        with _naming_refusals():
             # A module of its own, without parameters: DeepSpeed's hooks into constructors are not wanted.
             init = deepspeed.zero.Init(module=nn.Module(), config_dict_or_path=self.config)
-        except ValidationError as error:
-            raise _refused(error) from None
         quicken_zero3()
         return _BuildInParts(init, dtype)
 
@@ -273,13 +281,10 @@ class Engine:
             on_host = world.device.type == "cpu" or offload_device(ds_config, "offload_optimizer") == "cpu"
             optimizer = build_adamw(groups, optim, with_apex=stage > 0 and not on_host)
         self.optimizer_name = type(optimizer).__name__
-        try:
+        with _naming_refusals():
             self.deepspeed, self.optimizer, *_ = deepspeed.initialize(
                 model=module, optimizer=optimizer, config=ds_config, dist_init_required=False
             )
-        except (ValidationError, ZeRORuntimeException) as error:
-            raise _refused(error) from None
-
         if isinstance(self.optimizer, DeepSpeedZeroOptimizer | DeepSpeedZeroOptimizer_Stage3):
             look_at_gradients_together(self.optimizer)
         if stage == 0 and not precise:

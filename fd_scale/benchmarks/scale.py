@@ -94,8 +94,9 @@ class Job:
         Raises:
             UserError: the global batch is no multiple of the ranks.
         """
-        train = load_recipe(self.recipe, self.settings(size)).train
-        return micro_batch_of_a_rank(train.global_batch, train.micro_batch, size)
+        recipe = load_recipe(self.recipe, self.settings(size))
+        train = recipe.train
+        return micro_batch_of_a_rank(train.global_batch, train.micro_batch, size, recipe.crops_together)
 
 
 def bench_scale(

@@ -114,6 +114,12 @@ class Recipe:
             )
 
     @property
+    def crops_together(self) -> int:
+        """How many crops one micro-batch holds in any case: those of an image, with Mixup or CutMix those of a pair."""
+        section = self.classification
+        return self.data.crops * (2 if section is not None and (section.mixup or section.cutmix) else 1)
+
+    @property
     def targets(self) -> Literal["labels", "masks", "instances"]:
         """What the task learns of an image, if it learns any of that; `data.Source.targets` must be the same."""
         if self.segmentation is not None:

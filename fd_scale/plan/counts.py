@@ -161,7 +161,9 @@ def _count(task: Task, recipe: Recipe, shares: list[float], kernels: str) -> Cou
     assert isinstance(backbone, Backbone)
     teachers = task.teachers if isinstance(task, DistillationTask) else []
     teacher_working, teacher_flops = Line(0, 0), 0.0
-    sizes = _SIZES if recipe.detection is None else _SIZES_OF_OBJECTS
+    together = recipe.crops_together
+    least, most = _SIZES if recipe.detection is None else _SIZES_OF_OBJECTS
+    sizes = (together * -(-least // together), together * max(2, -(-most // together)))
     line = partial(_through, sizes)
     batches = [_batch(recipe, size) for size in sizes]
     for teacher, share in zip(teachers, shares, strict=True):

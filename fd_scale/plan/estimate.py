@@ -202,13 +202,13 @@ def plan(
     if num_gpus < 1:
         raise UserError(f"--gpus: got {num_gpus}, expected at least 1")
     train = recipe.train
-    largest = micro_batch_of_a_rank(train.global_batch, train.micro_batch, num_gpus)
+    largest = micro_batch_of_a_rank(train.global_batch, train.micro_batch, num_gpus, recipe.crops_together)
     zero = ds_config.read(train.ds_config)
     if source is None and (images is None or recipe.task in ("classification", "segmentation", "detection")):
         source = _source(recipe)
     counts = counts or count(recipe, source)
     share = train.global_batch // num_gpus
-    sizes = [size for size in range(1, share + 1) if share % size == 0]
+    sizes = [size for size in range(1, share + 1) if share % size == size % recipe.crops_together == 0]
     own_policy = Policy(train.activation_checkpointing, train.checkpointing_period)
     own_stage = str(ds_config.zero_stage(zero))
     choices = tuple(

@@ -466,6 +466,7 @@ def sent_bytes_with_hpz(values: dict[str, Any]) -> tuple[list[float], list[int]]
             form(size)
 
     groups._create_zero_param_parallel_group = form_once
+    del ds_config.UNSERVED["zero_optimization.zero_hpz_partition_size"]
     return sent_bytes(values)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from fd_scale.config import Recipe
-from fd_scale.ds_config import read, resolve, zero_stage
+from fd_scale.ds_config import UNSERVED, read, resolve, zero_stage
 from fd_scale.errors import UserError
 
 MakeRecipe = Callable[..., Recipe]
@@ -123,9 +123,15 @@ def test_a_misspelt_section_and_offload_elsewhere_are_refused(
     assert zero_stage(resolve(read(str(file)), make_recipe(), 1, "cpu")) == 3
 
 
-def test_another_layout_of_checkpoints_is_refused(make_recipe: MakeRecipe) -> None:
-    config = {"zero_optimization": {"stage": 2, "elastic_checkpoint": True}}
-    with pytest.raises(UserError, match=r"elastic_checkpoint .* a run resumes on another number of ranks"):
+@pytest.mark.parametrize("key", UNSERVED)
+def test_what_is_not_served_is_refused_and_what_is_off_is_not(make_recipe: MakeRecipe, key: str) -> None:
+    *section, last = key.split(".")
+    for value in (True, {"enabled": True}, 2):
+        config = {section[0]: {last: value}} if section else {last: value}
+        with pytest.raises(UserError, match=rf"{key} in .* is not served: .*; remove it"):
+            resolve(config, make_recipe(), 1, "cpu")
+    config = {section[0]: {last: False}} if section else {last: {"enabled": False}}
+    if "DeepSpeed has it no more" not in UNSERVED[key]:  # and it refuses the key
         resolve(config, make_recipe(), 1, "cpu")
 
 

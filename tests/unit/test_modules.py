@@ -145,13 +145,16 @@ def test_an_evaluation_source_with_other_classes_is_refused(make_recipe: Callabl
 
 
 @pytest.mark.parametrize(
-    ("global_batch", "largest", "ranks", "expected"),
-    [(2048, 128, 16, 128), (96, 32, 2, 24), (16, 64, 4, 4), (7, 3, 1, 1), (8, 8, 1, 8)],
-)
+    ("global_batch", "largest", "ranks", "together", "expected"),
+    [
+        (2048, 128, 16, 1, 128), (96, 32, 2, 1, 24), (16, 64, 4, 1, 4), (7, 3, 1, 1, 1), (8, 8, 1, 1, 8),
+        (30, 15, 1, 2, 10), (24, 24, 1, 4, 24),
+    ],
+)  # fmt: skip
 def test_micro_batch_divides_a_ranks_share(
-    global_batch: int, largest: int, ranks: int, expected: int
+    global_batch: int, largest: int, ranks: int, together: int, expected: int
 ) -> None:
-    found = micro_batch_of_a_rank(global_batch, largest, ranks)
+    found = micro_batch_of_a_rank(global_batch, largest, ranks, together)
     assert found == expected
     assert (global_batch // ranks) % found == 0
 
@@ -159,3 +162,5 @@ def test_micro_batch_divides_a_ranks_share(
 def test_a_batch_that_does_not_divide_names_one_that_does() -> None:
     with pytest.raises(UserError, match=r"100 images do not divide over 3 ranks; set train\.global_batch=99"):
         micro_batch_of_a_rank(100, 10, 3)
+    with pytest.raises(UserError, match=r"the 50 images of a rank .* at most 10 that are multiples of 4"):
+        micro_batch_of_a_rank(100, 10, 2, 4)

@@ -217,6 +217,16 @@ def test_other_tasks_are_planned(
     assert found.num_steps == 6
 
 
+@pytest.mark.parametrize("crops", [1, 3, 32])
+def test_pairs_of_several_crops_are_planned(make_recipe: Callable[..., Recipe], crops: int) -> None:
+    changes = {"data__crops": crops, "train__global_batch": 192, "train__micro_batch": 70}
+    found = plan("small", make_recipe("fine-tuning", **changes), GPUS["h100"], 1)
+    assert found.own.micro_batch == {1: 64, 3: 48, 32: 64}[crops]
+    assert all(choice.micro_batch % (2 * crops) == 0 for choice in found.choices)
+    plain = plan("small", make_recipe("classification", **changes), GPUS["h100"], 1)
+    assert found.counts.student_flops == plain.counts.student_flops
+
+
 def test_a_frozen_backbone_is_planned_as_a_teacher(make_recipe: Callable[..., Recipe]) -> None:
     """Its weights have no gradient and no optimizer, its layers no backward pass; ZeRO-3 holds them in parts."""
     head = {"num_classes": 3, "head": "linear", "auxiliary_weight": 0.0}
