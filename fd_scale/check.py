@@ -22,7 +22,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fd_scale import ds_config, hub, run_folder
-from fd_scale.checkpoint import read_manifest, refuse_other_identity
+from fd_scale.checkpoint import MANIFEST, newest_checkpoint, read_manifest, refuse_other_identity
 from fd_scale.config import TEACHER, ModelConfig, Recipe, SourceConfig, load_recipe
 from fd_scale.data import (
     Source,
@@ -343,14 +343,17 @@ def _run_folder(subject: _Subject) -> str:
             pass
     except OSError as error:
         raise run_folder.not_writable(folder, error) from None
-    latest = folder / "checkpoints" / "latest"
-    if not latest.is_file():
-        return f"{folder}: can be written, no checkpoint to resume"
-    name = latest.read_text(encoding="utf-8").strip()
-    manifest = read_manifest(latest.with_name(name))
-    if not manifest:
-        return _Warning(f"{folder}: can be written; {latest} names {name}, which is not whole")
-    return f"{folder}: can be written, resumes at step {manifest['state']['step']} ({name})"
+    root = folder / "checkpoints"
+    latest = root / "latest"
+    named = latest.read_text(encoding="utf-8").strip() if latest.is_file() else None
+    detail = f"{folder}: can be written, no checkpoint to resume"
+    newest = None
+    if any(root.glob(f"step_*/{MANIFEST}")):
+        newest = newest_checkpoint(folder, contents=False)  # of checksums, the run will say
+        detail = f"{folder}: can be written, resumes at step {read_manifest(newest)['state']['step']} ({newest.name})"
+    if named is not None and (newest is None or newest.name != named):
+        return _Warning(f"{detail}; {latest} names {named}, which is not whole")
+    return detail
 
 
 def _resume(subject: _Subject) -> str:

@@ -39,6 +39,8 @@ FORMAT = 2
 """Version of the layout, of the sample order and of the random streams behind it."""
 
 MANIFEST = "manifest.json"
+# Of an identity's values, those that a setting of another name decides.
+_SETTINGS = {"zero_stage": "ZeRO stage (train.ds_config)", "data_fingerprint": "images (data.train)"}
 
 
 @dataclass(slots=True)
@@ -288,8 +290,14 @@ def _wait(pending: _Pending, alive: Callable[[], None]) -> _Written:
             alive()
 
 
-def verify(folder: Path, world: World) -> list[str]:
-    """Returns what is wrong with a checkpoint; ranks share the reading, and all get the verdict."""
+def verify(folder: Path, world: World, *, contents: bool = True) -> list[str]:
+    """Returns what is wrong with a checkpoint; ranks share the reading, and all get the verdict.
+
+    Args:
+        folder: the checkpoint.
+        world: ranks, which all call it.
+        contents: whether checksums are compared too, not names and sizes alone.
+    """
     manifest = read_manifest(folder)
     if not manifest:
         return [f"{MANIFEST} is damaged"]
@@ -303,20 +311,20 @@ def verify(folder: Path, world: World) -> list[str]:
             problems.append(f"{name} is missing")
         elif path.stat().st_size != wanted["bytes"]:
             problems.append(f"{name} has {path.stat().st_size} bytes, expected {wanted['bytes']}")
-        elif _sha256(path) != wanted["sha256"]:
+        elif contents and _sha256(path) != wanted["sha256"]:
             problems.append(f"{name} does not match its checksum")
     return [problem for of_rank in world.gather(problems) for problem in of_rank]
 
 
-def newest_checkpoint(run_dir: Path) -> Path:
-    """Returns the newest whole checkpoint of a run; all its files are verified.
+def newest_checkpoint(run_dir: Path, *, contents: bool = True) -> Path:
+    """Returns the newest whole checkpoint of a run; its files are verified, as `verify` does.
 
     Raises:
         UserError: the run has none.
     """
     alone = World(rank=0, local_rank=0, size=1, device=torch.device("cpu"))
     for folder in _newest_first(run_dir / "checkpoints"):
-        problems = verify(folder, alone)
+        problems = verify(folder, alone, contents=contents)
         if not problems:
             return folder
         logger.warning("%s is refused: %s", folder, "; ".join(problems))
@@ -333,7 +341,7 @@ def refuse_other_identity(run_dir: Path, identity: dict[str, Any]) -> None:
         identity: what a checkpoint and the run that resumes it have in common: flat, JSON values.
 
     Raises:
-        UserError: a value differs; its key and both values are named.
+        UserError: values differ; their keys and both values are named.
     """
     manifests = [read_manifest(folder) for folder in _newest_first(run_dir / "checkpoints")]
     theirs = next((manifest["identity"] for manifest in manifests if manifest), None)
@@ -344,12 +352,17 @@ def refuse_other_identity(run_dir: Path, identity: dict[str, Any]) -> None:
     new = {key: value for key, value in default_settings().items() if key in ours.keys() - theirs.keys()}
     theirs |= json.loads(json.dumps(new, default=lambda _: None))
     # Version 0.1.0 wrote world_size into every checkpoint.
-    for key in sorted(ours.keys() | (theirs.keys() - {"world_size"})):
-        if ours.get(key) != theirs.get(key):
-            raise UserError(
-                f"{run_dir}: its checkpoints were written with {key}={json.dumps(theirs.get(key))}, this run has "
-                f"{json.dumps(ours.get(key))}; restore it, or give the new run a run_dir of its own"
-            )
+    other = [
+        f"{_SETTINGS.get(key, key)}={json.dumps(theirs.get(key))}, this run has {json.dumps(ours.get(key))}"
+        for key in sorted(ours.keys() | (theirs.keys() - {"world_size"}))
+        if ours.get(key) != theirs.get(key)
+    ]
+    if other:
+        more = f" (and {len(other) - 5} more)" if len(other) > 5 else ""
+        raise UserError(
+            f"{run_dir}: its checkpoints were written with {'; with '.join(other[:5])}{more}; restore "
+            f"{'it' if len(other) == 1 else 'them'}, or give the new run a run_dir of its own"
+        )
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

@@ -214,11 +214,18 @@ def test_a_run_to_resume(recipe_values: Values, check: Check) -> None:
     assert "names step_00000004, which is not whole" in rows["run folder"][1]
     recipe, alone = build_recipe(values), World(rank=0, local_rank=0, size=1, device=torch.device("cpu"))
     identity = run_folder.identity(recipe, open_source(recipe.data.train).fingerprint, 0, 1)
-    engine: Any = SimpleNamespace(snapshot=lambda folder: {})
+    engine: Any = SimpleNamespace(snapshot=lambda folder: {"weights.pt": {"weight": torch.zeros(3)}})
     checkpoints = Checkpoints(root.parent, 2, identity, alone)
-    checkpoints.save(engine, TrainState(step=4))
-    checkpoints.complete()
-    assert "resumes at step 4 (step_00000004)" in check(values)["run folder"][1]
+    for step in (4, 6):
+        checkpoints.save(engine, TrainState(step=step))
+        checkpoints.complete()
+    assert "resumes at step 6 (step_00000006)" in check(values)["run folder"][1]
+    for step, verdict, words in ((6, "warning", "resumes at step 4"), (4, "fails", "no whole checkpoint")):
+        file = root / f"step_0000000{step}/weights.pt"
+        file.write_bytes(file.read_bytes()[:-1])
+        found = check(values)["run folder"]
+        assert found[0] == verdict
+        assert words in found[1]
 
 
 @pytest.mark.parametrize(("checkpoints_free", "verdict"), [(0.9, "fails"), (1.1, "warning"), (4.1, "ok")])
