@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -43,6 +42,7 @@ from fd_scale.fetch import data_paths, named_files
 from fd_scale.finetune import FineTuningTask, fine_tuning_task
 from fd_scale.finetune.labels import doubts_of_labels
 from fd_scale.hardware import find_gpu
+from fd_scale.log import results
 from fd_scale.models import Backbone, build_model, resolved
 from fd_scale.optim import apex_is_importable
 from fd_scale.plan import NotCountedError, memory_table, plan, present_gpu, require_fit
@@ -159,7 +159,7 @@ def check(recipe: str, overrides: list[str], num_ranks: int, gpu: str | None = N
                 verdicts[name], detail = "fails", str(error)
         style = {"ok": "green", "warning": "yellow", "fails": "bold red", "skipped": "dim"}[verdicts[name]]
         table.add_row(name, Text(verdicts[name], style), Text(detail))
-    Console().print(table)
+    results().print(table)
     found = list(verdicts.values())
     num_failed, num_warnings = found.count("fails"), found.count("warning")
     if num_failed:
@@ -329,7 +329,7 @@ def _memory(subject: _Subject) -> str | _Warning:
     try:
         own = require_fit(planned)
     except UserError:
-        Console().print(memory_table(planned))
+        results().print(memory_table(planned))
         raise
     return (
         f"{own.memory.total / 2**30:.2f} of {gpu.memory / 2**30:.2f} GiB of {gpu.name}, x {subject.num_ranks}"

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from rich.table import Table
 
-from fd_scale import run_folder
+from fd_scale import log, run_folder
 from fd_scale.checkpoint import newest_checkpoint, read_manifest, verify, write_atomically
 from fd_scale.config import Recipe, to_dict
 from fd_scale.data import object_source
@@ -24,7 +24,6 @@ from fd_scale.engine import saved_weights
 from fd_scale.errors import UserError
 from fd_scale.evaluation import EvaluationSet, Progress, reassessed_labels, write_results
 from fd_scale.finetune import ClassificationTask, DetectionTask, SegmentationTask
-from fd_scale.log import console
 from fd_scale.models import dtype_of
 from fd_scale.trainer import Task
 
@@ -150,8 +149,9 @@ def evaluate_task(
             file.with_suffix(".progress").unlink(missing_ok=True)
         except OSError as error:
             raise run_folder.not_writable(file.parent, error) from None
-        console.print(table)
-        console.print(f"written to {file}", soft_wrap=True)
+        out = log.results()
+        out.print(table)
+        out.print(f"written to {file}", soft_wrap=True)
     return found
 
 
@@ -219,7 +219,7 @@ def _measured_objects(
             write_results(target, source, found)
         except OSError as error:
             raise run_folder.not_writable(file.parent, error) from None
-        console.print(f"detections in COCO's format: {target}", soft_wrap=True)
+        log.results().print(f"detections in COCO's format: {target}", soft_wrap=True)
     return results, _table(f"{len(source)} images", shown, worst, source.class_names)
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import os
 import sys
 import time
 import warnings
@@ -16,6 +17,11 @@ _LINE_EVERY_S = 10.0
 
 console = Console(stderr=True)
 """The one console: progress bars and log lines share it, so that neither tears the other."""
+
+
+def results(width: int = 150) -> Console:
+    """Returns a console on stdout, for what a verb found; this wide in a file or a pipe, unless $COLUMNS says more."""
+    return Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else width)
 
 
 def quiet_libraries() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import io
 import json
+import logging
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -178,6 +179,9 @@ def _pictures(runs: Sequence[Run]) -> list[str]:
     for run in runs:
         shown = []
         events = EventAccumulator(str(run.folder / "tensorboard"), size_guidance={"images": 1})
+        logging.getLogger("tensorboard").setLevel(
+            logging.ERROR
+        )  # a resumed run repeats steps, and it would warn
         events.Reload()
         for tag in events.Tags()["images"]:
             event = events.Images(tag)[-1]

@@ -103,6 +103,7 @@ def environment() -> dict[str, Any]:
     return {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": shlex.join(sys.argv),
+        "ranks": int(os.environ.get("WORLD_SIZE", 1)),
         "commit": pinned.commit(),
         "python": platform.python_version(),
         "host": platform.node(),

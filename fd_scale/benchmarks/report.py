@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from rich.console import Console
 from rich.table import Table
 
 from fd_scale.benchmarks.cells import PEERS, TIMM_COMPILED
 from fd_scale.benchmarks.records import Record, Records
+from fd_scale.log import results
 
 NOT_MEASURED = "not measured"
 LEAST_MFU = 0.45
@@ -93,7 +92,7 @@ def table(records: Records) -> Table:
 
 def show(records: Records | None) -> None:
     """Prints the table, what it was measured with, and the goals."""
-    console = Console(width=None if sys.stdout.isatty() else 200)  # a log file has no width of its own
+    console = results(200)
     if records is None or not records.by_cell:
         console.print(f"Whole steps on one GPU: {NOT_MEASURED}")
     else:

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 
-from rich.console import Console
 from rich.table import Table
 
 from fd_scale.benchmarks.records import Record
 from fd_scale.benchmarks.report import NOT_MEASURED
 from fd_scale.config import load_recipe
 from fd_scale.hardware import Gpu, find_gpu, named_like
+from fd_scale.log import results
 from fd_scale.plan import count, plan
 from fd_scale.plan.scaling import Assumptions, Point, expected_maximum, predict
 
@@ -21,7 +20,7 @@ _STAND_IN = "a100-40g"
 
 def show(name: str, records: Sequence[Record], assumed: Assumptions) -> None:
     """Prints the records of a recipe, smallest size first, beside what `plan --scaling` predicts for their sizes."""
-    console = Console(width=None if sys.stdout.isatty() else 150)  # a log file has no width of its own
+    console = results()
     whole = [record for record in records if record.median_ms is not None]
     table = Table(
         "ranks", "micro", "predicted s", "measured", "predicted images/s", "measured", "predicted share",

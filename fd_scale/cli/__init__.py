@@ -9,7 +9,6 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 
 from fd_scale import __version__
@@ -22,6 +21,7 @@ from fd_scale.cli.train import TRAINING_VERBS, add_training
 from fd_scale.cli.weights import add_weights
 from fd_scale.config import describe_keys, packaged_recipes
 from fd_scale.errors import UserError
+from fd_scale.log import results
 
 __all__ = ["TRAINING_VERBS", "main", "parsed"]
 
@@ -92,12 +92,14 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _recipes(options: argparse.Namespace) -> None:
-    console = Console()
+    console = results()
     table = Table("recipe", "first line", title="Packaged recipes")
     for name, path in packaged_recipes().items():
         table.add_row(name, path.read_text(encoding="utf-8").split("\n")[0].lstrip("# "))
     console.print(table)
     settings = Table("setting", "default", "meaning", title="Settings")
-    for row in describe_keys():
+    rows = describe_keys()
+    settings.columns[0].min_width = max(len(name) for name, *_ in rows)  # whole on any terminal
+    for row in rows:
         settings.add_row(*row)
     console.print(settings)

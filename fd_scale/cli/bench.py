@@ -9,7 +9,7 @@ from fd_scale.cli.parts import Verbs, add_recipe, add_verb
 from fd_scale.config import load_recipe
 from fd_scale.errors import UserError
 from fd_scale.hardware import GPUS, find_gpu
-from fd_scale.log import console
+from fd_scale.log import results
 
 
 def add_bench(verbs: Verbs) -> None:
@@ -33,7 +33,9 @@ def add_bench(verbs: Verbs) -> None:
     step.add_argument(
         "recipe", metavar="RECIPE", nargs="?", default="digits/distill", help="default: digits/distill"
     )
-    step.add_argument("overrides", metavar="key=value", nargs="*", help="settings that replace the recipe's")
+    step.add_argument(
+        "overrides", metavar="key=value", nargs="*", default=[], help="settings that replace the recipe's"
+    )
     _add_steps(step)
     step.set_defaults(run=_bench)
 
@@ -308,7 +310,7 @@ def _bench_data(options: argparse.Namespace) -> None:
     rate = bench_data(options.source, options.images, options.rounds, options.size, crops, options.json)
     if recipe is not None and gpu is not None:
         for line in input_needed(plan(options.recipe, recipe, gpu, options.gpus, images_per_core=rate)):
-            console.print(line, soft_wrap=True, highlight=False)
+            results().print(line, soft_wrap=True, highlight=False)
 
 
 def _bench_segmentation(options: argparse.Namespace) -> None:

@@ -44,7 +44,7 @@ def add_looking(verbs: Verbs) -> None:
     )  # fmt: skip
     landscape.add_argument("run_dir", metavar="RUN", help="folder of a run, or one of its checkpoints")
     landscape.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="settings that replace the recipe's"
+        "overrides", nargs="*", default=[], metavar="key=value", help="settings that replace the recipe's"
     )
     landscape.add_argument(
         "--directions", type=int, choices=(1, 2), default=2, help="a line or a plane (default: 2)"
@@ -85,7 +85,7 @@ def _add_predict(verbs: Verbs) -> None:
     predict.add_argument("images", metavar="IMAGE", help="an image file, or a folder")
     predict.add_argument("--out", metavar="DIR", required=True, help="folder of the pictures")
     predict.add_argument(
-        "overrides", metavar="key=value", nargs="*", help="settings that replace the recipe's"
+        "overrides", metavar="key=value", nargs="*", default=[], help="settings that replace the recipe's"
     )
     predict.add_argument(
         "--masks",

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from typing import TypeAlias
-
-from rich.console import Console
 
 Verbs: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 """What verbs are added to."""
@@ -35,7 +32,7 @@ def add_recipe(parser: argparse.ArgumentParser) -> None:
     """Adds a recipe and its overrides."""
     parser.add_argument("recipe", metavar="RECIPE", help="YAML file, or name of a packaged recipe")
     parser.add_argument(
-        "overrides", metavar="key=value", nargs="*", help="settings that replace the recipe's"
+        "overrides", metavar="key=value", nargs="*", default=[], help="settings that replace the recipe's"
     )
 
 
@@ -44,8 +41,3 @@ def add_format(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--format", choices=LAYOUTS, default="ours", help="whose names the tensors get (default: ours)"
     )
-
-
-def wide_console() -> Console:
-    """A console for tables; a log file has no width of its own."""
-    return Console(width=None if sys.stdout.isatty() else 150)

@@ -6,12 +6,11 @@ import argparse
 import math
 import os
 
-from rich.console import Console
-
-from fd_scale.cli.parts import Verbs, add_recipe, add_verb, wide_console
+from fd_scale.cli.parts import Verbs, add_recipe, add_verb
 from fd_scale.config import Recipe, load_recipe
 from fd_scale.errors import UserError
 from fd_scale.hardware import GPUS, find_gpu
+from fd_scale.log import results
 
 _OF_A_PLAN = ("utilisation", "launch_us")
 """Assumptions that count without --scaling."""
@@ -125,7 +124,7 @@ def _plan(options: argparse.Namespace) -> None:
 
         predicted, measured = api.measure(recipe)
         if os.environ.get("RANK", "0") == "0":
-            Console().print(measured_table(predicted, measured))
+            results().print(measured_table(predicted, measured))
         return
     if options.scaling is not None:
         _scaling(options, recipe)
@@ -151,7 +150,7 @@ def _plan(options: argparse.Namespace) -> None:
         options.recipe, recipe, gpu, options.gpus, images=options.images, utilisation=given.utilisation,
         launch_us=given.launch_us, images_per_core=options.images_per_core or IMAGES_PER_CORE,
     )  # fmt: skip
-    show(found, wide_console())
+    show(found, results())
     if options.json is not None:
         write_json(to_json(found), options.json)
     if options.plot is not None:
@@ -167,7 +166,7 @@ def _scaling(options: argparse.Namespace, recipe: Recipe) -> None:
 
     sizes, assumed = scaling.parse_sizes(options.scaling), scaling.Assumptions.given(options.assume or [])
     found = scaling.scaling(options.recipe, recipe, gpu, sizes, assumed)
-    scaling_report.show(found, wide_console())
+    scaling_report.show(found, results())
     if options.json is not None:
         write_json(scaling_report.to_json(found), options.json)
     if options.plot is not None:

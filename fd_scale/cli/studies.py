@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import argparse
 
-from rich.console import Console
-
 from fd_scale.cli.parts import Verbs, add_recipe, add_verb
 from fd_scale.errors import PREEMPTED, UserError
+from fd_scale.log import console, results
 
 
 def add_studies(verbs: Verbs) -> None:
@@ -53,7 +52,9 @@ def add_studies(verbs: Verbs) -> None:
         type=float,
         help="stop after them, with code 75; the same command goes on (default: never)",
     )
-    miniature.add_argument("overrides", nargs="*", metavar="key=value", help="settings of all runs")
+    miniature.add_argument(
+        "overrides", nargs="*", default=[], metavar="key=value", help="settings of all runs"
+    )
     miniature.set_defaults(run=_miniature)
 
     demo = add_verb(
@@ -78,7 +79,7 @@ def _compare(options: argparse.Namespace) -> None:
         options.recipe, starts, options.run_dir, options.seeds, options.overrides,
         launcher=Launcher(num_ranks=options.ranks), side_by_side=options.side_by_side,
     )  # fmt: skip
-    Console().print(found.table())
+    results().print(found.table())
 
 
 def _miniature(options: argparse.Namespace) -> None:
@@ -88,7 +89,7 @@ def _miniature(options: argparse.Namespace) -> None:
     try:
         miniature(options.study, options.data, options.run_dir, options.overrides, options.minutes)
     except OutOfTimeError as error:
-        Console(stderr=True).print(str(error), soft_wrap=True, highlight=False)
+        console.print(str(error), soft_wrap=True, highlight=False)
         raise SystemExit(PREEMPTED) from None
 
 

@@ -105,7 +105,7 @@ def _add_evaluate(verbs: Verbs) -> None:
     )  # fmt: skip
     evaluate.add_argument("run_dir", metavar="RUN", help="folder of a run, or one of its checkpoints")
     evaluate.add_argument(
-        "overrides", metavar="key=value", nargs="*", help="settings that replace the recipe's"
+        "overrides", metavar="key=value", nargs="*", default=[], help="settings that replace the recipe's"
     )
     evaluate.add_argument(
         "--real", metavar="FILE", help="reassessed labels of ImageNet's validation images (real.json)"

@@ -17,7 +17,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -30,6 +29,7 @@ from fd_scale.distributed import World, start
 from fd_scale.errors import UserError
 from fd_scale.fetch import named_files
 from fd_scale.hardware import GPUS_PER_NODE
+from fd_scale.log import results
 from fd_scale.models import resolved, weights_path
 from fd_scale.plan import NotCountedError, plan, present_gpu
 from fd_scale.run_folder import environment
@@ -334,10 +334,7 @@ def _print(recipe: Recipe, nodes: list[_Node], rows: list[_Row], world: World) -
     for row in rows:
         style = {"ok": "green", "warning": "yellow", "fails": "bold red"}[row.verdict]
         table.add_row(row.name, Text(row.verdict, style), Text(row.detail))
-    console = Console()
-    if not console.is_terminal:
-        console.width = 150
-    console.print(table)
+    results().print(table)
     count = Counter(row.verdict for row in rows)
     if count["fails"]:
         print(f"would fail: {count['fails']} of {len(rows)} checks fail, {count['warning']} warn", flush=True)

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 import simplejpeg
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 # Formats outside this list are refused unseen: some of Pillow's plugins start other programs.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
@@ -140,6 +140,8 @@ def _is_plain_jpeg(data: bytes) -> bool:
 def _damage_named() -> Iterator[None]:
     try:
         yield
+    except UnidentifiedImageError as error:  # it names an object of ours
+        raise DecodeError("it is no image file, or a damaged one") from error
     except _DAMAGE as error:
         raise DecodeError(f"{type(error).__name__}: {error}") from error
 

@@ -40,7 +40,7 @@ from fd_scale.diagnose.measures import LayerStatistics, feature_statistics, line
 from fd_scale.distill.pictures import principal_colours
 from fd_scale.engine import saved_weights
 from fd_scale.errors import UserError
-from fd_scale.log import console
+from fd_scale.log import results
 from fd_scale.metrics import memory_gib
 from fd_scale.models import BACKBONE, Backbone, build_model, dtype_of, normalize, resolved_model
 from fd_scale.page import document, grid, picture, table
@@ -144,6 +144,7 @@ def diagnose(names: Sequence[str], out: str | Path | None, options: Options) -> 
         write_atomically(folder / "diagnosis.json", json.dumps(result, indent=1))
         drawn = _draw(result, found, pictures[0], folder)
         write_atomically(folder / "diagnosis.html", _page(result, drawn))
+        logger.info("written: %s", folder / "diagnosis.html")
     except OSError as error:
         raise run_folder.not_writable(folder, error) from None
     return result
@@ -155,7 +156,7 @@ def show(result: dict[str, Any]) -> None:
     shown = Table(*head)
     for row in rows:
         shown.add_row(*row)
-    console.print(shown)
+    results().print(shown)
 
 
 def means(result: dict[str, Any]) -> list[list[str]]:

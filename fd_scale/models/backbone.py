@@ -35,6 +35,8 @@ class Backbone(nn.Module, ABC):
     num_features: int
     inner_layout: str = ""
     """Layout of a wrapped model (our names without `model.`)."""
+    formats: tuple[str, ...] = ()
+    """Layouts that `to_layout` knows besides ours and that one."""
     num_prefix_tokens: int = 0
     has_cls: bool = False
     drop_path_rates: tuple[float, ...] = ()
@@ -182,7 +184,7 @@ class Backbone(nn.Module, ABC):
         if layout == self.inner_layout:
             return {name.removeprefix("model."): tensor for name, tensor in state.items()}
         raise UserError(
-            f"--format {layout}: {type(self).__name__} has the formats ours and {self.inner_layout}"
+            f"--format {layout}: this model has the formats {', '.join(('ours', self.inner_layout, *self.formats))}"
         )
 
     def layout_config(self, layout: str) -> dict[str, Any]:

@@ -95,6 +95,8 @@ class VisionTransformer(TimmBackbone):
     Source: Wei et al. 2022 (arXiv:2205.14141), the released code; the architecture is BEiT's (arXiv:2106.08254).
     """
 
+    formats = ("fd",)
+
     def __init__(
         self,
         *,

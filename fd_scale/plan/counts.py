@@ -14,7 +14,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from fd_kernels.dispatch import implementation
+from fd_kernels.dispatch import NotServedError, implementation
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
@@ -149,11 +149,9 @@ def _counted(recipe: Recipe, source: Source | None) -> Counts:
     try:
         with implementation("triton"):
             return _count(task, recipe, shares, "Triton kernels")
-    except UserError:
-        raise
-    except ValueError as error:  # an op does not serve this model: on a GPU it runs its reference
+    except NotServedError as error:  # on a GPU the op runs its reference then
         with implementation("reference"):
-            return _count(task, recipe, shares, f"PyTorch reference: {error}")
+            return _count(task, recipe, shares, f"PyTorch reference, for {error.op}: {error.obstacle}")
 
 
 def _count(task: Task, recipe: Recipe, shares: list[float], kernels: str) -> Counts:

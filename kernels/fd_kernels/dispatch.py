@@ -19,12 +19,28 @@ _implementation: Implementation = "auto"
 _logged: set[tuple[str, str]] = set()
 
 
+class NotServedError(ValueError):
+    """A call that the kernel does not serve, where the kernel is asked for.
+
+    Attributes:
+        op: its name.
+        obstacle: why, with what it got and expected.
+    """
+
+    def __init__(self, op: str, obstacle: str) -> None:
+        super().__init__(
+            f"{op}: the Triton kernel is asked for and does not serve this call: {obstacle}; change the call "
+            "or set_implementation('auto')"
+        )
+        self.op, self.obstacle = op, obstacle
+
+
 def set_implementation(name: Implementation) -> None:
     """Choose the path of all ops from here on.
 
     Args:
         name: "auto": the kernel where it serves the call, the reference elsewhere; "reference"; "triton": the
-            kernel, and a call that it does not serve raises ValueError.
+            kernel, and a call that it does not serve raises `NotServedError`.
 
     Raises:
         ValueError: the name is not one of the three.
@@ -59,7 +75,7 @@ def use_triton(op: str, *tensors: Tensor, served: str | None) -> bool:
         served: why the kernel does not serve this call, with what it got and expected; None where it does.
 
     Raises:
-        ValueError: the kernel is asked for by `set_implementation` and cannot run.
+        NotServedError: the kernel is asked for by `set_implementation` and cannot run.
     """
     devices = {tensor.device for tensor in tensors}
     on_meta = all(device.type == "meta" for device in devices)
@@ -73,10 +89,7 @@ def use_triton(op: str, *tensors: Tensor, served: str | None) -> bool:
         _log_once(op, "Triton kernel", None)
         return True
     if _implementation == "triton":
-        raise ValueError(
-            f"{op}: the Triton kernel is asked for and does not serve this call: {obstacle}; change the call "
-            "or set_implementation('auto')"
-        )
+        raise NotServedError(op, obstacle)
     on_cuda = any(device.type == "cuda" for device in devices)
     _log_once(op, "PyTorch reference", obstacle if on_cuda else None)
     return False

@@ -91,7 +91,10 @@ def test_another_stage_is_refused_by_name(recipe_values: Values) -> None:
     values = recipe_values(train__ds_config="zero3")
     run_ranks(cases.train_until_preempted, 1, values, 1)
     values["train"]["ds_config"] = "zero2"
-    assert "written with ZeRO stage (train.ds_config)=3, this run has 2" in run_ranks(cases.train_or_error, 1, values)[0]
+    assert (
+        "written with ZeRO stage (train.ds_config)=3, this run has 2"
+        in run_ranks(cases.train_or_error, 1, values)[0]
+    )
 
 
 @pytest.mark.parametrize("stage", [0, 3])

@@ -414,7 +414,10 @@ def run(
     ("overrides", "facts"),
     [
         (["seed=1"], ["its checkpoints were written with seed=0, this run has 1"]),
-        (["seed=1", "optim.lr=1e-2"], ["optim.lr=0.001, this run has 0.01; with seed=0, this run has 1; restore them"]),
+        (
+            ["seed=1", "optim.lr=1e-2"],
+            ["optim.lr=0.001, this run has 0.01; with seed=0, this run has 1; restore them"],
+        ),
         (
             ["model.overrides.drop_path_rate=0.1"],
             ["written with model.overrides.drop_path_rate=0.2, this run has 0.1"],

@@ -149,7 +149,7 @@ def test_what_does_not_fit_is_refused() -> None:
     ):
         with pytest.raises(UserError, match=words):
             build(**wrong)
-    with pytest.raises(UserError, match="has the formats ours and timm"):
+    with pytest.raises(UserError, match="this model has the formats ours, timm, fd"):
         build().to_layout({}, "official")
 
 
