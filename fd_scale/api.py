@@ -68,8 +68,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "build_task", "build_trainer", "convert", "evaluate", "export", "features", "fetch", "index", "interpolate",
-    "landscape",
-    "load_recipe", "measure", "plan", "predict", "start", "train",
+    "landscape", "load_recipe", "measure", "plan", "predict", "start", "train",
 ]  # fmt: skip
 
 logger = logging.getLogger(__name__)

@@ -193,9 +193,9 @@ def _refuse_unserved(ds_config: dict[str, Any], recipe: Recipe, accumulation: in
         *section, last = key.split(".")
         value = (ds_config.get(section[0], {}) if section else ds_config).get(last)
         off = (
-            value is False
-            or repr(value) == "1"
-            or (isinstance(value, dict) and value.get("enabled") is False)
+            value.get("enabled") is False
+            if isinstance(value, dict)
+            else value in (False, 1) and value is not True
         )
         if value is not None and (not off or why == _REMOVED):
             raise UserError(f"train.ds_config: {key} in {train.ds_config} is not served: {why}; remove it")

@@ -99,7 +99,7 @@ class _BadSample(NamedTuple):
 _Loaded = tuple[Batch | None, list[_BadSample]]
 
 
-class _Toll:
+class _Tally:
     """Counts the samples that could not be decoded, names each once, and says when they are too many."""
 
     def __init__(self, max_fraction: float, num_crops: int) -> None:
@@ -298,7 +298,7 @@ class TrainLoader:
         self._first_row = rank * global_batch // world_size
         self._num_workers = num_workers
         self._pin_memory = pin_memory
-        self._toll = _Toll(max_bad_fraction, num_crops)
+        self._tally = _Tally(max_bad_fraction, num_crops)
         by_shards = None
         if shard_window:
             by_shards = ShardOrder(sharded(source).first_of_shards(), shard_window)
@@ -330,7 +330,7 @@ class TrainLoader:
             samples = replace(samples, reader=reader, order_seed=seed)
         with contextlib.closing(_run(samples, requests, self._num_workers, self._pin_memory)) as loaded:
             while True:
-                yield [self._toll.take(*next(loaded)) for _ in range(self.accumulation)]
+                yield [self._tally.take(*next(loaded)) for _ in range(self.accumulation)]
 
     def _micro_batches(self, start_step: int) -> Iterator[range]:
         for step in itertools.count(start_step):
@@ -420,10 +420,10 @@ def view_batches(
     """
     num_replacements = NUM_REPLACEMENTS if max_bad_fraction else 0
     samples = _SamplesInOrder(_Reader(source, transform, seed, num_replacements, crops, features), view)
-    toll = _Toll(max_bad_fraction, len(source) * crops)
+    tally = _Tally(max_bad_fraction, len(source) * crops)
     with contextlib.closing(_run(samples, requests, num_workers, pin_memory=False)) as loaded:
         for batch, bad in loaded:
-            yield toll.take(batch, bad)
+            yield tally.take(batch, bad)
 
 
 def _run(
