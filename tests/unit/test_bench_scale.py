@@ -76,6 +76,7 @@ def test_predicted_beside_measured(
     recipe_file: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The fewest ranks say how quickly they compute; the rest follows, and nothing waits for input or checkpoints."""
+    monkeypatch.setenv("COLUMNS", "150")
     job = Job(recipe=recipe_file)
     counts = scale_report.count(load_recipe(recipe_file, job.settings(1)))
     monkeypatch.setattr(scale_report, "count", lambda recipe: counts)

@@ -24,8 +24,9 @@ def test_collections_pass_over_what_is_built(
         pauses.append(len(gc.get_objects()))  # what a full collection looks at
 
     monkeypatch.setattr(Trainer, "train_step", train_step)
+    gc.collect()
     before = len(gc.get_objects())
     api.train(make_recipe(train__steps=2))
-    assert min(frozen) > before
+    assert min(frozen) >= before
     assert max(pauses) < before / 2
     assert gc.get_freeze_count() == 0, "what a run leaves can be collected"

@@ -75,8 +75,8 @@ def test_initialisation_is_feature_distillations() -> None:
             (block.attn.proj.weight, (2 * (index + 1)) ** 0.5),
             (block.mlp.fc2.weight, (2 * (index + 1)) ** 0.5),
         ):
-            assert float(weight.std()) == pytest.approx(0.0108 / divisor, rel=0.04)
-            assert float(weight.abs().max()) <= 0.02 / divisor + 1e-7
+            assert weight.std().item() == pytest.approx(0.0108 / divisor, rel=0.04)
+            assert weight.abs().max().item() <= 0.02 / divisor + 1e-7
     assert not any(name.endswith("k_bias") for name, _ in model.named_parameters()), "the keys have no bias"
     assert build().no_weight_decay_names() == {"model.cls_token"}, "the table of positions decays"
 
