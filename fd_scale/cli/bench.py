@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from fd_scale.cli.parts import Verbs, add_recipe, add_verb
+from fd_scale.cli.parts import Verbs, add_overrides, add_recipe, add_verb
 from fd_scale.config import load_recipe
 from fd_scale.errors import UserError
 from fd_scale.hardware import GPUS, find_gpu
@@ -33,9 +33,7 @@ def add_bench(verbs: Verbs) -> None:
     step.add_argument(
         "recipe", metavar="RECIPE", nargs="?", default="digits/distill", help="default: digits/distill"
     )
-    step.add_argument(
-        "overrides", metavar="key=value", nargs="*", default=[], help="settings that replace the recipe's"
-    )
+    add_overrides(step)
     _add_steps(step)
     step.set_defaults(run=_bench)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from fd_scale.cli.parts import Verbs, add_verb
+from fd_scale.cli.parts import Verbs, add_overrides, add_verb
 
 
 def add_looking(verbs: Verbs) -> None:
@@ -43,9 +43,7 @@ def add_looking(verbs: Verbs) -> None:
         "  fd-scale landscape runs/mine/checkpoints/step_00005000 data.evaluation=imagefolder:photos",
     )  # fmt: skip
     landscape.add_argument("run_dir", metavar="RUN", help="folder of a run, or one of its checkpoints")
-    landscape.add_argument(
-        "overrides", nargs="*", default=[], metavar="key=value", help="settings that replace the recipe's"
-    )
+    add_overrides(landscape)
     landscape.add_argument(
         "--directions", type=int, choices=(1, 2), default=2, help="a line or a plane (default: 2)"
     )
@@ -84,9 +82,7 @@ def _add_predict(verbs: Verbs) -> None:
     predict.add_argument("run_dir", metavar="RUN", help="folder of a run, or one of its checkpoints")
     predict.add_argument("images", metavar="IMAGE", help="an image file, or a folder")
     predict.add_argument("--out", metavar="DIR", required=True, help="folder of the pictures")
-    predict.add_argument(
-        "overrides", metavar="key=value", nargs="*", default=[], help="settings that replace the recipe's"
-    )
+    add_overrides(predict)
     predict.add_argument(
         "--masks",
         action="store_true",

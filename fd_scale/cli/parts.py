@@ -31,9 +31,15 @@ def add_verb(
 def add_recipe(parser: argparse.ArgumentParser) -> None:
     """Adds a recipe and its overrides."""
     parser.add_argument("recipe", metavar="RECIPE", help="YAML file, or name of a packaged recipe")
-    parser.add_argument(
-        "overrides", metavar="key=value", nargs="*", default=[], help="settings that replace the recipe's"
-    )
+    add_overrides(parser)
+
+
+def add_overrides(
+    parser: argparse.ArgumentParser, meaning: str = "settings that replace the recipe's"
+) -> None:
+    """Adds `key=value` arguments, in any number."""
+    # Without a default, argparse would call them required where the argument before them is missing.
+    parser.add_argument("overrides", metavar="key=value", nargs="*", default=[], help=meaning)
 
 
 def add_format(parser: argparse.ArgumentParser) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from fd_scale.cli.parts import Verbs, add_recipe, add_verb
+from fd_scale.cli.parts import Verbs, add_overrides, add_recipe, add_verb
 from fd_scale.errors import PREEMPTED, UserError
 from fd_scale.log import console, results
 
@@ -52,9 +52,7 @@ def add_studies(verbs: Verbs) -> None:
         type=float,
         help="stop after them, with code 75; the same command goes on (default: never)",
     )
-    miniature.add_argument(
-        "overrides", nargs="*", default=[], metavar="key=value", help="settings of all runs"
-    )
+    add_overrides(miniature, "settings of all runs")
     miniature.set_defaults(run=_miniature)
 
     demo = add_verb(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 
-from fd_scale.cli.parts import Verbs, add_recipe, add_verb
+from fd_scale.cli.parts import Verbs, add_overrides, add_recipe, add_verb
 from fd_scale.config import load_recipe
 from fd_scale.errors import PREEMPTED, UserError
 from fd_scale.hardware import GPUS
@@ -104,9 +104,7 @@ def _add_evaluate(verbs: Verbs) -> None:
         "  torchrun --nproc-per-node 8 -m fd_scale evaluate runs/mine --real real.json",
     )  # fmt: skip
     evaluate.add_argument("run_dir", metavar="RUN", help="folder of a run, or one of its checkpoints")
-    evaluate.add_argument(
-        "overrides", metavar="key=value", nargs="*", default=[], help="settings that replace the recipe's"
-    )
+    add_overrides(evaluate)
     evaluate.add_argument(
         "--real", metavar="FILE", help="reassessed labels of ImageNet's validation images (real.json)"
     )
