@@ -265,7 +265,7 @@ def _choice(
 ) -> Choice:  # fmt: skip
     train = recipe.train
     accumulation = train.global_batch // (micro_batch * num_gpus)
-    recorded = _recorded(recipe, stage, accumulation)
+    recorded = recorded_by(recipe, stage, accumulation)
     held = state(counts, stage, num_gpus, train.precision, accumulation, zero, recorded)
     activations = counts.activations[policy]
     flops = train.global_batch * (_model_flops(counts) + activations.recomputed_flops)
@@ -305,11 +305,12 @@ def launch_seconds(recipe: Recipe, counts: Counts, stage: str, accumulation: int
         most; SwinV2-G at ZeRO-3, 743 tensors, 606 and 699 ms, of which the GPU worked 506.
     """
     in_parts = stage in ("3", HIERARCHICAL)
-    factor = 1.9 if in_parts else 0.4 if _recorded(recipe, stage, accumulation) == "all" else 1.0
+    factor = 1.9 if in_parts else 0.4 if recorded_by(recipe, stage, accumulation) == "all" else 1.0
     return 1e-6 * launch_us * factor * len(counts.parameters) * accumulation
 
 
-def _recorded(recipe: Recipe, stage: str, accumulation: int) -> Recorded:
+def recorded_by(recipe: Recipe, stage: str, accumulation: int) -> Recorded:
+    """Returns what runs as CUDA graphs, at a stage of `memory.STAGES` and so many micro-batches a step."""
     if not recipe.train.cuda_graphs:
         return "nothing"
     if stage in ("3", HIERARCHICAL):

@@ -18,7 +18,16 @@ from fd_scale.config import Recipe, describe_fields
 from fd_scale.errors import UserError
 from fd_scale.hardware import GPUS_PER_NODE, Gpu
 from fd_scale.plan.counts import Counts, count
-from fd_scale.plan.estimate import LAUNCH_US, UTILISATION, Choice, Plan, Traffic, launch_seconds, plan
+from fd_scale.plan.estimate import (
+    LAUNCH_US,
+    UTILISATION,
+    Choice,
+    Plan,
+    Traffic,
+    launch_seconds,
+    plan,
+    recorded_by,
+)
 from fd_scale.plan.memory import HIERARCHICAL
 
 LARGEST = 4096
@@ -333,7 +342,7 @@ def expected_maximum(count: int) -> float:
 
 def _room(planned: Plan, choice: Choice) -> float:
     """Share of a step's computation behind which its communication may hide."""
-    if planned.recipe.train.cuda_graphs and choice.stage in ("0", "1", "2"):
+    if recorded_by(planned.recipe, choice.stage, choice.accumulation) == "all":
         return 0.0  # a recorded backbone gives its gradients all at once, in the end
     counts = planned.counts
     recomputed = counts.activations[choice.policy].recomputed_flops
