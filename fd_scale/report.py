@@ -179,9 +179,8 @@ def _pictures(runs: Sequence[Run]) -> list[str]:
     for run in runs:
         shown = []
         events = EventAccumulator(str(run.folder / "tensorboard"), size_guidance={"images": 1})
-        logging.getLogger("tensorboard").setLevel(
-            logging.ERROR
-        )  # a resumed run repeats steps, and it would warn
+        # A resumed run repeats steps, and TensorBoard would warn of them.
+        logging.getLogger("tensorboard").setLevel(logging.ERROR)
         events.Reload()
         for tag in events.Tags()["images"]:
             event = events.Images(tag)[-1]
