@@ -152,12 +152,13 @@ def _jobs(
 ) -> dict[Path, list[str]]:
     """Returns run folder -> settings of every run, all of them checked before the first begins."""
     jobs: dict[Path, list[str]] = {}
-    for name, settings in starts.items():
+    for name in starts:
         if not re.fullmatch(r"[\w.+ ,-]+", name):
             raise UserError(
                 f"--start {name}: a name becomes part of a folder's; expected letters, digits, - and _"
             )
-        for seed in range(num_seeds):
+    for seed in range(num_seeds):  # all starting points with the first one first
+        for name, settings in starts.items():
             jobs[_folder(root, name, seed)] = [*overrides, *settings, f"seed={seed}"]
     if len(jobs) < len(starts) * num_seeds:
         raise UserError(f"--start: {', '.join(starts)} do not make different folders; choose other names")
