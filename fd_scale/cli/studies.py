@@ -35,7 +35,8 @@ def add_studies(verbs: Verbs) -> None:
         verbs, "miniature", "the paper's experiment on CIFAR-10, on two cores or a GPU",
         "Trains teachers, distils each with and without whitening, probes and fine-tunes before and after (recipes\n"
         "miniature/...). `cpu`: a Swin V2, contrastive and supervised teachers, 2 seeds, within an hour on two cores.\n"
-        "`gpu`: a ViT too, masked images as teacher, ablations of target, loss, position bias, drop path, 3 seeds.\n"
+        "`ablations`: of target, loss, position bias and drop path, on the contrastive teacher; an hour more.\n"
+        "`gpu`: both of a ViT too, masked images as a teacher, 3 seeds.\n"
         "What is complete is not repeated.",
         "  fd-scale miniature --data data/cifar10 --run-dir runs/miniature\n"
         "  fd-scale miniature --study gpu --minutes 9 --data data/cifar10 --run-dir runs/miniature_gpu",
@@ -46,7 +47,9 @@ def add_studies(verbs: Verbs) -> None:
     miniature.add_argument(
         "--run-dir", default="runs/miniature", help="folder of the runs (default: runs/miniature)"
     )
-    miniature.add_argument("--study", choices=("cpu", "gpu"), default="cpu", help="which one (default: cpu)")
+    miniature.add_argument(
+        "--study", choices=("cpu", "ablations", "gpu"), default="cpu", help="which one (default: cpu)"
+    )
     miniature.add_argument(
         "--minutes",
         type=float,

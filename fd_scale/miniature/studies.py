@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 DROP_PATH: dict[str, Any] = {"drop_path_rate": 0.1}
@@ -80,34 +80,43 @@ CONTRASTIVE = Teaching(verb="pretrain")
 SUPERVISED = Teaching(verb="finetune", overrides=DROP_PATH, labelled=True)
 MASKED = Teaching(verb="pretrain")
 
+_TEACHER = "distill.teachers.0"
+ABLATIONS = {
+    "pooled target": Variant(settings=[f"{_TEACHER}.target=pooled"]),
+    "cosine": Variant(settings=["distill.loss=cosine"]),
+    "squared error": Variant(settings=["distill.loss=mse"]),
+    "no drop path": Variant(settings=["model.overrides.drop_path_rate=0.0"]),
+    "drop path in both": Variant(
+        settings=[f"{_TEACHER}.drop_path=true", f"{_TEACHER}.model.overrides.drop_path_rate=0.1"]
+    ),
+}
+"""Of every architecture; position biases are its own."""
+_OWN_BIAS = "bias of each block"
+
 _SWIN = {"patch_size": 4, "embed_dim": 64, "depths": [2, 2], "num_heads": [2, 4], "window_size": 4}
+_SWIN_MODEL = Model(name="swin_v2_tiny", overrides=_SWIN)
 SWIN = Architecture(
-    teacher=Model(name="swin_v2_tiny", overrides=_SWIN),
+    teacher=_SWIN_MODEL,
     teacher_init={"post_norm_gain_init": 1.0},
-    student=Model(name="swin_v2_tiny", overrides=_SWIN),
-    tuned=Model(name="swin_v2_tiny", overrides=_SWIN),
+    student=_SWIN_MODEL,
+    tuned=_SWIN_MODEL,
 )
+_SWIN_OWN_BIAS = Model(name="swin_v2_tiny", overrides={**_SWIN, "shared_bias": False})
+SWIN_ABLATED = replace(SWIN, ablations={**ABLATIONS, _OWN_BIAS: Variant(student=_SWIN_OWN_BIAS)})
 
 # Narrow enough that a checkpoint, 14 bytes a parameter, stays under 16 MiB.
 _VIT = {"patch_size": 4, "embed_dim": 128, "depth": 5, "num_heads": 4}
 _OWN_TABLES = Model(name="fd_vit_tiny_patch16", overrides={**_VIT, "shared_bias": False})
 _PLAIN = Model(name="vit_tiny_patch16_224", overrides=_VIT)
 _ABSOLUTE = Model(name="vit_tiny_patch16_224", overrides={**_VIT, "init_values": 0.1})
-_TEACHER = "distill.teachers.0"
 VIT = Architecture(
     teacher=_PLAIN,
     student=Model(name="fd_vit_tiny_patch16", overrides=_VIT),
     tuned=_OWN_TABLES,
     ablations={
-        "pooled target": Variant(settings=[f"{_TEACHER}.target=pooled"]),
-        "cosine": Variant(settings=["distill.loss=cosine"]),
-        "squared error": Variant(settings=["distill.loss=mse"]),
-        "bias of each block": Variant(student=_OWN_TABLES),
+        **ABLATIONS,
+        _OWN_BIAS: Variant(student=_OWN_TABLES),
         "absolute positions": Variant(student=_ABSOLUTE),
-        "no drop path": Variant(settings=["model.overrides.drop_path_rate=0.0"]),
-        "drop path in both": Variant(
-            settings=[f"{_TEACHER}.drop_path=true", f"{_TEACHER}.model.overrides.drop_path_rate=0.1"]
-        ),
     },
 )
 
@@ -115,6 +124,12 @@ STUDIES = {
     "cpu": Study(
         architectures={"swin_v2": SWIN},
         teachers={"contrastive": CONTRASTIVE, "supervised": SUPERVISED},
+        num_seeds=2,
+        side_by_side=2,
+    ),
+    "ablations": Study(
+        architectures={"swin_v2": SWIN_ABLATED},
+        teachers={"contrastive": CONTRASTIVE},
         num_seeds=2,
         side_by_side=2,
     ),
@@ -129,11 +144,11 @@ STUDIES = {
         ],
         by_recipe={
             # Two crops an image and their colours: 0.45 ms an image, where the others take 0.05.
-            "teacher_contrastive": ["train.steps=2000", "data.num_workers=4"],
-            "teacher_supervised": ["train.steps=3000"],
-            "teacher_masked": ["train.steps=3000"],
-            "distill": ["train.steps=2000"],
-            "finetune": ["train.steps=800"],
+            "teacher_contrastive": ["train.steps=1000", "data.num_workers=6"],
+            "teacher_supervised": ["train.steps=1500"],
+            "teacher_masked": ["train.steps=1500"],
+            "distill": ["train.steps=1000"],
+            "finetune": ["train.steps=400"],
         },
     ),
 }  # fmt: skip
