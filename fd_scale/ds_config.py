@@ -21,6 +21,20 @@ _COMMON_KEYS = (
     "communication_data_type", "prescale_gradients", "gradient_predivide_factor", "steps_per_print",
     "wall_clock_breakdown", "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer", "flops_profiler",
 )  # fmt: skip
+ZERO_KEYS = (
+    "stage", "contiguous_gradients", "reduce_scatter", "reduce_bucket_size", "use_multi_rank_bucket_allreduce",
+    "allgather_partitions", "allgather_bucket_size", "overlap_comm", "compute_grad_norm", "load_from_fp32_weights",
+    "elastic_checkpoint", "offload_param", "offload_optimizer", "zenflow", "sub_group_size", "cpu_offload_param",
+    "cpu_offload_use_pin_memory", "cpu_offload", "stage3_prefetch_bucket_size", "stage3_param_persistence_threshold",
+    "stage3_model_persistence_threshold", "stage3_max_live_parameters", "stage3_max_reuse_distance",
+    "stage3_gather_16bit_weights_on_model_save", "stage3_module_granularity_threshold",
+    "stage3_use_all_reduce_for_fetch_params", "stage3_allgather_sequential", "stage3_gather_fp16_weights_on_model_save",
+    "ignore_unused_parameters", "legacy_stage1", "round_robin_gradients", "parameter_alignment",
+    "zero_hpz_partition_size", "zero_quantized_weights", "zero_quantized_nontrainable_weights",
+    "zero_quantized_gradients", "memory_efficient_linear", "pipeline_loading_checkpoint", "override_module_apply",
+    "log_trace_cache_warnings", "enable_sanity_checks", "save_muon_momentum_buffer_in_memory", "leaf_module",
+)  # fmt: skip
+"""Of the JSON's section `zero_optimization`."""
 _SECTIONS = ("zero_optimization", "bf16", "fp16", "optimizer")
 
 _REMOVED = "DeepSpeed has it no more"
@@ -33,6 +47,7 @@ UNSERVED = {
         "zero_optimization.zeropp_loco_param",
     ), _REMOVED),
     "amp": _PRECISION, "torch_autocast": _PRECISION,
+    "activation_checkpointing": "train.activation_checkpointing says what is recomputed",
     "data_efficiency": "the recipe's data section says what is shown and when",
     "tensor_parallel": "models are partitioned by ZeRO alone",
     "zero_optimization.elastic_checkpoint": "it lays checkpoints out in a way that this version does not read, and "
@@ -67,15 +82,22 @@ def read(name: str) -> dict[str, Any]:
         raise UserError(f"train.ds_config: {path} is not JSON: {error}") from None
     if not isinstance(values, dict):
         raise UserError(f"train.ds_config: {path} holds a {type(values).__name__}, expected an object")
-    for key in values:
-        nearest = difflib.get_close_matches(key, _COMMON_KEYS, n=1, cutoff=0.8)
-        if nearest and key not in _COMMON_KEYS:  # DeepSpeed itself passes over keys that it does not know
-            raise UserError(f"train.ds_config: {path} has {key}; did you mean {nearest[0]}")
     for section in _SECTIONS:
         if not isinstance(values.get(section, {}), dict):
             raise UserError(
                 f"train.ds_config: {section} is {json.dumps(values[section])} in {path}, expected an object"
             )
+    # DeepSpeed itself passes over keys that it does not know; those of ZeRO it refuses, when a run has begun.
+    for prefix, given, known in (
+        ("", values, _COMMON_KEYS),
+        ("zero_optimization.", values.get("zero_optimization", {}), ZERO_KEYS),
+    ):
+        for key in given:
+            nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.8)
+            if nearest and key not in known:
+                raise UserError(
+                    f"train.ds_config: {path} has {prefix}{key}; did you mean {prefix}{nearest[0]}"
+                )
     for key in ("offload_optimizer", "offload_param"):
         offload = values.get("zero_optimization", {}).get(key) or {}
         if not isinstance(offload, dict):
@@ -193,7 +215,7 @@ def _refuse_unserved(ds_config: dict[str, Any], recipe: Recipe, accumulation: in
         *section, last = key.split(".")
         value = (ds_config.get(section[0], {}) if section else ds_config).get(last)
         off = (
-            value.get("enabled") is False
+            value.get("enabled") is False or not any(value.values())
             if isinstance(value, dict)
             else value in (False, 1) and value is not True
         )

@@ -12,3 +12,7 @@ class UserError(ValueError):
     The command line prints the sentence alone and exits with code 2; any other exception is a
     fault of this program and keeps its traceback.
     """
+
+
+class CommonError(UserError):
+    """One that all ranks raise in the same step: the first alone says it."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -140,11 +141,16 @@ def _write(target: Path, file: str, write: Callable[[Path], None], texts: dict[s
     temporary = target / f"{file}.tmp"
     try:
         target.mkdir(parents=True, exist_ok=True)
+        temporary.touch()
+        mode = temporary.stat().st_mode
         write(temporary)
+        temporary.chmod(mode)  # safetensors' own is for the owner alone
         temporary.replace(target / file)
         for name, text in texts.items():
             write_atomically(target / name, text)
     except (OSError, SafetensorError, RuntimeError) as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
         reason = error.strerror if isinstance(error, OSError) else error
         raise UserError(
             f"{target}: cannot be written ({reason}); free space there or choose another folder"

@@ -94,7 +94,9 @@ def report(run_dirs: Sequence[str], out: str | Path | None) -> Path:
         ]
         write_atomically(page.with_suffix(".json"), json.dumps(numbers, indent=1))
     except OSError as error:
-        raise run_folder.not_writable(page.parent, error) from None
+        raise UserError(
+            f"{page}: cannot be written ({error.strerror}); choose another with --out FILE"
+        ) from None
     return page
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,7 +21,7 @@ from fd_scale.cli.studies import add_studies
 from fd_scale.cli.train import TRAINING_VERBS, add_training
 from fd_scale.cli.weights import add_weights
 from fd_scale.config import describe_keys, packaged_recipes
-from fd_scale.errors import UserError
+from fd_scale.errors import CommonError, UserError
 from fd_scale.log import results
 
 __all__ = ["TRAINING_VERBS", "main", "parsed"]
@@ -42,15 +43,21 @@ examples:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs a verb; exits with 2 and one sentence where the user's input is wrong."""
+    """Runs a verb; exits with 2 and one sentence where the user's input is wrong, with 130 after Ctrl-C."""
     options = parsed(arguments)
     try:
         options.run(options)
     except UserError as error:
         rank = os.environ.get("RANK", "0")
-        print(f"fd-scale: {'' if rank == '0' else f'rank {rank}: '}{error}", file=sys.stderr)
+        if rank == "0" or not isinstance(error, CommonError):
+            print(f"fd-scale: {'' if rank == '0' else f'rank {rank}: '}{error}", file=sys.stderr)
         _tell_batch_script(error)
         raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        if os.environ.get("RANK", "0") == "0":
+            print("fd-scale: interrupted; of a run, what was checkpointed is kept, and the same command goes on from "
+                  "there", file=sys.stderr)  # fmt: skip
+        raise SystemExit(128 + signal.SIGINT) from None
 
 
 def _tell_batch_script(error: UserError) -> None:

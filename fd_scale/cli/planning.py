@@ -136,7 +136,7 @@ def _plan(options: argparse.Namespace) -> None:
         )
     if options.gpus is None or options.gpu is None:
         raise UserError(
-            f"plan: --gpus N and --gpu NAME say for what to plan (one of {', '.join(GPUS)}), or --measure"
+            f"plan: --gpus N and --gpu NAME are needed, for what to plan (one of {', '.join(GPUS)}), or --measure"
         )
     if options.images is not None and options.images < 1:
         raise UserError(f"--images: got {options.images}, expected at least 1")

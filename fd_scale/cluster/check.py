@@ -308,6 +308,8 @@ def _images_per_s(recipe: Recipe, world: World) -> float:
         began, num_images = time.perf_counter(), 0
         while time.perf_counter() - began < READ_S:
             num_images += sum(len(batch.positions) for batch in next(batches))
+            if loader.problem:
+                raise UserError(loader.problem)
         return num_images / (time.perf_counter() - began)
     finally:
         batches.close()

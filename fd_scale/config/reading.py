@@ -84,7 +84,11 @@ def load_recipe(recipe: str | Path, overrides: list[str] | None = None) -> Recip
             raise UserError(f"'{item}': an override is written key=value, e.g. optim.lr=1e-3")
         try:
             _put(given, key, OmegaConf.from_dotlist([f"value={value}"]).value)
-        except (OmegaConfBaseException, YAMLError, IndexError, TypeError, ValueError) as error:
+        except IndexError:
+            raise UserError(
+                f"'{item}': cannot be set: the recipe's list is shorter; items count from 0"
+            ) from None
+        except (OmegaConfBaseException, YAMLError, TypeError, ValueError) as error:
             raise UserError(f"'{item}': cannot be set: {first_line(error)}") from None
     try:
         values = OmegaConf.to_container(given, resolve=True)

@@ -110,9 +110,11 @@ class _Tally:
         self._num_seen = 0
         self._num_bad = 0
         self._names: dict[int, str] = {}
+        self.problem = ""
+        """Says so once too many were bad."""
 
     def take(self, batch: Batch | None, bad: list[_BadSample]) -> Batch:
-        """Returns the batch, if there is one and not too many were bad so far."""
+        """Returns the batch, if there is one."""
         if batch is None and len(bad) == 1:
             raise UserError(f"{bad[0].name} cannot be decoded: {bad[0].reason}; repair or remove it")
         for sample in bad:
@@ -127,7 +129,7 @@ class _Tally:
         self._num_seen += len(batch.labels)
         self._num_bad += batch.num_bad
         if self._num_bad > self._max_fraction * max(self._num_seen, self._min_judged):
-            raise UserError(
+            self.problem = (
                 f"{self._num_bad} of {self._num_seen} samples cannot be decoded, allowed are "
                 f"{self._max_fraction:.2%} (max_bad_fraction): {names}; repair or remove them"
             )
@@ -308,6 +310,11 @@ class TrainLoader:
         reader = _Reader(source, transform, seed, NUM_REPLACEMENTS, crops, features)
         self._samples = _TrainingSamples(reader, self.steps_per_epoch * global_batch, by_shards, seed)
 
+    @property
+    def problem(self) -> str:
+        """Says so once more than `max_bad_fraction` of this rank's samples could not be decoded; else empty."""
+        return self._tally.problem
+
     def iterate(self, start_step: int, reordered: int = 0) -> Generator[list[Batch], None, None]:
         """Yields the micro-batches of each step from `start_step` on, without end.
 
@@ -319,7 +326,7 @@ class TrainLoader:
             reordered: each number has an order of its own; 0 is the run's.
 
         Raises:
-            UserError: more than `max_bad_fraction` of the samples cannot be decoded.
+            UserError: a sample and all that might take its place cannot be decoded.
         """
         requests = self._micro_batches(start_step)
         samples = self._samples
@@ -423,7 +430,10 @@ def view_batches(
     tally = _Tally(max_bad_fraction, len(source) * crops)
     with contextlib.closing(_run(samples, requests, num_workers, pin_memory=False)) as loaded:
         for batch, bad in loaded:
-            yield tally.take(batch, bad)
+            taken = tally.take(batch, bad)
+            if tally.problem:
+                raise UserError(tally.problem)
+            yield taken
 
 
 def _run(
@@ -437,7 +447,7 @@ def _run(
     context = None
     if num_workers:
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload([__name__])
+        context.set_forkserver_preload(["fd_scale.data.own_group", __name__])
     loader = DataLoader(
         _Caught(samples),
         batch_size=None,  # a request is a whole micro-batch

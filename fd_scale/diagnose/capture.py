@@ -124,15 +124,19 @@ def look_at_attention(model: Backbone, pixels_BCHW: Tensor, expected_BLD: Tensor
         found = model(pixels_BCHW)
     if not layers:
         raise UserError(
-            f"diagnose: {type(model).__name__} has no attention among equally many queries and keys; "
+            f"diagnose: {_name(model)} has no attention among equally many queries and keys; "
             "expected a ViT or a Swin"
         )
     error = float((found.float() - expected_BLD.float()).norm() / expected_BLD.float().norm())
     if not error <= _TOLERANCES[pixels_BCHW.dtype]:
         raise UserError(
-            f"diagnose: the attention that was looked at is not what {type(model).__name__} computes: its tokens "
+            f"diagnose: the attention that was looked at is not what {_name(model)} computes: its tokens "
             f"differ by {error:.2g} (relative); expected at most {_TOLERANCES[pixels_BCHW.dtype]:g}"
         )
+
+
+def _name(model: Backbone) -> str:
+    return type(getattr(model, "model", model)).__name__
 
 
 def _map_of(
@@ -150,6 +154,11 @@ def _map_of(
     if windows == 1 and num_tokens == prefix + grid[0] * grid[1]:
         shape, side = grid, grid
     else:
+        if windows > 1 and state.window is None:
+            raise UserError(
+                f"diagnose: {_name(model)} lets {num_tokens} tokens see each other in each of {windows} groups, whose "
+                "places are not known; expected a ViT or a Swin"
+            )
         prefix = 0
         side = state.grid or (math.isqrt(windows * num_tokens),) * 2
         shape = state.window or (math.isqrt(num_tokens),) * 2
@@ -182,7 +191,10 @@ class _Places:
         for module in self.model.modules():
             if isinstance(module, ResidualBlock):
                 handles.append(module.register_forward_pre_hook(self._block, with_kwargs=True))
-            elif isinstance(getattr(module, "window_size", None), tuple | list):
+            # A Swin's; the windows of a table of biases may be of tokens that lie apart.
+            elif isinstance(getattr(module, "window_size", None), tuple | list) and hasattr(
+                module, "shift_size"
+            ):
                 handles.append(module.register_forward_pre_hook(self._windows))
         try:
             yield
@@ -191,8 +203,6 @@ class _Places:
                 handle.remove()
 
     def _windows(self, module: Any, inputs: Any) -> None:
-        if not inputs:  # a table of biases, which knows the window too
-            return
         rows, columns = module.window_size
         self.window = (int(rows), int(columns))
         x = inputs[0]

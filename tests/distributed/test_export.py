@@ -87,6 +87,7 @@ def test_a_run_is_exported_by_other_names(recipe_values: Values, tmp_path: Path)
         # fp32, the same sums in another order
         torch.testing.assert_close(theirs(images).last_hidden_state, model(images), rtol=1e-4, atol=1e-5)
     assert json.loads((out / "config.json").read_text())["model"]["name"] == backbone.name
+    assert len({file.stat().st_mode for file in out.iterdir()}) == 1, "who may read one may read all"
     assert "contrastive" in (out / "README.md").read_text()
     for layout in ("fd", "official", "timm", "hf"):
         again = build_model(backbone)

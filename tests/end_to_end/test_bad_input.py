@@ -45,6 +45,18 @@ def process_as_before() -> Iterator[None]:
         signal.signal(number, handler_before)
 
 
+def test_ctrl_c_is_a_sentence(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupted(_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "_recipes", interrupted)
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["recipes"])
+    assert ended.value.code == 130
+    [sentence] = capsys.readouterr().err.splitlines()
+    assert sentence.startswith("fd-scale: interrupted; ")
+
+
 @pytest.fixture
 def refused(capsys: pytest.CaptureFixture[str]) -> Refused:
     """Runs a command line that must be refused; returns its sentence."""

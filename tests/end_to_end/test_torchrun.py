@@ -2,25 +2,34 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from fd_scale.config import load_recipe
+from fd_scale.errors import PREEMPTED
 from fd_scale.models import resolved
 from fd_scale.run_folder import read_recipe
 
 
-def torchrun_distill(values: dict[str, Any], *settings: str, **environment: str) -> str:
-    """Runs a recipe on two ranks; returns what was said."""
+def written(values: dict[str, Any]) -> str:
+    """Writes a recipe beside its run folder."""
     file = Path(values["run_dir"]).with_suffix(".yaml")
     file.write_text(json.dumps(values))  # JSON is YAML
+    return str(file)
+
+
+def torchrun_distill(values: dict[str, Any], *settings: str, code: int = 0, **environment: str) -> str:
+    """Runs a recipe on two ranks, to an end with a code; returns what was said."""
     command = [
         "-m",
         "torch.distributed.run",
@@ -31,11 +40,11 @@ def torchrun_distill(values: dict[str, Any], *settings: str, **environment: str)
         "distill",
     ]
     done = subprocess.run(
-        [sys.executable, *command, str(file), *settings],
+        [sys.executable, *command, written(values), *settings],
         env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
         capture_output=True, text=True, timeout=200, check=False,
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == code, done.stderr
     return done.stderr
 
 
@@ -99,3 +108,41 @@ def test_triton_kernels_under_zero3(recipe_values: Callable[..., dict[str, Any]]
     assert found["reference"].shape == (2, 2)
     # fp32 sums in another order, one step of AdamW between the lines.
     np.testing.assert_allclose(found["kernels"], found["reference"], rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_too_much_that_cannot_be_decoded_ends_all_ranks_with_one_sentence(
+    recipe_values: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
+    images = tmp_path / "images/class"
+    images.mkdir(parents=True)
+    for index in range(48):
+        Image.new("RGB", (24, 24), (index, 0, 0)).save(images / f"{index:02}.png")
+    for index in range(0, 48, 8):
+        (images / f"{index:02}.png").write_bytes(b"")
+    values = recipe_values(data__train=f"imagefolder:{tmp_path}/images")
+    said = torchrun_distill(values, code=1)  # torchrun's, whatever the ranks' own
+    assert said.count("samples cannot be decoded, allowed are 1.00%") == 1
+    assert "[rank" not in said, "no rank has a traceback"
+    assert said.count("exitcode  : 2") == 2
+
+
+@pytest.mark.slow
+def test_a_signal_to_the_whole_group_stops_the_run_and_not_its_workers(
+    recipe_values: Callable[..., dict[str, Any]],
+) -> None:
+    """As `timeout` and shells send it."""
+    values = recipe_values(data__num_workers=1, train__steps=100_000, checkpoint__save_every_steps=100_000)
+    run = Path(values["run_dir"])
+    with subprocess.Popen(
+        [sys.executable, "-m", "fd_scale", "distill", written(values)],
+        env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE, text=True, start_new_session=True,
+    ) as started:  # fmt: skip
+        deadline = time.monotonic() + 120
+        while not (run / "metrics.jsonl").is_file() and time.monotonic() < deadline:
+            time.sleep(0.1)
+        os.killpg(started.pid, signal.SIGTERM)
+        _, said = started.communicate(timeout=60)
+    assert started.returncode == PREEMPTED, said
+    assert "the same command resumes" in said
+    assert list((run / "checkpoints").glob("step_*"))

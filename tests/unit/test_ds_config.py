@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from fd_scale.config import Recipe
-from fd_scale.ds_config import UNSERVED, read, resolve, zero_stage
+from fd_scale.ds_config import UNSERVED, ZERO_KEYS, read, resolve, zero_stage
 from fd_scale.errors import UserError
 
 MakeRecipe = Callable[..., Recipe]
@@ -113,6 +113,9 @@ def test_a_misspelt_section_and_offload_elsewhere_are_refused(
     file.write_text('{"zero_optimisation": {"stage": 3}}')
     with pytest.raises(UserError, match="zero_optimisation; did you mean zero_optimization"):
         read(str(file))
+    file.write_text('{"zero_optimization": {"stage": 2, "overlap_com": true}}')
+    with pytest.raises(UserError, match=r"zero_optimization\.overlap_com; did you mean .*\.overlap_comm"):
+        read(str(file))
     file.write_text('{"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme"}}}')
     with pytest.raises(UserError, match=r"offload_optimizer\.device is nvme in .*, expected cpu or none"):
         resolve(read(str(file)), make_recipe(), 1, "cpu")
@@ -133,6 +136,18 @@ def test_what_is_not_served_is_refused_and_what_is_off_is_not(make_recipe: MakeR
     config = {section[0]: {last: False}} if section else {last: {"enabled": False}}
     if "DeepSpeed has it no more" not in UNSERVED[key]:  # and it refuses the key
         resolve(config, make_recipe(), 1, "cpu")
+
+
+def test_keys_of_zero_are_deepspeeds() -> None:
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    fields = DeepSpeedZeroConfig.model_fields.items()
+    assert set(ZERO_KEYS) == {field.alias or name for name, field in fields}
+
+
+def test_sections_whose_values_are_all_off_may_stay(make_recipe: MakeRecipe) -> None:
+    template = {"partition_activations": False, "cpu_checkpointing": False, "number_checkpoints": None}
+    resolve({"activation_checkpointing": template}, make_recipe(), 1, "cpu")
 
 
 @pytest.mark.parametrize(

@@ -82,7 +82,12 @@ def make_loader(source: Source, **changes: object) -> TrainLoader:
 
 def take(loader: TrainLoader, num_steps: int, start_step: int = 0) -> list[list[Batch]]:
     steps = loader.iterate(start_step)
-    taken = list(itertools.islice(steps, num_steps))
+    taken = []
+    for micro_batches in itertools.islice(steps, num_steps):
+        if loader.problem:  # as a run stops, on all ranks
+            steps.close()
+            raise UserError(loader.problem)
+        taken.append(micro_batches)
     steps.close()
     return taken
 
