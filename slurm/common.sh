@@ -63,17 +63,29 @@ FD_START="slurm $SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}"
 
 # srun's options and the words before a command that put it into the container, where there is one.
 container_options=() container_prefix=()
+# What `install` makes must lie on the node's disk: with pyxis each step has a container and a /tmp of its own.
+mounts=${FD_WHEELHOUSE:+${FD_LOCAL_DISK:-/tmp}:${FD_LOCAL_DISK:-/tmp},$FD_WHEELHOUSE:$FD_WHEELHOUSE,}
+mounts+=${FD_MOUNTS:+$FD_MOUNTS,}$PWD:$PWD,$FD_CODE:$FD_CODE
 case ${FD_CONTAINER:+${FD_CONTAINER_KIND:-pyxis}} in
   pyxis)
-    container_options=(--container-image="$FD_CONTAINER" --container-workdir="$PWD")
-    container_options+=(--container-mounts="${FD_MOUNTS:+$FD_MOUNTS,}$PWD:$PWD,$FD_CODE:$FD_CODE")
+    container_options=(--container-image="$FD_CONTAINER" --container-workdir="$PWD" --container-mounts="$mounts")
     ;;
   apptainer)
-    container_prefix=(apptainer exec --nv --pwd "$PWD" --bind "${FD_MOUNTS:+$FD_MOUNTS,}$PWD,$FD_CODE" "$FD_CONTAINER")
+    container_prefix=(apptainer exec --nv --pwd "$PWD" --bind "$mounts" "$FD_CONTAINER")
     ;;
   "") ;;
   *) stop 2 "FD_CONTAINER_KIND: got $FD_CONTAINER_KIND, expected pyxis or apptainer; set it in $FD_CLUSTER_ENV" ;;
 esac
+
+# over_image: has pyxis' steps start with the variables of this job. pyxis prefers what the image sets, PYTHONPATH too,
+# and makes a rank of each task where the image sets PYTORCH_VERSION, as NVIDIA's do.
+over_image() {
+  local name
+  container_prefix=(env -u RANK -u LOCAL_RANK -u WORLD_SIZE -u MASTER_ADDR -u MASTER_PORT)
+  for name in $(compgen -e | grep -E '^(PYTHON|OMP_|NCCL_|GLOO_|TORCH_)'); do
+    container_prefix+=("$name=${!name}")
+  done
+}
 
 # on_nodes OPTIONS -- COMMAND: one task a node with all of the node's CPUs; torchrun spreads its ranks over them.
 on_nodes() {
@@ -83,6 +95,7 @@ on_nodes() {
     shift
   done
   shift
+  [ "${#container_options[@]}" = 0 ] || over_image
   # shellcheck disable=SC2086  # options, several words
   srun --ntasks-per-node=1 ${SLURM_CPUS_ON_NODE:+--cpus-per-task=$SLURM_CPUS_ON_NODE} --cpu-bind=none --kill-on-bad-exit=1 \
     ${FD_SRUN_OPTIONS:-} "${options[@]}" "${container_options[@]}" "${container_prefix[@]}" "$@"
@@ -199,7 +212,7 @@ write_preempt() {
 count_failure() {
   local whose step count newest
   newest=$(cat "$run_dir/checkpoints/latest" 2>/dev/null || echo none)
-  read -r whose step count <"$run_dir/logs/failures" 2>/dev/null || whose=
+  read -r whose step count 2>/dev/null <"$run_dir/logs/failures" || whose=
   if [ "$whose" = "$SLURM_JOB_ID" ] && [ "$step" = "$newest" ]; then
     failures=$((count + 1))
   else

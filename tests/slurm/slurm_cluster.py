@@ -18,6 +18,13 @@ from pathlib import Path
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue")
 INSTALL = "apt-get install slurmctld slurmd slurm-client munge"
 
+# Where `make install` and packages put the plugin that runs steps in Enroot containers; there is none in Debian.
+PYXIS = (
+    *Path("/usr/local/lib").glob("**/slurm*/spank_pyxis.so"),
+    *Path("/usr/lib").glob("**/slurm*/spank_pyxis.so"),
+    *Path("/usr/lib64").glob("slurm*/spank_pyxis.so"),
+)
+
 # What a test before has made of this process: a job must not take itself for a rank.
 OF_A_RANK = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -78,6 +85,15 @@ def _program(name: str) -> str:
     return found
 
 
+def missing_pyxis() -> str:
+    """What is missing for steps in Enroot containers; nothing where all is there."""
+    if not PYXIS:
+        return "no spank_pyxis.so (NVIDIA pyxis)"
+    if _where("enroot") is None:
+        return "no enroot (NVIDIA enroot)"
+    return ""
+
+
 @dataclass
 class Cluster:
     """A running SLURM."""
@@ -124,9 +140,11 @@ class Cluster:
         return self.job(number)
 
     def start_node(self, name: str) -> None:
-        """Starts a slurmd."""
+        """Starts a slurmd, which finds an `enroot` of its node's own: nodes of a real cluster do not share disks."""
+        path = f"{self.folder / f'enroot.{name}'}:{self.environment['PATH']}"
         self.nodes[name] = _start(
-            [_program("slurmd"), "-D", "-N", name, "-f", str(self.folder / "slurm.conf")], self.environment
+            [_program("slurmd"), "-D", "-N", name, "-f", str(self.folder / "slurm.conf")],
+            self.environment | {"PATH": path},
         )
 
     def processes_of(self, node: str) -> list[int]:
@@ -183,11 +201,26 @@ def _configure(folder: Path, names: list[str], cpus: int) -> None:
     )
     text += "SlurmdParameters=config_overrides\n"
     (folder / "slurm.conf").write_text(text)
+    if not missing_pyxis():
+        _configure_pyxis(folder, names)
     (folder / "state").mkdir()
     key = folder / "munge" / "key"
     key.parent.mkdir(mode=0o700)
     key.write_bytes(secrets.token_bytes(128))
     key.chmod(0o400)
+
+
+def _configure_pyxis(folder: Path, names: list[str]) -> None:
+    (folder / "plugstack.conf").write_text(f"required {PYXIS[0]} runtime_path={folder / 'pyxis'}\n")
+    for name in names:
+        # pyxis keeps nothing but PATH of the environment of slurmd.
+        program = folder / f"enroot.{name}/enroot"
+        program.parent.mkdir()
+        settings = " ".join(
+            f"ENROOT_{what.upper()}_PATH={program.parent / what}" for what in ("data", "cache", "runtime")
+        )
+        program.write_text(f'#!/bin/sh\n{settings} exec {_program("enroot")} "$@"\n')
+        program.chmod(0o755)
 
 
 @contextmanager

@@ -52,7 +52,7 @@ def test_one_task_a_node_with_all_its_cpus(tmp_path: Path) -> None:
         ),
         (
             "FD_CONTAINER=x.sif FD_CONTAINER_KIND=apptainer\n",
-            ["apptainer", "exec", "--nv", "--pwd", "HERE", "--bind", "HERE,CODE", "x.sif", "hello"],
+            ["apptainer", "exec", "--nv", "--pwd", "HERE", "--bind", "HERE:HERE,CODE:CODE", "x.sif", "hello"],
         ),
     ],
 )  # fmt: skip
