@@ -265,8 +265,9 @@ class Checkpoints:
         except (OSError, RuntimeError) as error:
             if isinstance(error, RuntimeError) and "inline_container" not in str(error):
                 raise  # torch names its archive writer, and no errno, where a file cannot be written
+            reason = "as on a full disk: " if isinstance(error, RuntimeError) else ""
             raise UserError(
-                f"{folder}: the checkpoint could not be written ({' '.join(str(error).split())[:200]}); "
+                f"{folder}: the checkpoint could not be written ({reason}{' '.join(str(error).split())[:200]}); "
                 f"the last whole one is {self._newest_name()}; free space there and start the same command again"
             ) from error
 

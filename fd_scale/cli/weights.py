@@ -29,7 +29,7 @@ def add_weights(verbs: Verbs) -> None:
 
     convert = add_verb(
         verbs, "convert", "weights in another layout of names",
-        "Reads a file or folder in any layout that the model knows, writes a folder as `export` does.",
+        "Reads a file or folder in any layout that the model knows, writes a folder as `export` does, without a card.",
         "  fd-scale convert swinv2.pth out --model swin_v2_base --set shared_bias=false --format timm",
     )  # fmt: skip
     convert.add_argument("source", metavar="IN", help=".safetensors or .pth file, or a folder")

@@ -210,6 +210,8 @@ def _command(
         f"--signal=B:USR1@{lead_s(stage.run_dir)}",
     ]
     if wanted.time is not None:
+        if not re.fullmatch(r"(\d+-)?\d+(:\d+){0,2}|infinite|UNLIMITED", wanted.time, re.IGNORECASE):
+            raise UserError(f"--time: got {wanted.time}, expected minutes, HH:MM:SS or DAYS-HH:MM:SS")
         options.append(f"--time={wanted.time}")
     if stage.elements:
         options.append(f"--array=0-{len(stage.elements) - 1}")

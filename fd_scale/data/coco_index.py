@@ -31,6 +31,7 @@ logger = logging.getLogger(__name__)
 VERSION = 1
 _POLYGONS, _RUNS = 1, 2
 _FARTHEST_PX = 10**6
+_WHOLE = ("id", "image_id", "category_id", "height", "width")  # keys of numbers that are whole
 _POINTS = 3  # of a polygon at least: pycocotools takes two points for a box
 
 
@@ -160,6 +161,9 @@ class _Table:
         except (KeyError, TypeError, ValueError, OverflowError, AttributeError) as error:
             number = value.get("id", "without id") if isinstance(value, dict) else value
             problem = f"{error} is missing" if isinstance(error, KeyError) else str(error)
+            odd = [key for key in _WHOLE if isinstance(value, dict) and type(value.get(key, 0)) is not int]
+            if odd:
+                problem = f"its {odd[0]} is {value[odd[0]]!r}, not a whole number"
             raise self._broken(f"{name}, {number}", f"{problem}; expected COCO's format") from None
 
     def _broken(self, what: str, problem: str) -> UserError:

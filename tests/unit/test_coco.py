@@ -224,6 +224,10 @@ BROKEN: list[tuple[Callable[[dict[str, Any]], object], str]] = [
     ),
     (lambda v: v["categories"][1].update(name="disc"), "categories, 3: two categories have"),
     (lambda v: first(v).pop("bbox"), "annotations, 1: 'bbox' is missing; expected COCO's format"),
+    (
+        lambda v: first(v).update(image_id="5"),
+        "annotations, 1: its image_id is '5', not a whole number; expected COCO's format",
+    ),
     (lambda v: first(v).update(bbox=[1, 2, 3]), "annotations, 1: not enough values"),
     (lambda v: first(v).update(bbox=[1, 2, float("nan"), 3]), "annotations, 1: its bbox is"),
     (

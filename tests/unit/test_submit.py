@@ -106,6 +106,7 @@ def test_an_array(show: Callable[..., str], tmp_path: Path) -> None:
     ("arguments", "facts"),
     [
         (["--nodes", "0"], ["--nodes: got 0"]),
+        (["--nodes", "1", "--time", "banana"], ["--time: got banana", "HH:MM:SS"]),
         (["--nodes", "1", "--gpu", "h10"], ["--gpu: got h10", "nearest is h100"]),
         (["--nodes", "1", "train.global_bach=1"], ["Did you mean: 'global_batch'"]),
         (["--nodes", "1", "--then", "digits/finetune", "model.depth=1"], ["model", "depth"]),
