@@ -16,7 +16,7 @@ from typing import Any, Literal, TypeVar
 import torch
 import torch.distributed as dist
 
-from fd_scale.errors import UserError
+from fd_scale.errors import CommonError, UserError
 from fd_scale.lock import slurm_start
 from fd_scale.watch import GRACE_S
 
@@ -52,6 +52,11 @@ class World:
         values: list[Any] = [None] * self.size
         dist.all_gather_object(values, value)
         return values
+
+    def common_error(self, problem: str) -> CommonError:
+        """Returns what is wrong on the first rank that has a problem (else empty); all ranks know that one has."""
+        mine = f"rank {self.rank}: {problem}" if problem and self.rank else problem
+        return CommonError(next(filter(None, self.gather(mine))))
 
     def from_main(self, value: Any) -> Any:
         """Returns rank 0's `value` on every rank."""

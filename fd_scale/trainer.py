@@ -27,7 +27,7 @@ from fd_scale.config import Recipe
 from fd_scale.data import Batch, TrainLoader
 from fd_scale.distributed import Preemption, World
 from fd_scale.engine import Engine
-from fd_scale.errors import CommonError, UserError
+from fd_scale.errors import UserError
 from fd_scale.evaluation import Forward
 from fd_scale.lock import RunLock
 from fd_scale.metrics import HostCopy, Phases, Recorder, profiling
@@ -298,16 +298,12 @@ class Trainer:
                 [*mine, float(self.loader.problem != ""), *flags]
             )
         if refused:
-            raise CommonError(next(filter(None, self.world.gather(self._problem()))))
+            raise self.world.common_error(self.loader.problem)
         self.preempted = preempted > 0
         self.written = written == self.world.size
         self._judge(loss)
         # A step without a single item (no image of it has a label) has loss 0, not 0 / 0.
         return {name: max(total, 1.0) for name, total in zip(names, totals, strict=True)}
-
-    def _problem(self) -> str:
-        rank = f"rank {self.world.rank}: " if self.world.rank else ""
-        return f"{rank}{self.loader.problem}" if self.loader.problem else ""
 
     def _due(self, every: int, step: int | None = None) -> bool:
         return every > 0 and (self.state.step if step is None else step) % every == 0

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from fd_scale.data import Batch, FeatureFiles, Source, Transform, evaluation_batches, subset
 from fd_scale.distributed import World
+from fd_scale.errors import UserError
 
 Forward = Callable[..., dict[str, Tensor]]
 """The module's forward, by way of the engine."""
@@ -27,8 +29,12 @@ class EvaluationSet:
 
 
 def evaluated_batches(evaluation: EvaluationSet, world: World) -> Iterator[Batch]:
-    """Yields this rank's batches of a source on its device; every rank has equally many."""
-    for batch in evaluation_batches(
+    """Yields this rank's batches of a source on its device; every rank has equally many.
+
+    Raises:
+        CommonError: a sample of any rank cannot be decoded.
+    """
+    batches = evaluation_batches(
         evaluation.source,
         evaluation.transform,
         batch_size=evaluation.batch_size,
@@ -36,8 +42,20 @@ def evaluated_batches(evaluation: EvaluationSet, world: World) -> Iterator[Batch
         world_size=world.size,
         num_workers=evaluation.num_workers,
         features=evaluation.features,
-    ):
-        yield batch.to(world.device)
+    )
+    with closing(batches):
+        while True:
+            batch, problem = None, ""
+            try:
+                batch = next(batches, None)
+            except UserError as error:
+                problem = str(error)
+            # The others would wait for this rank, at the next collective, until they hear that it is gone.
+            if any(world.sum([float(problem != "")])):
+                raise world.common_error(problem)
+            if batch is None:
+                return
+            yield batch.to(world.device)
 
 
 def single_images(

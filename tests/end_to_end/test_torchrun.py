@@ -111,18 +111,25 @@ def test_triton_kernels_under_zero3(recipe_values: Callable[..., dict[str, Any]]
 
 
 @pytest.mark.slow
-def test_too_much_that_cannot_be_decoded_ends_all_ranks_with_one_sentence(
-    recipe_values: Callable[..., dict[str, Any]], tmp_path: Path
+@pytest.mark.parametrize(
+    ("images", "every", "sentence"),
+    [
+        ("train", 8, "samples cannot be decoded, allowed are 1.00%"),
+        ("evaluation", 48, "00.png cannot be decoded: "),
+    ],
+)
+def test_what_cannot_be_decoded_ends_all_ranks_with_one_sentence(
+    recipe_values: Callable[..., dict[str, Any]], tmp_path: Path, images: str, every: int, sentence: str
 ) -> None:
-    images = tmp_path / "images/class"
-    images.mkdir(parents=True)
+    folder = tmp_path / "images/class"
+    folder.mkdir(parents=True)
     for index in range(48):
-        Image.new("RGB", (24, 24), (index, 0, 0)).save(images / f"{index:02}.png")
-    for index in range(0, 48, 8):
-        (images / f"{index:02}.png").write_bytes(b"")
-    values = recipe_values(data__train=f"imagefolder:{tmp_path}/images")
+        Image.new("RGB", (24, 24), (index, 0, 0)).save(folder / f"{index:02}.png")
+    for index in range(0, 48, every):
+        (folder / f"{index:02}.png").write_bytes(b"")
+    values = recipe_values(**{f"data__{images}": f"imagefolder:{tmp_path}/images"}, train__steps=4)
     said = torchrun_distill(values, code=1)  # torchrun's, whatever the ranks' own
-    assert said.count("samples cannot be decoded, allowed are 1.00%") == 1
+    assert said.count(sentence) == 1
     assert "[rank" not in said, "no rank has a traceback"
     assert said.count("exitcode  : 2") == 2
 
