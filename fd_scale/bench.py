@@ -87,6 +87,7 @@ class TakingTurns:
         began = time.perf_counter()
         self.batches = [next(batches) for _ in range(num_batches)]
         self.loader_ms = 1e3 * (time.perf_counter() - began) / num_batches
+        self.problem = loader.problem
         batches.close()
         self.ours_ms: list[float] = []
         self.bare_ms: list[float] = []

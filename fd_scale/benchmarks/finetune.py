@@ -124,6 +124,10 @@ class _TakingTurns:
         self.ours_ms: list[float] = []
         self.timm_ms: list[float] = []
 
+    @property
+    def problem(self) -> str:
+        return self.loader.problem
+
     def iterate(self, start_step: int, reordered: int = 0) -> Generator[list[Batch], None, None]:
         batches = self.loader.iterate(start_step, reordered)
         try:

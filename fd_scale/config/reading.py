@@ -86,7 +86,7 @@ def load_recipe(recipe: str | Path, overrides: list[str] | None = None) -> Recip
             _put(given, key, OmegaConf.from_dotlist([f"value={value}"]).value)
         except IndexError:
             raise UserError(
-                f"'{item}': cannot be set: the recipe's list is shorter; items count from 0"
+                f"'{item}': cannot be set: list index out of range: items count from 0, and the recipe has fewer"
             ) from None
         except (OmegaConfBaseException, YAMLError, TypeError, ValueError) as error:
             raise UserError(f"'{item}': cannot be set: {first_line(error)}") from None
