@@ -141,6 +141,7 @@ def _write(target: Path, file: str, write: Callable[[Path], None], texts: dict[s
     temporary = target / f"{file}.tmp"
     try:
         target.mkdir(parents=True, exist_ok=True)
+        temporary.unlink(missing_ok=True)
         temporary.touch()
         mode = temporary.stat().st_mode
         write(temporary)
