@@ -154,10 +154,11 @@ def _map_of(
     if windows == 1 and num_tokens == prefix + grid[0] * grid[1]:
         shape, side = grid, grid
     else:
-        if windows > 1 and state.window is None:
+        # Without windows, all tokens of a stage: others may be channels, or lie apart.
+        if state.window is None and (windows > 1 or num_tokens not in _stages(grid)):
             raise UserError(
-                f"diagnose: {_name(model)} lets {num_tokens} tokens see each other in each of {windows} groups, whose "
-                "places are not known; expected a ViT or a Swin"
+                f"diagnose: {_name(model)} lets {num_tokens} tokens or channels see each other in each of {windows} "
+                "groups, whose places are not known; expected a ViT or a Swin"
             )
         prefix = 0
         side = state.grid or (math.isqrt(windows * num_tokens),) * 2
@@ -173,6 +174,14 @@ def _map_of(
         shaped = [x.unflatten(1, (rows, columns))[:, : whole[0], : whole[1]].flatten(1, 2) for x in shaped]
     stride = (image_px[0] / side[0], image_px[1] / side[1])
     return AttentionMap(shaped[0], shaped[1], state.bias, prefix, shape, stride)
+
+
+def _stages(grid: tuple[int, int]) -> set[int]:
+    """Tokens of the stages whose last has a grid, each up to twice as long and wide as the next."""
+    sides = [grid]
+    for _ in range(3):
+        sides += [(2 * rows - odd, 2 * columns - odd) for rows, columns in sides for odd in (0, 1)]
+    return {rows * columns for rows, columns in sides}
 
 
 class _Places:

@@ -232,7 +232,8 @@ def test_models_side_by_side(tmp_path: Path) -> None:
     ("name", "words"),
     [
         ("resnet18@none", "ResNet has no attention among equally many queries and keys"),
-        ("mobilevit_xxs@none", "MobileVit|ByobNet lets .* tokens see each other in each of 4 groups"),
+        ("mobilevit_xxs@none", "ByobNet lets .* tokens or channels see each other in each of 4 groups"),
+        ("xcit_nano_12_p8_224@none", "lets 32 tokens or channels see each other in each of 1 groups"),
         ("vit_tiny_patch16_224", "expected NAME@pretrained, NAME@PATH, or NAME@none"),
         ("teacher:nowhere", "no recipe.yaml there"),
         ("no_such_model@none", "no_such_model"),
