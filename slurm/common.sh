@@ -82,7 +82,7 @@ esac
 over_image() {
   local name
   container_prefix=(env -u RANK -u LOCAL_RANK -u WORLD_SIZE -u MASTER_ADDR -u MASTER_PORT)
-  for name in $(compgen -e | grep -E '^(PYTHON|OMP_|NCCL_|GLOO_|TORCH_)'); do
+  for name in $(compgen -e | grep -E '^(PYTHON|OMP_|NCCL_|GLOO_|TORCH_|HF_)'); do
     container_prefix+=("$name=${!name}")
   done
 }
