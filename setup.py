@@ -24,6 +24,7 @@ REQUIREMENTS = [
     "pyarrow",
     "pillow",
     "simplejpeg>=1.8",
+    "nvidia-nvimgcodec-cu13>=0.9; sys_platform == 'linux'",  # its decoder for the CPU, which needs no CUDA
     "matplotlib",
     "scipy",
     "pycocotools",

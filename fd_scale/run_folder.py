@@ -22,6 +22,7 @@ from fd_scale.models import model_identity, weights_path, weights_sha256
 
 _PACKAGES = (
     "fd-scale", "torch", "torchvision", "triton", "deepspeed", "timm", "numpy", "pillow", "simplejpeg",
+    "nvidia-nvimgcodec-cu13",
 )  # fmt: skip
 
 

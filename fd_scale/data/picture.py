@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from fd_scale.data.decode import decode, jpeg_header
+from fd_scale.data.jpeg_region import decode_region
 
 Interpolation = Literal["bilinear", "bicubic"]
 _PILLOWS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
@@ -44,8 +45,9 @@ class Picture:
     """An encoded image, upright and 8-bit RGB to whoever looks at it.
 
     A JPEG file, grey or of three channels, is decoded by libjpeg-turbo when pixels are asked for, at half, a quarter or
-    an eighth of its size where that is enough. What the strict decoder refuses, and every other format, is Pillow's; at
-    full scale both give the same pixels. What has been decoded serves further crops that it is fine enough for.
+    an eighth of its size where that is enough; at full scale no more of it than a single crop needs. What the strict
+    decoder refuses, and every other format, is Pillow's; at full scale all give the same pixels. What has been decoded
+    whole serves further crops that it is fine enough for.
 
     Args:
         data: the whole file, in one of `decode.FORMATS`.
@@ -56,6 +58,8 @@ class Picture:
 
     jpeg = b""
     """The file, where it is decoded when pixels are asked for; else empty."""
+    num_crops = 1
+    """How many crops will be cut: for more than one, the image is decoded whole."""
 
     def __init__(self, data: bytes) -> None:
         self.encoded: bytes | None = data
@@ -107,18 +111,20 @@ class Picture:
             DecodeError: truncated or damaged.
         """
         fitting = (each for each in _REDUCTIONS if min(box.width, box.height) >= each * side)
-        pixels_HWC = self._decoded(next(fitting, 1))
+        reduction = next(fitting, 1)
         left, top, right, bottom = box.left, box.top, box.left + box.width, box.top + box.height
+        if reduction == self.num_crops == 1 and not self._reduction and self._turn is None:
+            pixels_hwC = decode_region(self.jpeg, *box)
+            if pixels_hwC is not None:
+                return _resized(pixels_hwC, side, interpolation)
+        pixels_HWC = self._decoded(reduction)
         if self._reduction > 1:
             # Edges lie between pixels, which torch's resize does not know.
             part = self._reduction
             edges = (left / part, top / part, right / part, bottom / part)
             whole = Image.fromarray(pixels_HWC)
             return tensor_of(whole.resize((side, side), _PILLOWS[interpolation], edges))
-        # Without gaps and of a batch whose strides are those of channels last, torch resizes in half the time.
-        crop_BhwC = torch.from_numpy(np.ascontiguousarray(pixels_HWC[top:bottom, left:right]))[None]
-        crop_BChw = crop_BhwC.permute(0, 3, 1, 2)
-        return F.interpolate(crop_BChw, (side, side), mode=interpolation, antialias=True)[0]
+        return _resized(np.ascontiguousarray(pixels_HWC[top:bottom, left:right]), side, interpolation)
 
     def _decoded(self, reduction: int) -> npt.NDArray[np.uint8]:
         """(H, W, 3), of a part of the size that is asked for, or of a larger one that is there."""
@@ -140,6 +146,12 @@ class Picture:
         """Takes the pixels of a decoded image for this one's."""
         self._reduction, self._pixels_HWC = 1, np.array(image)
         self.width, self.height = image.size
+
+
+def _resized(pixels_hwC: npt.NDArray[np.uint8], side: int, interpolation: Interpolation) -> Tensor:
+    # Without gaps and of a batch whose strides are those of channels last, torch resizes in half the time.
+    pixels_BChw = torch.from_numpy(pixels_hwC)[None].permute(0, 3, 1, 2)
+    return F.interpolate(pixels_BChw, (side, side), mode=interpolation, antialias=True)[0]
 
 
 def tensor_of(image: Image.Image) -> Tensor:

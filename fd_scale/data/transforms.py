@@ -337,6 +337,7 @@ def contrastive_transform(
 
 
 def _two_views(steps: Sequence[Callable[[Any], Any]], picture: Picture) -> torch.Tensor:
+    picture.num_crops = 2
     return torch.stack([_in_turn(steps, picture), _in_turn(steps, picture)])
 
 

@@ -1,5 +1,6 @@
 """The loader: same batches on any number of ranks and workers, exact resume, bad samples."""
 
+import contextlib
 import itertools
 import logging
 import multiprocessing
@@ -201,6 +202,22 @@ def test_workers_change_nothing_and_end_with_the_iterator(source: Source) -> Non
     steps.close()  # in mid-stream, with batches on their way
     assert multiprocessing.active_children() == []
     assert_same(taken, take(make_loader(source), 5, start_step=1))
+
+
+@pytest.mark.parametrize("pin_memory", [False, pytest.param(True, marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_batches_stay_what_they_are_when_workers_use_their_memory_again(
+    source: Source, num_workers: int, pin_memory: bool
+) -> None:
+    """Workers that are far ahead of whoever takes batches, and keeps them."""
+    loader = make_loader(source, num_workers=num_workers, pin_memory=pin_memory)
+    with contextlib.closing(loader.iterate(0)) as steps:
+        kept = []
+        for _ in range(5 * num_workers):
+            kept.append(next(steps))
+            time.sleep(0.05)
+    assert all(batch.images.is_pinned() == pin_memory for step in kept for batch in step)
+    assert_same(kept, take(make_loader(source), 5 * num_workers))
 
 
 @pytest.mark.slow

@@ -89,14 +89,36 @@ def assert_near(found: torch.Tensor, expected: Image.Image, levels: float) -> No
 def test_the_scale_is_the_smallest_that_is_large_enough(
     photo: Image.Image, decoded_sizes: list[tuple[int, ...]], side: int, part: int
 ) -> None:
-    box = Box(101, 43, 460, 400)
-    crop = Picture(jpeg(photo)).crop(box, side, "bilinear")
+    box, picture = Box(101, 43, 460, 400), Picture(jpeg(photo))
+    picture.num_crops = 2
+    crop = picture.crop(box, side, "bilinear")
     assert decoded_sizes == [(-(-475 // part), -(-637 // part))]
     assert crop.shape == (3, side, side)
     assert crop.dtype == torch.uint8
     whole = decode(jpeg(photo)).crop((101, 43, 561, 443)).resize((side, side), Image.Resampling.BILINEAR)
     # At full scale there is only rounding. Reduced, the image is smoothed twice, by the DCT and by the resize.
     assert_near(crop, whole, 0.05 if part == 1 else 2.5)
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+def test_of_one_crop_no_more_is_decoded(
+    photo: Image.Image, decoded_sizes: list[tuple[int, ...]], interpolation: str
+) -> None:
+    box, several = Box(101, 43, 260, 200), Picture(jpeg(photo))
+    crop = Picture(jpeg(photo)).crop(box, 180, interpolation)
+    assert decoded_sizes == []
+    several.num_crops = 2
+    assert torch.equal(crop, several.crop(box, 180, interpolation))
+    assert decoded_sizes == [(475, 637)]
+
+
+def test_a_file_that_ends_within_its_crop_is_refused(photo: Image.Image) -> None:
+    data = jpeg(photo)
+    cut = data[: len(data) // 2]
+    upper, lower = Box(10, 10, 300, 100), Box(10, 300, 300, 100)
+    assert torch.equal(Picture(cut).crop(upper, 90, "bilinear"), Picture(data).crop(upper, 90, "bilinear"))
+    with pytest.raises(DecodeError):
+        Picture(cut).crop(lower, 90, "bilinear")
 
 
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
@@ -117,6 +139,7 @@ def test_what_is_decoded_serves_further_crops(
     photo: Image.Image, decoded_sizes: list[tuple[int, ...]]
 ) -> None:
     picture = Picture(jpeg(photo))
+    picture.num_crops = 5
     for side in (100, 20, 180):
         picture.crop(Box(0, 0, 460, 460), side, "bilinear")
     assert decoded_sizes == [(119, 160), (238, 319)], "a quarter; then the same, fine enough; then half"

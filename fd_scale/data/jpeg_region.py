@@ -1,0 +1,82 @@
+"""A rectangle of a JPEG file without the rest of it: nvImageCodec's libjpeg-turbo, on the CPU.
+
+What lies below the rectangle is not read, what lies beside and above it is not turned into pixels.
+
+Shape legend: h, w = pixels of the rectangle.
+"""
+
+import contextlib
+import functools
+import importlib.util
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+
+def decode_region(data: bytes, left: int, top: int, width: int, height: int) -> npt.NDArray[np.uint8] | None:
+    """Returns the pixels that the decode of the whole file has there, bit for bit.
+
+    Args:
+        data: a JPEG file, grey or of three channels.
+        left: of the rectangle, which is within the image, in pixels as stored.
+        top: as left.
+        width: as left, at least 1.
+        height: as width.
+
+    Returns:
+        pixels_hwC, uint8 RGB; none where the file is truncated above the rectangle's end, where the decoder refuses
+        it, and where nvImageCodec is not installed.
+    """
+    if (decode := _decoder()) is None:
+        return None
+    try:
+        image = decode(data, top, left, top + height, left + width)
+    except RuntimeError:
+        return None
+    return None if image is None else np.asarray(image)
+
+
+@functools.cache
+def _decoder() -> Callable[..., Any] | None:
+    with contextlib.suppress(ImportError), _plugins_that_decode_jpeg():
+        from nvidia import nvimgcodec
+
+        decoder = nvimgcodec.Decoder(
+            device_id=nvimgcodec.NVIMGCODEC_DEVICE_CPU_ONLY,
+            max_num_cpu_threads=1,
+            backends=[nvimgcodec.Backend(nvimgcodec.BackendKind.CPU_ONLY)],
+            options=":fancy_upsampling=1 :fast_idct=0",  # as libjpeg-turbo does unless told otherwise
+        )
+        params = nvimgcodec.DecodeParams(apply_exif_orientation=False, color_spec=nvimgcodec.ColorSpec.SRGB)
+
+        def decode(data: bytes, *edges: int) -> Any:
+            region = nvimgcodec.CodeStream(data).get_sub_code_stream(region=nvimgcodec.Region(*edges))
+            return decoder.decode(region, params=params)
+
+        return decode
+    return None
+
+
+@contextlib.contextmanager
+def _plugins_that_decode_jpeg() -> Iterator[None]:
+    """Has nvImageCodec load this plugin alone: the others' libraries are large, and missing ones are complained of."""
+    spec = importlib.util.find_spec("nvidia.nvimgcodec")
+    if spec is None or not spec.submodule_search_locations:
+        raise ImportError("nvidia.nvimgcodec")
+    package = spec.submodule_search_locations[0]
+    settings = {"NVIMGCODEC_EXTENSIONS_PATH": "", "PYNVIMGCODEC_VERBOSITY": "0"}
+    before = {name: os.environ.get(name) for name in settings}
+    with tempfile.TemporaryDirectory() as folder:
+        for plugin in Path(package, "extensions").glob("libjpeg_turbo_ext.so*"):
+            Path(folder, plugin.name).symlink_to(plugin)
+        os.environ.update(settings | {"NVIMGCODEC_EXTENSIONS_PATH": folder})
+        try:
+            yield
+        finally:
+            for name, value in before.items():
+                os.environ.pop(name) if value is None else os.environ.__setitem__(name, value)
