@@ -44,7 +44,7 @@ from fd_scale.distributed import World  # noqa: E402
 from fd_scale.ds_config import offload_device, zero_stage  # noqa: E402
 from fd_scale.errors import UserError  # noqa: E402
 from fd_scale.models import Backbone  # noqa: E402
-from fd_scale.optim import ClippedAdamW, build_adamw, parameter_groups  # noqa: E402
+from fd_scale.optim import ClippedAdamW, WeightAverage, build_adamw, parameter_groups  # noqa: E402
 from fd_scale.quicker_deepspeed import look_at_gradients_together, quicken_zero3  # noqa: E402
 from fd_scale.shards import BASE_OPTIMIZER, FLAT_MASTERS, MASTERS, Shards, layout  # noqa: E402
 from fd_scale.traffic import traffic_of  # noqa: E402
@@ -297,6 +297,12 @@ class Engine:
         self.deepspeed.checkpoint_engine = self.host_copies
         self.traffic = traffic_of(deepspeed.comm.comm.cdb)
         self.statistics = _Statistics(module)
+        if optim.ema_decay and self.statistics.running:
+            raise UserError(
+                f"optim.ema_decay: got {optim.ema_decay}, and the model has BatchNorm layers, whose running statistics "
+                "are those of the weights, not of their average; set it to 0"
+            )
+        self.average = WeightAverage(self.deepspeed.basic_optimizer, self._masters(), optim.ema_decay)
 
     def forward(self, **inputs: Any) -> dict[str, Tensor]:
         """Runs the module's forward: the one entry at which ZeRO-3 gathers parameters."""
@@ -327,8 +333,51 @@ class Engine:
         """Ends a micro-batch; after the last one of a step, steps the optimizer."""
         ends_step = self.deepspeed.is_gradient_accumulation_boundary()
         self.deepspeed.step()
-        if ends_step:
-            (self.statistics.restore if self.skipped else self.statistics.keep)()
+        if ends_step and self.skipped:
+            self.statistics.restore()
+        elif ends_step:
+            self.statistics.keep()
+            self.average.update()
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Within it, weights are their moving averages, where those are kept; all ranks enter and leave it.
+
+        An error passes through it, and leaves the averages: ranks that have failed cannot exchange weights.
+        """
+        exchanges = self.average.begun
+        if exchanges:
+            self._exchange()
+        yield
+        if exchanges:
+            self._exchange()
+
+    @torch.no_grad()
+    def _exchange(self) -> None:
+        """Swaps masters and averages, and gives the module what are its masters now, as DeepSpeed does after a step."""
+        self.average.swap()
+        optimizer = self.optimizer
+        if isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
+            optimizer.checkpoint_event_prologue()  # those that stay whole are cut, and are gathered again below
+            for group in range(len(optimizer.fp16_groups)):
+                optimizer._reassign_or_swap_out_partitioned_parameters(group)
+            optimizer.checkpoint_event_epilogue()
+        elif isinstance(optimizer, DeepSpeedZeroOptimizer):
+            optimizer.update_lp_params()
+        elif isinstance(optimizer, FP16_UnfusedOptimizer):
+            for masters, weights in zip(optimizer.fp32_groups, optimizer.fp16_groups, strict=True):
+                torch._foreach_copy_([weight.data for weight in weights], masters)
+
+    def _masters(self) -> list[Tensor]:
+        """This rank's part of the weights in fp32, as the optimizer steps them."""
+        optimizer = self.optimizer
+        if isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
+            return list(optimizer.fp32_partitioned_groups_flat)
+        if isinstance(optimizer, DeepSpeedZeroOptimizer):
+            return list(optimizer.single_partition_of_fp32_groups)
+        if isinstance(optimizer, FP16_UnfusedOptimizer):
+            return [master for group in optimizer.fp32_groups for master in group]
+        return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
     @property
     def skipped(self) -> bool:
@@ -348,25 +397,20 @@ class Engine:
         """
         parameters = list(self.deepspeed.module.parameters())
         gradients: list[Any] = [parameter.grad for parameter in parameters]
-        masters: list[Tensor] = []
         optimizer = self.optimizer
         held: list[Any] = list(parameters)
         if isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
             held += [parameter.ds_tensor for parameter in parameters]
             gradients.append(optimizer.grad_partitions_flat_buffer)
-            masters = optimizer.fp32_partitioned_groups_flat
         elif isinstance(optimizer, DeepSpeedZeroOptimizer):
             gradients += [optimizer.averaged_gradients, optimizer.all_grad_tensors]
             gradients += [optimizer.get_param_gradient_attribute(parameter) for parameter in parameters]
-            masters = optimizer.single_partition_of_fp32_groups
-        elif isinstance(optimizer, FP16_UnfusedOptimizer):
-            masters = optimizer.fp32_groups
         seen: set[int] = set()
         return {
             "parameters": _new_bytes(tree_leaves(held), seen),
             "gradients": _new_bytes(tree_leaves(gradients), seen),
             "optimizer": _new_bytes(
-                tree_leaves([masters, list(self.deepspeed.basic_optimizer.state.values())]), seen
+                tree_leaves([self._masters(), list(self.deepspeed.basic_optimizer.state.values())]), seen
             ),
         }
 

@@ -1,4 +1,4 @@
-"""AdamW, its parameter groups, and the learning rate of every step."""
+"""AdamW, its parameter groups, the learning rate of every step, and the moving average of the weights."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fd_scale.config import OptimConfig
+from fd_scale.shards import AVERAGE
 
 
 def learning_rates(
@@ -108,3 +109,51 @@ class ClippedAdamW(torch.optim.AdamW):
         self.overflow = not np.isfinite(self._global_grad_norm)
         if not self.overflow:
             super().step(closure)
+
+
+class WeightAverage:
+    """An exponential moving average of the weights, kept beside the moments: cut, saved and loaded as they are.
+
+    Args:
+        optimizer: torch's, which has the states of `masters`.
+        masters: this rank's part of the weights, in fp32, as the optimizer steps them.
+        decay: of the average in a step, below 1; 0: there is none.
+
+    Source: as timm's `ModelEmaV3` without its warm-up; the first value is that of the initial weights.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, masters: Sequence[Tensor], decay: float) -> None:
+        self.optimizer, self.masters, self.decay = optimizer, masters, decay
+        self.initial = [master.detach().clone() for master in masters] if decay else []
+        if all(
+            optimizer.state.get(master) for master in masters
+        ):  # DeepSpeed has stepped it, which made the moments
+            self._take_initial()
+
+    @property
+    def begun(self) -> bool:
+        """Whether there is an average: from the first step on."""
+        return self.decay > 0 and all(
+            AVERAGE in self.optimizer.state.get(master, ()) for master in self.masters
+        )
+
+    def update(self) -> None:
+        """Takes in the weights after a step."""
+        if self.decay:
+            self._take_initial()
+            for master in self.masters:
+                self.optimizer.state[master][AVERAGE].lerp_(master.detach(), 1 - self.decay)
+
+    def swap(self) -> None:
+        """Exchanges the weights and their average."""
+        for master in self.masters:
+            average = self.optimizer.state[master][AVERAGE]
+            kept = master.detach().clone()
+            master.detach().copy_(average)
+            average.copy_(kept)
+
+    def _take_initial(self) -> None:
+        # A state that is not empty would keep torch's optimizers from making their moments.
+        for master, initial in zip(self.masters, self.initial, strict=False):
+            self.optimizer.state[master].setdefault(AVERAGE, initial)
+        self.initial = []

@@ -22,6 +22,8 @@ from torch import Tensor, nn
 from fd_scale.errors import UserError
 
 MASTERS = "fp32"
+AVERAGE = "weight_average"
+"""Key of the weights' moving average among an optimizer's states of a parameter."""
 # DeepSpeed's keys, by ZeRO stage
 FLAT_MASTERS = {
     1: "single_partition_of_fp32_groups",
@@ -110,11 +112,14 @@ class Shards:
         self.mapped: dict[Path, Any] = {}
         self.touched = 0
         self.paths: dict[str, tuple[str | int, ...]] = {}
+        self.averages: dict[str, tuple[str | int, ...]] = {}
         self.shapes: dict[str, torch.Size] = {}
         self.pieces: dict[str, list[Piece]] = {}
         self.stage = int(self.optimizer_states(0)["zero_stage"]) if self.world_size else 0
         self.zero: dict[str, Any] = self.model_states(0)["ds_config"].get("zero_optimization", {})
         """That section of the DeepSpeed JSON it was written with."""
+        self.weights = MASTERS
+        """What counts as the weights: their average, where the run kept one."""
         self._find(self.model_states(0))
         # Mapped pages count as resident memory: they are let go after so many bytes, unless all of them are few. To
         # open a file takes a while for each tensor in it.
@@ -128,11 +133,10 @@ class Shards:
         for name in whole:
             self._add_whole(name, model["module"][name].shape, ("module", name))
         if self.stage == 0:
-            if "fp32_groups" in model["optimizer"]:  # the masters of 16-bit weights
-                for group, names in enumerate(model["group_names"]):
-                    for index, name in enumerate(names):
-                        self.paths[name] = ("optimizer", "fp32_groups", group, index)
+            self._find_masters(model)
             return
+        if AVERAGE in self.optimizer_states(0)[BASE_OPTIMIZER[self.stage]]["state"][0]:
+            self.weights = AVERAGE
         groups: dict[int | str, dict[str, torch.Size]] = dict(enumerate(model["param_shapes"]))
         if self.stage == 3:
             for name, shape in model["frozen_param_shapes"].items():
@@ -143,6 +147,20 @@ class Shards:
         self.shapes |= {name: shape for shapes in groups.values() for name, shape in shapes.items()}
         for alias, name in model["shared_params"].items():
             self.pieces[alias], self.shapes[alias] = self.pieces[name], self.shapes[name]
+
+    def _find_masters(self, model: dict[str, Any]) -> None:
+        """Of stage 0: where masters are, if the module's weights have 16 bits, and averages, if there are any."""
+        optimizer, number = model["optimizer"], 0
+        in_16_bits = "fp32_groups" in optimizer
+        base = ("optimizer", "optimizer_state_dict", "state") if in_16_bits else ("optimizer", "state")
+        states = optimizer["optimizer_state_dict"]["state"] if in_16_bits else optimizer["state"]
+        for group, names in enumerate(model["group_names"]):
+            for index, name in enumerate(names):
+                if in_16_bits:
+                    self.paths[name] = ("optimizer", "fp32_groups", group, index)
+                if AVERAGE in states.get(number, {}):
+                    self.averages[name], self.weights = (*base, number, AVERAGE), AVERAGE
+                number += 1
 
     def _add_whole(self, name: str, shape: torch.Size, path: tuple[str | int, ...]) -> None:
         self.paths[name], self.shapes[name] = path, shape
@@ -157,13 +175,13 @@ class Shards:
         return self._open(self.optimizer_files[rank])["optimizer_state_dict"]
 
     def chunks(
-        self, name: str, kind: str = MASTERS, start: int = 0, end: int | None = None
+        self, name: str, kind: str | None = None, start: int = 0, end: int | None = None
     ) -> Iterator[Tensor]:
         """Yields elements `start` to `end` of a flattened parameter, a few at a time; each lives until the next.
 
         Args:
             name: a key of `shapes`.
-            kind: `fp32`, or a moment of the optimizer.
+            kind: `fp32`, or a state of the optimizer; none: `weights`.
             start: first element.
             end: the element behind the last; none: all.
         """
@@ -172,7 +190,7 @@ class Shards:
             first, last = max(start, piece.start), min(end, piece.start + piece.numel)
             for begin in range(first, last, _CHUNK):
                 size = min(_CHUNK, last - begin)
-                flat = self._flat(piece, kind, size)
+                flat = self._flat(piece, kind or self.weights, size)
                 yield flat.narrow(0, piece.offset + begin - piece.start, size)
 
     def fill_part(
@@ -231,8 +249,8 @@ class Shards:
             self.touched = num_bytes
         value: Any
         if isinstance(piece.group, str):
-            value = self.model_states(piece.rank)
-            for key in self.paths[piece.group]:
+            value, path = self.model_states(piece.rank), self.paths[piece.group]
+            for key in self.averages.get(piece.group, path) if kind == AVERAGE else path:
                 value = value[key]
             return value.detach().reshape(-1)
         state = self.optimizer_states(piece.rank)

@@ -238,7 +238,7 @@ class Trainer:
         """Measures the task's metrics; the best so far are kept as a checkpoint."""
         self.complete_checkpoint()  # what fails here has lost nothing
         self.engine.train(False)
-        with torch.no_grad():
+        with torch.no_grad(), self.engine.averaged():
             metrics = self.task.evaluate(self._evaluation_forward, self.world)
         self.engine.train()
         if not metrics:

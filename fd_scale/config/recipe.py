@@ -89,10 +89,11 @@ class Recipe:
                 f"data.crops: got {self.data.crops}, and task {self.task} learns from one crop of an image at a time; "
                 "set it to 1"
             )
-        if self.linear_probe is not None and (self.optim.grad_clip or self.optim.layer_decay != 1):
+        touching = self.optim.grad_clip or self.optim.layer_decay != 1 or self.optim.ema_decay
+        if self.linear_probe is not None and touching:
             raise UserError(
-                "optim.grad_clip, optim.layer_decay: a linear probe trains classifiers that must not touch each other, "
-                "and no layers; set grad_clip to 0 and layer_decay to 1"
+                "optim.grad_clip, optim.layer_decay, optim.ema_decay: a linear probe trains classifiers that must not "
+                "touch each other, and no layers, and averages none; set grad_clip and ema_decay to 0, layer_decay to 1"
             )
         if self.linear_probe is not None and self.data.shard_window:
             raise UserError("data.shard_window: a linear probe reads its images once, in a row; set it to 0")

@@ -157,6 +157,9 @@ class OptimConfig:
     """Term added to the denominator."""
     grad_clip: float = 3.0
     """Largest L2 norm of the whole gradient; 0: no clipping."""
+    ema_decay: float = 0.0
+    """Decay a step of an exponential moving average of the weights, which is evaluated and exported in their place; 0:
+    none."""
 
     def __post_init__(self) -> None:
         for key in ("lr", "eps"):
@@ -170,6 +173,7 @@ class OptimConfig:
         require(
             0 < self.layer_decay <= 1, "optim.layer_decay", self.layer_decay, "a number above 0, at most 1"
         )
+        require(0 <= self.ema_decay < 1, "optim.ema_decay", self.ema_decay, "a number in 0..1, below 1")
         for key in ("warmup_lr", "min_lr", "warmup_epochs", "warmup_steps", "weight_decay", "grad_clip"):
             require(0 <= getattr(self, key) < inf, f"optim.{key}", getattr(self, key), "0 or more")
 

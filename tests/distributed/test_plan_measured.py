@@ -26,15 +26,23 @@ LET_GO = {
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize(("stage", "ranks"), [(0, 1), (0, 2), (1, 2), (2, 2), (3, 1), (3, 2)])
+@pytest.mark.parametrize(
+    ("stage", "ranks", "ema_decay"), [(0, 1, 0), (0, 2, 0.9), (1, 2, 0), (2, 2, 0.9), (3, 1, 0.9), (3, 2, 0)]
+)
 def test_states_are_as_predicted(
-    recipe_values: Callable[..., dict[str, Any]], tmp_path: Path, stage: int, ranks: int, precision: str
+    recipe_values: Callable[..., dict[str, Any]],
+    tmp_path: Path,
+    stage: int,
+    ranks: int,
+    ema_decay: float,
+    precision: str,
 ) -> None:
     values = recipe_values(
         model={"name": "swin_v2_tiny", "img_size": 24, "overrides": WIDE},
         train__ds_config=f"zero{stage}",
         train__precision=precision,
         train__micro_batch=4,
+        optim__ema_decay=ema_decay,
     )
     found = run_ranks(cases.measured_state, ranks, values)
     assert all(rank == found[0] for rank in found), "the fullest rank, on all ranks"
