@@ -6,6 +6,7 @@ R = rows (tokens of several images), D, E = channels.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -16,6 +17,9 @@ from fd_scale.diagnose.capture import AttentionMap
 
 NUM_RANKED = 4
 """Windows, of the first images, whose maps' rank is taken: singular values are dear."""
+
+FEW_ROWS = 2048
+"""Of so many rows the products with each other take 16 MiB a layer."""
 
 
 def patch_distances(shape: tuple[int, int], stride_px: tuple[float, float]) -> Tensor:
@@ -78,14 +82,27 @@ def bias_share(logits_BMhNN: Tensor, bias_hNN: Tensor) -> Tensor:
     return (of_bias / (of_bias + of_rest).clamp_min(1e-12)).mean()
 
 
-def linear_cka(x_RD: Tensor, y_RE: Tensor) -> float:
-    """Similarity of two sets of features of the same rows, in 0..1; rotations and one scale leave it as it is.
+def linear_cka(xs_RD: Sequence[Tensor], ys_RE: Sequence[Tensor]) -> list[list[float]]:
+    """Similarity of each of some sets of features to each of others, of the same rows; 0..1.
+
+    Rotations and one scale leave it as it is. Of few rows the products with each other are compared, once for each set;
+    of many, which would fill the memory, the products of channels, for each pair: the result is the same.
 
     Source: Kornblith et al. 2019 (arXiv:1905.00414), section 3, the linear kernel.
     """
-    x_RD, y_RE = x_RD - x_RD.mean(0), y_RE - y_RE.mean(0)
-    cross, own_x, own_y = ((a.T @ b).double().norm() for a, b in ((x_RD, y_RE), (x_RD, x_RD), (y_RE, y_RE)))
-    return float(cross.square() / (own_x * own_y))
+    xs, ys = ([each - each.mean(0) for each in side] for side in (xs_RD, ys_RE))
+    by_rows = len(xs[0]) <= FEW_ROWS
+    if by_rows:
+        xs, ys = ([each @ each.T for each in side] for side in (xs, ys))
+    own_x, own_y = ([_inner(each, each, by_rows) ** 0.5 for each in side] for side in (xs, ys))
+    return [
+        [_inner(x, y, by_rows) / (own_x[i] * own_y[j]) for j, y in enumerate(ys)] for i, x in enumerate(xs)
+    ]
+
+
+def _inner(x: Tensor, y: Tensor, by_rows: bool) -> float:
+    """Of two kernels, which x and y are (by rows), or make."""
+    return float((x.double() * y).sum() if by_rows else (x.T @ y).double().norm().square())
 
 
 @dataclass
@@ -104,7 +121,11 @@ class FeatureStatistics:
 def feature_statistics(x_RD: Tensor) -> FeatureStatistics:
     """Returns what the tokens of several images are like."""
     x_RD = x_RD.double()
-    spectrum_D = torch.linalg.eigvalsh(torch.cov(x_RD.T)).flip(0).clamp_min(0.0)
+    centred_RD, (rows, channels) = x_RD - x_RD.mean(0), x_RD.shape
+    # Of either side the eigenvalues are the same, but for zeros.
+    products = centred_RD @ centred_RD.T if rows < channels else centred_RD.T @ centred_RD
+    spectrum_D = torch.zeros(channels).double()
+    spectrum_D[: len(products)] = torch.linalg.eigvalsh(products / (rows - 1)).flip(0).clamp_min(0.0)
     return FeatureStatistics(
         spectrum=spectrum_D.float(),
         effective_rank=float(effective_rank(spectrum_D)),
@@ -144,7 +165,8 @@ class LayerStatistics:
             self.has_bias = True
             self.bias += count * float(bias_share(attention.logits, attention.bias))
         if len(self.ranks) < NUM_RANKED:
-            maps = probs.flatten(0, 1)[: NUM_RANKED - len(self.ranks)]
+            # On the host: GPUs take singular values of small matrices one after the other.
+            maps = probs.flatten(0, 1)[: NUM_RANKED - len(self.ranks)].cpu()
             self.ranks += effective_rank(torch.linalg.svdvals(maps)).mean(-1).tolist()
         self.num_images += count
 

@@ -337,7 +337,7 @@ def _cka(first: _Found, second: _Found) -> dict[str, Any]:
     return {
         "first": first.name,
         "second": second.name,
-        "layers": [[linear_cka(x, y) for y in rows[1]] for x in rows[0]],
+        "layers": linear_cka(*rows),
     }
 
 

@@ -14,7 +14,7 @@ from timm.utils import AttentionExtract
 from torch import Tensor
 
 from fd_scale.config import ModelConfig
-from fd_scale.diagnose import diagnose
+from fd_scale.diagnose import diagnose, measures
 from fd_scale.diagnose.capture import AttentionMap, look_at_attention
 from fd_scale.diagnose.measures import (
     LayerStatistics,
@@ -104,6 +104,9 @@ def test_effective_rank() -> None:
     np.testing.assert_allclose(
         found.spectrum, np.linalg.eigvalsh(np.cov(rows.T))[::-1].tolist() + [0] * 5, atol=1e-4
     )
+    few = torch.randn(5, 9, generator=torch.Generator().manual_seed(0)).double()
+    expected = np.linalg.eigvalsh(np.cov(few.T))[::-1]
+    np.testing.assert_allclose(feature_statistics(few).spectrum, expected, rtol=1e-6, atol=1e-7)
 
 
 def test_share_of_the_bias() -> None:
@@ -120,16 +123,22 @@ def test_share_of_the_bias() -> None:
     assert float(bias_share(hidden.expand(1, 1, -1, -1, -1), bias)) == pytest.approx(expected, rel=1e-5)
 
 
-def test_cka_of_rotated_features_is_one() -> None:
+@pytest.mark.parametrize("few_rows", [0, measures.FEW_ROWS])
+def test_cka_by_rows_and_by_channels(monkeypatch: pytest.MonkeyPatch, few_rows: int) -> None:
+    monkeypatch.setattr(measures, "FEW_ROWS", few_rows)
     generator = torch.Generator().manual_seed(0)
     x, noise = (torch.randn(200, 5, generator=generator) for _ in range(2))
     rotation, _ = torch.linalg.qr(torch.randn(5, 5, generator=generator))
-    assert linear_cka(x, 3 * x @ rotation + 2) == pytest.approx(1)
-    assert linear_cka(x, noise) < 0.1
-    # Its other form, by the products of rows.
-    grams = [(y - y.mean(0)) @ (y - y.mean(0)).T for y in (x, x[:, :2] + noise[:, :2])]
-    expected = (grams[0] * grams[1]).sum() / (grams[0].norm() * grams[1].norm())
-    assert linear_cka(x, x[:, :2] + noise[:, :2]) == pytest.approx(float(expected), rel=1e-4)
+    near = x[:, :2] + noise[:, :2]
+    found = linear_cka([x, noise], [3 * x @ rotation + 2, noise, near])
+    assert [len(row) for row in found] == [3, 3]
+    assert found[0][0] == pytest.approx(1)
+    assert found[1][1] == pytest.approx(1)
+    assert max(found[0][1], found[1][0]) < 0.1
+    # As numpy has it, in fp64.
+    kernels = [(y - y.mean(0)) @ (y - y.mean(0)).T for y in (x.double().numpy(), near.double().numpy())]
+    expected = (kernels[0] * kernels[1]).sum() / np.linalg.norm(kernels[0]) / np.linalg.norm(kernels[1])
+    assert found[0][2] == pytest.approx(expected, rel=1e-5)
 
 
 def test_distances_are_symmetric_and_in_pixels() -> None:
