@@ -447,7 +447,7 @@ _CHECKS: tuple[tuple[str, Callable[[_Subject], str], tuple[str, ...]], ...] = (
     ("task", _task, ("training data", "student", "teacher")),
     ("memory", _memory, ("DeepSpeed JSON", "task")),
     ("run folder", _run_folder, ("recipe",)),
-    ("resume", _resume, ("DeepSpeed JSON", "training data", "run folder")),
+    ("resume", _resume, ("DeepSpeed JSON", "training data", "student", "teacher", "run folder")),
     ("disk", _disk, ("task", "run folder")),
     ("device", _device, ("recipe",)),
     ("driver", _driver, ("recipe",)),

@@ -173,6 +173,11 @@ def model_card(recipe: Recipe, run_dir: Path, step: int, backbone: Backbone) -> 
         f"{num_parameters / 1e6:.1f} M parameters, {recipe.model.img_size} px input, step {step} of `{run_dir}`.",
         f"Input: RGB in 0..1, mean {list(mean)}, standard deviation {list(std)}.", "",
     ]  # fmt: skip
+    if decay := recipe.optim.ema_decay:
+        card += [
+            f"The weights are an exponential moving average of those that were trained, decay {decay} a step.",
+            "",
+        ]
     for teacher in teachers:
         weights = teacher.model.weights
         card += ["## Teacher", "", f"- model: {teacher.model.name}, {teacher.model.img_size} px",

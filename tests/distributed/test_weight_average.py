@@ -107,6 +107,7 @@ def test_it_is_what_is_evaluated_and_exported(
         np.testing.assert_allclose(during["loss"], afterwards["loss"], rtol=1e-5)
     assert abs(np.diff(list(losses.values()))) > 1e-4
     found = load_file(export(averaged["run_dir"], tmp_path / "out") / "model.safetensors")
+    assert "moving average of those that were trained, decay 0.99" in (tmp_path / "out/README.md").read_text()
     expected = weights(averaged["run_dir"], 6, AVERAGE)
     assert found
     assert all(torch.equal(tensor, expected[f"backbone.{name}"]) for name, tensor in found.items())
