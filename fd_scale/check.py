@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from rich.table import Table
 from rich.text import Text
+from torch import nn
 
 from fd_scale import ds_config, hub, run_folder
 from fd_scale.checkpoint import MANIFEST, newest_checkpoint, read_manifest, refuse_other_identity
@@ -44,7 +45,7 @@ from fd_scale.finetune.labels import doubts_of_labels
 from fd_scale.hardware import find_gpu
 from fd_scale.log import results
 from fd_scale.models import Backbone, build_model, resolved
-from fd_scale.optim import apex_is_importable
+from fd_scale.optim import apex_is_importable, refuse_average_of_statistics
 from fd_scale.plan import NotCountedError, memory_table, plan, present_gpu, require_fit
 from fd_scale.pretrain import ContrastiveTask, MaskedTask
 from fd_scale.teacher_features import Part, evaluation_part, train_part
@@ -93,11 +94,12 @@ class _Subject:
     def checkpoint_bytes(self) -> int:
         """About what a checkpoint takes; of what is frozen the weights alone."""
         trained, frozen = self._num_parameters
-        return trained * BYTES_PER_PARAMETER + frozen * (4 if self.recipe.train.precision == "fp32" else 2)
+        per_parameter = BYTES_PER_PARAMETER + (4 if self.recipe.optim.ema_decay else 0)
+        return trained * per_parameter + frozen * (4 if self.recipe.train.precision == "fp32" else 2)
 
     @cached_property
-    def _num_parameters(self) -> tuple[int, int]:
-        """Trained ones of the module, and frozen ones."""
+    def module(self) -> nn.Module:
+        """What is trained, without memory; a linear probe's classifiers."""
         recipe = self.recipe
         task: DistillationTask | ContrastiveTask | MaskedTask | FineTuningTask
         with torch.device("meta"):
@@ -109,10 +111,15 @@ class _Subject:
                 task = MaskedTask(recipe, None)
             elif recipe.linear_probe is not None:
                 num_features = build_model(replace(recipe.model, weights=None)).num_features
-                return (num_features + 1) * self.source.num_classes * len(recipe.linear_probe.lr_factors), 0
+                return nn.Linear(num_features, self.source.num_classes * len(recipe.linear_probe.lr_factors))
             else:
                 task = fine_tuning_task(recipe, None, self.source)
-        parameters = list(task.module.parameters())
+        return task.module
+
+    @property
+    def _num_parameters(self) -> tuple[int, int]:
+        """Trained ones of the module, and frozen ones."""
+        parameters = list(self.module.parameters())
         trained = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
         return trained, sum(parameter.numel() for parameter in parameters) - trained
 
@@ -303,6 +310,7 @@ def _described(config: ModelConfig, model: Backbone) -> str:
 
 
 def _task(subject: _Subject) -> str | _Warning:
+    refuse_average_of_statistics(subject.module, subject.recipe.optim)
     detail = f"{subject.recipe.task}: {subject.num_trained / 1e6:.2f} M trained parameters"
     if subject.recipe.task not in ("classification", "linear_probe"):
         return detail

@@ -44,7 +44,13 @@ from fd_scale.distributed import World  # noqa: E402
 from fd_scale.ds_config import offload_device, zero_stage  # noqa: E402
 from fd_scale.errors import UserError  # noqa: E402
 from fd_scale.models import Backbone  # noqa: E402
-from fd_scale.optim import ClippedAdamW, WeightAverage, build_adamw, parameter_groups  # noqa: E402
+from fd_scale.optim import (  # noqa: E402
+    ClippedAdamW,
+    WeightAverage,
+    build_adamw,
+    parameter_groups,
+    refuse_average_of_statistics,
+)
 from fd_scale.quicker_deepspeed import look_at_gradients_together, quicken_zero3  # noqa: E402
 from fd_scale.shards import BASE_OPTIMIZER, FLAT_MASTERS, MASTERS, Shards, layout  # noqa: E402
 from fd_scale.traffic import traffic_of  # noqa: E402
@@ -256,6 +262,7 @@ class Engine:
         self.world = world
         self.after_backward: Callable[[], None] | None = None
         _choose_accelerator(world)
+        refuse_average_of_statistics(module, optim)
         self.num_parameters = sum(_whole_shape(parameter).numel() for parameter in module.parameters())
         groups = parameter_groups(
             module,
@@ -297,11 +304,6 @@ class Engine:
         self.deepspeed.checkpoint_engine = self.host_copies
         self.traffic = traffic_of(deepspeed.comm.comm.cdb)
         self.statistics = _Statistics(module)
-        if optim.ema_decay and self.statistics.running:
-            raise UserError(
-                f"optim.ema_decay: got {optim.ema_decay}, and the model has BatchNorm layers, whose running statistics "
-                "are those of the weights, not of their average; set it to 0"
-            )
         self.average = WeightAverage(self.deepspeed.basic_optimizer, self._masters(), optim.ema_decay)
 
     def forward(self, **inputs: Any) -> dict[str, Tensor]:

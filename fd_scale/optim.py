@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fd_scale.config import OptimConfig
+from fd_scale.errors import UserError
 from fd_scale.shards import AVERAGE
 
 
@@ -111,6 +112,21 @@ class ClippedAdamW(torch.optim.AdamW):
             super().step(closure)
 
 
+def refuse_average_of_statistics(module: nn.Module, config: OptimConfig) -> None:
+    """Looks whether weights that are to be averaged have running statistics beside them.
+
+    Raises:
+        UserError: they do: BatchNorm's, which would be those of the weights and not of their average.
+    """
+    if config.ema_decay and any(
+        isinstance(part, nn.modules.batchnorm._BatchNorm) for part in module.modules()
+    ):
+        raise UserError(
+            f"optim.ema_decay: got {config.ema_decay}, and the model has BatchNorm layers, whose running statistics "
+            "are those of the weights, not of their average; set it to 0"
+        )
+
+
 class WeightAverage:
     """An exponential moving average of the weights, kept beside the moments: cut, saved and loaded as they are.
 
@@ -125,35 +141,42 @@ class WeightAverage:
     def __init__(self, optimizer: torch.optim.Optimizer, masters: Sequence[Tensor], decay: float) -> None:
         self.optimizer, self.masters, self.decay = optimizer, masters, decay
         self.initial = [master.detach().clone() for master in masters] if decay else []
-        if all(
-            optimizer.state.get(master) for master in masters
-        ):  # DeepSpeed has stepped it, which made the moments
-            self._take_initial()
+        if decay and any(self._states()):  # DeepSpeed has stepped it: what is loaded needs a place
+            self._begin()
 
     @property
     def begun(self) -> bool:
         """Whether there is an average: from the first step on."""
-        return self.decay > 0 and all(
-            AVERAGE in self.optimizer.state.get(master, ()) for master in self.masters
-        )
+        return any(AVERAGE in state for state in self._states())
 
     def update(self) -> None:
         """Takes in the weights after a step."""
         if self.decay:
-            self._take_initial()
-            for master in self.masters:
-                self.optimizer.state[master][AVERAGE].lerp_(master.detach(), 1 - self.decay)
+            self._begin()
+            for master, state in zip(self.masters, self._states(), strict=True):
+                if state:
+                    state[AVERAGE].lerp_(master.detach(), 1 - self.decay)
 
     def swap(self) -> None:
         """Exchanges the weights and their average."""
-        for master in self.masters:
-            average = self.optimizer.state[master][AVERAGE]
-            kept = master.detach().clone()
-            master.detach().copy_(average)
-            average.copy_(kept)
+        for master, state in zip(self.masters, self._states(), strict=True):
+            if state:
+                kept = master.detach().clone()
+                master.detach().copy_(state[AVERAGE])
+                state[AVERAGE].copy_(kept)
 
-    def _take_initial(self) -> None:
-        # A state that is not empty would keep torch's optimizers from making their moments.
-        for master, initial in zip(self.masters, self.initial, strict=False):
-            self.optimizer.state[master].setdefault(AVERAGE, initial)
+    def _states(self) -> list[dict[str, Tensor]]:
+        """Of each master; empty for one that never had a gradient, and is its own average.
+
+        torch makes moments where a state is empty, and takes it for whole where it is not.
+        """
+        return [self.optimizer.state.get(master, {}) for master in self.masters]
+
+    def _begin(self) -> None:
+        """Gives an average to what has none, the first time that of the initial weights."""
+        # What has its first gradient later starts from what it is then, and weights that were loaded have a past.
+        starts = self.initial if self.initial and not self.begun else self.masters
+        for start, state in zip(starts, self._states(), strict=True):
+            if state and AVERAGE not in state:
+                state[AVERAGE] = start.detach().clone()
         self.initial = []

@@ -6,10 +6,10 @@ Shape legend: h, w = pixels of the rectangle.
 """
 
 import contextlib
-import functools
 import importlib.util
 import os
 import tempfile
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,17 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+NARROWEST = 16
+"""Pixels; of less, libjpeg-turbo interpolates chroma in another way at the left edge."""
+
+_OF_THREAD = threading.local()  # nvImageCodec mixes up what several threads ask of one decoder
+_LOADING = threading.Lock()
+
 
 def decode_region(data: bytes, left: int, top: int, width: int, height: int) -> npt.NDArray[np.uint8] | None:
     """Returns the pixels that the decode of the whole file has there, bit for bit.
+
+    Of a damaged progressive file some pixels at the edge may be others.
 
     Args:
         data: a JPEG file, grey or of three channels.
@@ -30,9 +38,9 @@ def decode_region(data: bytes, left: int, top: int, width: int, height: int) -> 
 
     Returns:
         pixels_hwC, uint8 RGB; none where the file is truncated above the rectangle's end, where the decoder refuses
-        it, and where nvImageCodec is not installed.
+        it, where the rectangle is narrower than `NARROWEST`, and where there is no working nvImageCodec.
     """
-    if (decode := _decoder()) is None:
+    if width < NARROWEST or (decode := _decoder()) is None:
         return None
     try:
         image = decode(data, top, left, top + height, left + width)
@@ -41,9 +49,16 @@ def decode_region(data: bytes, left: int, top: int, width: int, height: int) -> 
     return None if image is None else np.asarray(image)
 
 
-@functools.cache
 def _decoder() -> Callable[..., Any] | None:
-    with contextlib.suppress(ImportError), _plugins_that_decode_jpeg():
+    if not hasattr(_OF_THREAD, "decoder"):
+        with _LOADING:
+            _OF_THREAD.decoder = _new_decoder()
+    decoder: Callable[..., Any] | None = _OF_THREAD.decoder
+    return decoder
+
+
+def _new_decoder() -> Callable[..., Any] | None:
+    with contextlib.suppress(ImportError, OSError, RuntimeError), _plugins_that_decode_jpeg():
         from nvidia import nvimgcodec
 
         decoder = nvimgcodec.Decoder(

@@ -114,7 +114,7 @@ def test_it_is_what_is_evaluated_and_exported(
 
 
 @pytest.mark.parametrize(
-    ("stage", "before", "after"), [(0, 1, 1), (1, 2, 2), (2, 2, 1), (3, 1, 2), (3, 2, 2)]
+    ("stage", "before", "after"), [(0, 1, 1), (0, 1, 2), (1, 2, 2), (2, 2, 1), (3, 1, 2), (3, 2, 2)]
 )
 def test_it_goes_on_with_another_number_of_ranks(
     recipe_values: Values, tmp_path: Path, stage: int, before: int, after: int

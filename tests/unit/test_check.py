@@ -96,6 +96,18 @@ def test_other_tasks(
     assert rows["task"][0] == "ok"
 
 
+def test_an_average_beside_running_statistics(
+    recipe_values: Values, check: Check, write_shapes: Callable[..., str], tmp_path: Path
+) -> None:
+    values = recipe_values(
+        "segmentation", data__train=write_shapes(tmp_path / "images", count=17), optim__ema_decay=0.9
+    )
+    assert check(values)["task"][0] == "ok"
+    verdict, detail = check(values, "segmentation.norm=batch")["task"]
+    assert verdict == "fails"
+    assert "optim.ema_decay: got 0.9, and the model has BatchNorm layers" in detail
+
+
 def test_failures_do_not_hide_each_other(recipe_values: Values, check: Check, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     rows = check(

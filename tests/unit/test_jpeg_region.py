@@ -3,14 +3,17 @@
 import io
 import subprocess
 import sys
+import tempfile
 import textwrap
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from fd_scale.data import jpeg_region
-from fd_scale.data.jpeg_region import decode_region
+from fd_scale.data.jpeg_region import NARROWEST, decode_region
 
 SIZE = (139, 93)  # neither side a multiple of the 8 or 16 pixels that are decoded together
 
@@ -30,7 +33,7 @@ def whole(data: bytes) -> np.ndarray:
 
 
 def draw_box(rng: np.random.Generator) -> tuple[int, int, int, int]:
-    width, height = (int(rng.integers(1, side + 1)) for side in SIZE)
+    width, height = int(rng.integers(NARROWEST, SIZE[0] + 1)), int(rng.integers(1, SIZE[1] + 1))
     return int(rng.integers(SIZE[0] - width + 1)), int(rng.integers(SIZE[1] - height + 1)), width, height
 
 
@@ -47,7 +50,8 @@ def test_pixels_are_those_of_the_whole(mode: str, options: dict[str, object]) ->
     """Chroma is smoothed over the edge of what is decoded together, so a crop's edge is where it would go wrong."""
     data, rng = jpeg(mode, **options), np.random.default_rng(1)
     expected = whole(data)
-    for left, top, width, height in [(0, 0, *SIZE), *(draw_box(rng) for _ in range(100))]:
+    boxes = [(0, 0, *SIZE), (0, 0, NARROWEST, 1), (SIZE[0] - NARROWEST, SIZE[1] - 1, NARROWEST, 1)]
+    for left, top, width, height in [*boxes, *(draw_box(rng) for _ in range(100))]:
         found = decode_region(data, left, top, width, height)
         np.testing.assert_array_equal(found, expected[top : top + height, left : left + width])
 
@@ -58,14 +62,30 @@ def test_what_is_missing_below_a_rectangle_is_not_missed(capfd: pytest.CaptureFi
     assert decode_region(cut, 0, 60, 50, 33) is None
     assert decode_region(cut, 0, 0, *SIZE) is None
     np.testing.assert_array_equal(decode_region(cut, 20, 0, 50, 20), whole(data)[:20, 20:70])
-    assert decode_region(b"no image", 0, 0, 1, 1) is None
+    assert decode_region(b"no image", 0, 0, 20, 1) is None
     assert capfd.readouterr() == ("", "")
 
 
-@pytest.mark.parametrize("progressive", [False, True])
-def test_damaged_files_are_read_as_pillow_does(progressive: bool) -> None:
+def test_a_narrower_rectangle_is_left_to_the_whole_decode() -> None:
+    assert decode_region(jpeg(), 0, 0, NARROWEST - 1, 9) is None
+
+
+def test_threads_do_not_get_in_each_others_way() -> None:
+    data = jpeg()
+    expected, boxes = whole(data), [draw_box(np.random.default_rng(seed)) for seed in range(200)]
+
+    def right(box: tuple[int, int, int, int]) -> bool:
+        left, top, width, height = box
+        return np.array_equal(decode_region(data, *box), expected[top : top + height, left : left + width])
+
+    with ThreadPoolExecutor(4) as threads:
+        assert all(threads.map(right, boxes))
+
+
+def test_damaged_files_are_read_as_pillow_does() -> None:
+    """Baseline ones; of a progressive file what is missing is smoothed, at a crop's edge in another way."""
     rng = np.random.default_rng(2)
-    undamaged = np.frombuffer(jpeg(progressive=progressive), dtype=np.uint8)
+    undamaged = np.frombuffer(jpeg(), dtype=np.uint8)
     compared = 0
     for _ in range(300):
         damaged = undamaged.copy()
@@ -87,10 +107,10 @@ def test_the_decoder_loads_its_own_plugin_and_says_nothing() -> None:
     code = """
         import io, os
         from PIL import Image
-        from fd_scale.data.jpeg_region import decode_region
+        from fd_scale.data.jpeg_region import NARROWEST, decode_region
         buffer, before = io.BytesIO(), dict(os.environ)
         Image.new("RGB", (32, 32)).save(buffer, "JPEG")
-        assert decode_region(buffer.getvalue(), 0, 0, 8, 8).shape == (8, 8, 3)
+        assert decode_region(buffer.getvalue(), 0, 0, 20, 8).shape == (8, 20, 3)
         assert dict(os.environ) == before
     """
     found = subprocess.run(
@@ -99,8 +119,11 @@ def test_the_decoder_loads_its_own_plugin_and_says_nothing() -> None:
     assert (found.stdout, found.stderr) == ("", "")
 
 
-def test_without_the_package_there_is_no_region(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "nvidia.nvimgcodec", None)
-    jpeg_region._decoder.cache_clear()
-    assert decode_region(jpeg(), 0, 0, 8, 8) is None
-    jpeg_region._decoder.cache_clear()
+@pytest.mark.parametrize("missing", ["package", "temporary folder"])
+def test_where_it_cannot_be_loaded_there_is_no_region(monkeypatch: pytest.MonkeyPatch, missing: str) -> None:
+    monkeypatch.setattr(jpeg_region, "_OF_THREAD", threading.local())
+    if missing == "package":
+        monkeypatch.setitem(sys.modules, "nvidia.nvimgcodec", None)
+    else:
+        monkeypatch.setattr(tempfile, "tempdir", "/nowhere")
+    assert decode_region(jpeg(), 0, 0, 20, 8) is None

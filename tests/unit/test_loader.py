@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import simplejpeg
 import torch
 from PIL import Image
 
@@ -251,6 +252,22 @@ def test_crops_of_an_image_stand_side_by_side(source: Source, num_workers: int) 
     alone = join(flatten(take(make_loader(source, global_batch=4, micro_batch=4), 7)))
     assert torch.equal(alone.labels, labels_NK[:, 0])
     assert torch.equal(alone.images, images_NK[:, 0])
+
+
+@pytest.mark.parametrize(("crops", "views", "decodes"), [(1, 1, 0), (3, 1, 1), (1, 2, 1)])
+def test_an_image_is_decoded_whole_once_where_several_crops_are_cut(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, crops: int, views: int, decodes: int
+) -> None:
+    """And only then."""
+    (tmp_path / "one").mkdir()
+    Image.new("RGB", (64, 48)).save(tmp_path / "one" / "image.jpg")
+    calls = []
+    whole = simplejpeg.decode_jpeg
+    monkeypatch.setattr(simplejpeg, "decode_jpeg", lambda *a, **k: (calls.append(a), whole(*a, **k))[1])
+    view = training_view(40) if views == 1 else contrastive_transform(40)
+    sizes = {"global_batch": crops, "micro_batch": crops, "crops": crops, "transform": ImageAlone(view)}
+    take(make_loader(open_source(f"imagefolder:{tmp_path}"), **sizes), 1)
+    assert len(calls) == decodes
 
 
 def test_crops_do_not_depend_on_ranks_micro_batches_or_resume(source: Source) -> None:

@@ -1,4 +1,4 @@
-"""Schedules as arrays, parameter groups, and AdamW at stage 0."""
+"""Schedules as arrays, parameter groups, AdamW at stage 0, and the average of weights."""
 
 from typing import Any
 
@@ -11,7 +11,8 @@ from torch import nn
 from fd_scale.config import OptimConfig
 from fd_scale.errors import UserError
 from fd_scale.models import Backbone, create_model, learning_rate_scales
-from fd_scale.optim import ClippedAdamW, learning_rates, parameter_groups
+from fd_scale.optim import ClippedAdamW, WeightAverage, learning_rates, parameter_groups
+from fd_scale.shards import AVERAGE
 
 
 def test_schedule_is_the_authors_for_clip_vit_b() -> None:
@@ -153,3 +154,36 @@ def test_clipped_adamw_equals_clipping_then_adamw_and_refuses_nan() -> None:
     optimizer.step()
     assert optimizer.overflow
     assert all(torch.equal(a, b) for a, b in zip(before, ours.parameters(), strict=True))
+
+
+def test_an_average_waits_for_a_gradient() -> None:
+    """Torch takes a state that is not empty for whole: moments would be missing, in the step or in what is saved."""
+
+    def made() -> tuple[list[nn.Parameter], torch.optim.AdamW, WeightAverage]:
+        weights = [nn.Parameter(torch.zeros(2)) for _ in range(2)]
+        optimizer = torch.optim.AdamW(weights, lr=0.1, weight_decay=0.0)
+        return weights, optimizer, WeightAverage(optimizer, weights, 0.5)
+
+    (first, _), optimizer, average = made()
+    assert not average.begun
+    first.grad = torch.ones(2)
+    optimizer.step()
+    average.update()
+    assert average.begun
+    torch.testing.assert_close(
+        optimizer.state[first][AVERAGE], torch.full((2,), -0.05)
+    )  # half way from the start
+    (again, later), other, resumed = made()
+    other.load_state_dict(optimizer.state_dict())
+    with torch.no_grad():
+        again.copy_(first)
+    for weight in (again, later):
+        weight.grad = torch.ones(2)
+    other.step()
+    resumed.update()
+    torch.testing.assert_close(other.state[again][AVERAGE], torch.full((2,), (-0.05 - 0.2) / 2))
+    torch.testing.assert_close(other.state[later][AVERAGE], torch.full((2,), -0.1))
+    resumed.swap()
+    torch.testing.assert_close(again.detach(), torch.full((2,), -0.125))
+    resumed.swap()
+    torch.testing.assert_close(again.detach(), torch.full((2,), -0.2))
