@@ -201,7 +201,7 @@ class _Places:
             if isinstance(module, ResidualBlock):
                 handles.append(module.register_forward_pre_hook(self._block, with_kwargs=True))
             # A Swin's; the windows of a table of biases may be of tokens that lie apart.
-            elif isinstance(getattr(module, "window_size", None), tuple | list) and hasattr(
+            elif isinstance(getattr(module, "window_size", None), tuple | list | int) and hasattr(
                 module, "shift_size"
             ):
                 handles.append(module.register_forward_pre_hook(self._windows))
@@ -212,12 +212,16 @@ class _Places:
                 handle.remove()
 
     def _windows(self, module: Any, inputs: Any) -> None:
-        rows, columns = module.window_size
-        self.window = (int(rows), int(columns))
-        x = inputs[0]
-        # A block is given the grid; its attention, in timm's models, windows that are cut.
+        size, x = module.window_size, inputs[0]
+        rows, columns = (size, size) if isinstance(size, int) else size
+        # A block is given the grid, by Transformers beside the tokens; its attention, in timm's models, windows that
+        # are cut.
         if x.dim() == 4:
             self.grid = (x.shape[1], x.shape[2])
+        elif isinstance(size, int):
+            self.grid = (int(inputs[1][0]), int(inputs[1][1]))
+            rows = columns = min(size, *self.grid)
+        self.window = (int(rows), int(columns))
 
     def _block(self, block: Any, inputs: Any, named: Any) -> None:
         shared = inputs[1] if len(inputs) > 1 else named.get("shared_rel_pos_bias")

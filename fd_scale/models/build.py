@@ -14,10 +14,10 @@ import torch
 from fd_kernels.dispatch import set_implementation
 from torch import Tensor, nn
 
-from fd_scale.config import PRETRAINED, ModelConfig
+from fd_scale.config import ModelConfig
 from fd_scale.errors import UserError
 from fd_scale.models.backbone import Backbone
-from fd_scale.models.huggingface import HuggingFaceBackbone
+from fd_scale.models.huggingface import HuggingFaceBackbone, is_published
 from fd_scale.models.pretrained import hugging_face_folder, resolved_model, weights_path
 from fd_scale.models.registry import HUGGING_FACE, create_model
 from fd_scale.models.weights import load_weights
@@ -59,7 +59,7 @@ def build_model(config: ModelConfig, target: str = "feature_map") -> Backbone:
         raise UserError(
             f"model.overrides.drop_path_rate: got {max(model.drop_path_rates)}, expected 0 <= rate < 1"
         )
-    if path is not None and isinstance(model, HuggingFaceBackbone) and config.weights == PRETRAINED:
+    if path is not None and isinstance(model, HuggingFaceBackbone) and is_published(Path(path)):
         model.load_published(Path(path))
     elif path is not None:
         load_weights(model, path)

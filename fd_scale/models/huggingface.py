@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -41,6 +42,8 @@ class HuggingFaceBackbone(Backbone):
     """
 
     inner_layout = "hf"
+    pools = True
+    """Whether a pooler, where it has one, is trained."""
 
     def __init__(self, folder: Path, img_size: int, overrides: dict[str, Any]) -> None:
         super().__init__()
@@ -83,7 +86,9 @@ class HuggingFaceBackbone(Backbone):
 
     def pooled(self, images_BCHW: Tensor) -> Tensor:
         """The model's own pooled feature, (B, D), or the mean of its patch tokens where it has none."""
-        pooled: Tensor | None = getattr(self._outputs(images_BCHW), "pooler_output", None)
+        pooled: Tensor | None = None
+        if self.pools:
+            pooled = getattr(self._outputs(images_BCHW), "pooler_output", None)
         return super().pooled(images_BCHW) if pooled is None else pooled.flatten(1)
 
     def intermediates(
@@ -131,13 +136,22 @@ class HuggingFaceBackbone(Backbone):
         return self.config.to_dict() if layout == "hf" else {}
 
     def load_published(self, folder: Path) -> None:
-        """Loads the folder's weights by Transformers' own rules (renamed keys, shards, parts that are not ours).
+        """Loads a folder's weights, as `published` reads them; nothing on the meta device.
+
+        Raises:
+            UserError: as `published`.
+        """
+        if not next(self.model.parameters()).is_meta:
+            self.load_state_dict(self.published(folder))
+
+    def published(self, folder: Path) -> dict[str, Tensor]:
+        """Reads a folder's weights by Transformers' own rules (renamed keys, shards, parts that are not ours).
+
+        A pooler of which there are no weights, as beside a classifier, stays random and is not asked.
 
         Raises:
             UserError: weights are missing or of other shapes.
         """
-        if next(self.model.parameters()).is_meta:
-            return
         try:
             model, report = type(self.model).from_pretrained(
                 folder,
@@ -149,12 +163,16 @@ class HuggingFaceBackbone(Backbone):
         except (OSError, RuntimeError, ValueError) as error:
             raise UserError(f"hf:{folder}: cannot be loaded: {' '.join(str(error).split())[:300]}") from None
         missing = sorted(str(name) for name in report["missing_keys"])
+        of_pooler = [name for name in missing if name.startswith("pooler.")]
+        if of_pooler and not (self.norm_name or "").startswith("pooler."):
+            self.pools = False
+            missing = [name for name in missing if name not in of_pooler]
         if missing:
             raise UserError(
                 f"hf:{folder}: weights of another architecture: {', '.join(missing[:3])} missing"
                 f"{f' and {len(missing) - 3} more' if len(missing) > 3 else ''}"
             )
-        self.model.load_state_dict(model.state_dict())
+        return {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
 
     def _outputs(self, images_BCHW: Tensor, **options: Any) -> Any:
         weight = next(self.model.parameters())
@@ -184,6 +202,12 @@ class HuggingFaceBackbone(Backbone):
                     "choose another model (one that masks patches at random is none)"
                 )
         return hidden.shape[2], (side, side), num_tokens
+
+
+def is_published(path: Path) -> bool:
+    """Whether it is a folder of Transformers' own, and not one of `fd-scale export`."""
+    config = path / "config.json"
+    return config.is_file() and "model_type" in json.loads(config.read_text(encoding="utf-8"))
 
 
 def read_config(folder: Path) -> Any:

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from fd_scale.errors import UserError
 from fd_scale.models.backbone import Backbone
+from fd_scale.models.huggingface import HuggingFaceBackbone, is_published
 from fd_scale.models.layouts import recognise
 
 _IN_A_FOLDER = ("model.safetensors", "model.safetensors.index.json", "model.pth", "pytorch_model.bin")
@@ -103,6 +104,8 @@ def read_weights(model: Backbone, path: str) -> dict[str, Tensor]:
     Raises:
         UserError: as `load_weights`.
     """
+    if isinstance(model, HuggingFaceBackbone) and is_published(Path(path)):
+        return model.published(Path(path))
     return fitted(model, read_state(path), path)
 
 

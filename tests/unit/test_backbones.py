@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fd_scale.config import ModelConfig
 from fd_scale.errors import UserError
-from fd_scale.models import Backbone, build_model, create_model, load_tensors, resolved_model
+from fd_scale.models import Backbone, build_model, create_model, load_tensors, read_weights, resolved_model
 
 VIT = {"embed_dim": 32, "depth": 2, "num_heads": 2}
 
@@ -300,6 +300,23 @@ def test_a_hugging_face_folder(kind: str, tmp_path: Path) -> None:
     again = build_model(ModelConfig(name=f"hf:{tmp_path}"))
     load_tensors(again, model.to_layout(model.state_dict(), "hf"), "hf names")
     torch.testing.assert_close(again(images(size)), expected)
+    # By its path the folder is read as Transformers reads it: what it writes may have other names than its modules.
+    by_path = build_model(ModelConfig(name=f"hf:{tmp_path}", weights=str(tmp_path)))
+    torch.testing.assert_close(by_path(images(size)), expected)
+    with torch.device("meta"):
+        nowhere = build_model(ModelConfig(name=f"hf:{tmp_path}"))
+    read, own = read_weights(nowhere, str(tmp_path)), model.state_dict()
+    assert read.keys() == own.keys()
+    assert all(torch.equal(tensor, own[name]) for name, tensor in read.items())
+
+
+def test_a_classifiers_hugging_face_folder_has_no_pooler(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers", reason="needs the extra hf")
+    theirs, *_ = transformers_models()["vit"](transformers)
+    transformers.ViTForImageClassification(theirs.config).eval().save_pretrained(tmp_path)
+    model = build_model(ModelConfig(name=f"hf:{tmp_path}", weights="pretrained"))
+    tokens_BLD = model(images(32))
+    torch.testing.assert_close(model.pooled(images(32)), tokens_BLD[:, 1:].mean(1))
 
 
 def test_a_hugging_face_folder_without_weights_is_refused(tmp_path: Path) -> None:

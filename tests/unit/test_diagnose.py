@@ -205,6 +205,20 @@ def test_every_kind_of_model_is_seen_through_an_equal_path(name: str) -> None:
         torch.testing.assert_close(attention.probs.sum(-1), torch.ones(attention.probs.shape[:-1]))
 
 
+@pytest.mark.parametrize(("kind", "stages"), [("Swin", 2), ("Swinv2", 3)])
+def test_windows_of_transformers(kind: str, stages: int, tmp_path: Path) -> None:
+    """A third stage, 4 x 4 tokens, is one window of its own size."""
+    transformers = pytest.importorskip("transformers", reason="needs the extra hf")
+    config = getattr(transformers, f"{kind}Config")(
+        image_size=64, embed_dim=16, depths=[2] * stages, num_heads=[1, 2, 4][:stages], window_size=8
+    )
+    getattr(transformers, f"{kind}Model")(config).save_pretrained(tmp_path)
+    maps = seen(load_backbone(f"hf:{tmp_path}@pretrained", 64), torch.randn(1, 3, 64, 64))
+    found = [(attention.shape, attention.probs.shape[1], attention.stride_px) for attention in maps]
+    expected = [((8, 8), 4, (4, 4)), ((8, 8), 1, (8, 8)), ((4, 4), 1, (16, 16))]
+    assert found == [each for each in expected[:stages] for _ in range(2)]
+
+
 @pytest.mark.slow
 def test_models_side_by_side(tmp_path: Path) -> None:
     names = ["vit_tiny_patch16_224@none", "swin_v2_tiny@none"]
