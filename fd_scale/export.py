@@ -206,4 +206,4 @@ def _sha256(config: ModelConfig) -> str:
         path = weights_path(config)
         return "none" if path is None else weights_sha256(path)
     except UserError:
-        return "unknown, the file is no longer there"
+        return f"unknown: the file is not there, seen from {Path.cwd()}"

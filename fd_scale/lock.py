@@ -83,7 +83,8 @@ class RunLock:
         if _held.get(self.file) is self:
             del _held[self.file]
         if self._read()[0].get("token") == self.token:
-            self.file.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # of a folder that was locked since, what led here tells
+                self.file.unlink(missing_ok=True)
 
     def _create(self) -> bool:
         """Makes the lock where there is none: a hard link is made once, also on NFS."""

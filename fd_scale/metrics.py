@@ -264,7 +264,7 @@ class Recorder:
             function()
         except OSError as error:
             raise UserError(
-                f"{self.file}: cannot be written ({error.strerror}); free space there and start the same command again"
+                f"{self.file}: cannot be written ({error.strerror}); mend that and start the same command again"
             ) from None
 
     def _show(self, step: int, text: str) -> None:

@@ -211,10 +211,16 @@ def _side_by_side(runs: Sequence[Run], values: Sequence[dict[str, str]]) -> list
     ]
 
 
+_NEWEST = 10
+"""Checkpoints of a run that are listed; the JSON has all."""
+
+
 def _checkpoints(runs: Sequence[Run]) -> list[list[str]]:
     rows = [["run", "step", "MB", "training waited, s", "written in, s"]]
     for run in runs:
-        for line in run.checkpoints:
+        if (earlier := len(run.checkpoints) - _NEWEST) > 0:
+            rows.append([run.name, f"{earlier} earlier ones", "", "", ""])
+        for line in run.checkpoints[-_NEWEST:]:
             sizes = (f"{line['bytes'] / 1e6:.1f}", f"{line['stall_s']:.2f}", f"{line['write_s']:.2f}")
             rows.append([run.name, str(line["step"]), *sizes])
     return rows

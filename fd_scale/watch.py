@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import logging
 import math
@@ -57,8 +58,9 @@ class Watchdog:
         if self.in_a_job:
             faulthandler.unregister(signal.SIGTERM)
         self.file.close()
-        if not self.stacks.stat().st_size:
-            self.stacks.unlink()
+        with contextlib.suppress(OSError):  # of a folder that is gone or locked, what led here tells
+            if not self.stacks.stat().st_size:
+                self.stacks.unlink()
 
     def beat(self, what: str) -> None:
         """Says that `what` has just been done."""

@@ -11,6 +11,7 @@ import functools
 import importlib.util
 import io
 import itertools
+import logging
 import multiprocessing
 import os
 import statistics
@@ -36,6 +37,8 @@ from fd_scale.data.mixture import Mixture
 from fd_scale.errors import UserError
 from fd_scale.log import console
 from fd_scale.run_folder import environment
+
+logger = logging.getLogger(__name__)
 
 BATCH = 64
 LIMIT = "libjpeg-turbo alone"
@@ -103,9 +106,16 @@ def bench_data(
         files = _jpeg_files(spec, source, num_images, Path(folder), size)
         files.write(-(-num_images // len(files.data)))
         found: dict[str, list[Speed]] = {}
-        for _ in range(num_rounds):
+        for round_number in range(num_rounds):
             for name, way in _ways(files, crops).items():
                 found.setdefault(name, []).append(_speed(way, num_images))
+                logger.info(
+                    "round %d of %d: %s, %.0f images/s",
+                    round_number + 1,
+                    num_rounds,
+                    name,
+                    found[name][-1].core,
+                )
     result = {
         "environment": environment(), "source": spec, "images": len(files.data), "size": size, "crops": crops,
         "bytes_per_image": sum(map(len, files.data)) / len(files.data),

@@ -4,6 +4,7 @@ import functools
 import logging
 import os
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -80,16 +81,27 @@ class ImageFolderSource(FileSource):
         classes = _sorted_classes(
             e.name for e in os.scandir(root) if e.is_dir() and not e.name.startswith(".")
         )
-        names, labels = [], []
+        names, labels, others = [], [], Counter[str]()
         for label, class_name in enumerate(classes):
-            found = sorted(walk_images(root / class_name))
+            found = sorted(walk_images(root / class_name, others))
             if not found:
                 logger.warning("class folder %s holds no images", root / class_name)
             names += [f"{class_name}/{name}" for name in found]
             labels += [label] * len(found)
         if not classes:
-            names = sorted(walk_images(root))
+            names = sorted(walk_images(root, others))
             labels = [UNLABELLED] * len(names)
+        else:
+            others.update(_suffix(entry.name) for entry in os.scandir(root) if entry.is_file())
+        if others:
+            counts = ", ".join(
+                f"{count} {suffix or 'without a suffix'}" for suffix, count in others.most_common(5)
+            )
+            known = " ".join(sorted(IMAGE_SUFFIXES))
+            logger.warning(
+                "imagefolder:%s: %d files are left out: %s; images lie in class folders and end in %s",
+                path, others.total(), counts, known,
+            )  # fmt: skip
         if not names:
             raise UserError(
                 f"imagefolder:{path} holds no images ({' '.join(sorted(IMAGE_SUFFIXES))}); check the path"
@@ -169,9 +181,22 @@ def file_size(path: Path) -> int:
         return -1
 
 
-def walk_images(folder: Path) -> Iterator[str]:
-    """Paths of the images below a folder, relative to it, unsorted."""
+def walk_images(folder: Path, others: Counter[str] | None = None) -> Iterator[str]:
+    """Paths of the images below a folder, relative to it, unsorted.
+
+    Args:
+        folder: where they are.
+        others: counts the suffixes of what is no image; hidden files are nothing.
+    """
     for parent, _, names in os.walk(folder, followlinks=True):
         for name in names:
-            if os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES and not name.startswith("."):
+            if name.startswith("."):
+                continue
+            if _suffix(name) in IMAGE_SUFFIXES:
                 yield os.path.relpath(os.path.join(parent, name), folder)
+            elif others is not None:
+                others[_suffix(name)] += 1
+
+
+def _suffix(name: str) -> str:
+    return os.path.splitext(name)[1].lower()

@@ -115,6 +115,10 @@ def hugging_face_folder(name: str) -> Path:
     place = Path(name.removeprefix(HUGGING_FACE))
     if place.is_dir():
         return place
+    if len(place.parts) != 2:
+        raise UserError(
+            f"{name}: there is no such folder, seen from {Path.cwd()}; expected one, or a model of the hub, hf:ORG/NAME"
+        )
     files = hub.cached(_repository(str(place)))
     return min(
         (file.parent for file in files if file.name == "config.json"), key=lambda folder: len(folder.parts)

@@ -113,7 +113,7 @@ def _choice_table(plan: Plan) -> Table:
 
 def _costs(plan: Plan, choice: Choice) -> list[str]:
     hours = plan.gpu_hours(choice)
-    cost = ["unknown"] * 2 if hours is None else [f"{hours / 24 / plan.num_gpus:.2f}", f"{hours:.0f}"]
+    cost = ["with --images"] * 2 if hours is None else [f"{hours / 24 / plan.num_gpus:.2f}", f"{hours:.0f}"]
     return [
         f"{choice.compute_seconds:.3f}", f"{choice.launch_seconds:.3f}",
         f"{choice.traffic.gathered / 1e9:.2f}", f"{choice.traffic.reduced / 1e9:.2f}",

@@ -164,3 +164,18 @@ def test_the_start_of_a_slurm_job() -> None:
     assert slurm_start({}) is None
     assert slurm_start({"SLURM_JOB_ID": "3"}) == "slurm 3.0"
     assert slurm_start({"SLURM_JOB_ID": "3", "SLURM_RESTART_COUNT": "2"}) == "slurm 3.2"
+
+
+def test_a_folder_that_was_locked_since_is_given_free_without_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held = RunLock(tmp_path)
+    held.acquire()
+
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError
+
+    with monkeypatch.context() as locked:
+        locked.setattr(Path, "unlink", refuse)
+        held.release()
+    assert held.stop.is_set()

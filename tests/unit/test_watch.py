@@ -2,12 +2,14 @@
 
 import math
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from fd_scale.errors import UserError
 from fd_scale.watch import LossWatch, Watchdog
 
 
@@ -31,6 +33,18 @@ def test_zero_means_that_nothing_is_a_spike() -> None:
     watch = LossWatch(0.0)
     assert not any(watch.is_spike(10.0**power) for power in range(40))
     assert watch.is_spike(math.inf), "but what is not finite is"
+
+
+def test_the_end_in_a_folder_that_is_gone_hides_no_error(tmp_path: Path) -> None:
+    (tmp_path / "logs").mkdir()
+
+    def fail() -> None:
+        with Watchdog(5, tmp_path / "logs/rank_0.stacks", in_a_job=False):
+            shutil.rmtree(tmp_path / "logs")
+            raise UserError("the cause")
+
+    with pytest.raises(UserError, match="the cause"):
+        fail()
 
 
 def test_a_run_that_beats_is_left_alone(tmp_path: Path) -> None:
