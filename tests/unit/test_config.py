@@ -141,6 +141,7 @@ def test_every_setting_is_described() -> None:
         ("masked.ratio", 1.0),
         ("classification.label_smoothing", 1.0), ("classification.num_classes", 1), ("classification.mixup", -0.1),
         ("classification.cutmix", -0.1), ("classification.cutmix_share", 1.1), ("data.erasing", 1.1),
+        ("optim.ema_decay", 1.0), ("optim.ema_decay", -0.1),
         ("optim.layer_decay", 0.0), ("optim.layer_decay", 1.1), ("linear_probe.lr_factors", []),
         ("linear_probe.lr_factors", [1.0, 0.0]),
         ("segmentation.num_classes", 1), ("segmentation.layers", [1, 2]), ("segmentation.channels", 3),

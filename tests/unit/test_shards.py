@@ -54,7 +54,8 @@ def save(folder: Path, tensors: dict[str, Tensor], stage: int, world_size: int) 
     }  # fmt: skip
     key = "fp32_flat_groups" if stage == 3 else "single_partition_of_fp32_groups"
     for rank, part in enumerate(parts):
-        state = {"zero_stage": stage, key: [part]}
+        base = "optimizer_state_dict" if stage == 3 else "base_optimizer_state"
+        state = {"zero_stage": stage, key: [part], base: {"state": {0: {"exp_avg": part}}}}
         torch.save(
             {"optimizer_state_dict": state}, folder / f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"
         )

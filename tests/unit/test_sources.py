@@ -241,7 +241,15 @@ def test_a_link_to_nothing_is_a_bad_sample(tmp_path: Path) -> None:
 
 def test_files_that_are_left_out_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "cat" / "more").mkdir(parents=True)
-    for name in ("cat/a.png", "cat/more/b.jfif", "cat/.hidden", "cat/noted.txt", "cat/other.txt", "loose.jpg", "plain"):
+    for name in (
+        "cat/a.png",
+        "cat/more/b.jfif",
+        "cat/.hidden",
+        "cat/noted.txt",
+        "cat/other.txt",
+        "loose.jpg",
+        "plain",
+    ):
         Image.new("RGB", (4, 4)).save(tmp_path / name, "PNG")
     assert len(open_source(f"imagefolder:{tmp_path}")) == 1
     [record] = caplog.records
