@@ -108,13 +108,10 @@ def bench_data(
         found: dict[str, list[Speed]] = {}
         for round_number in range(num_rounds):
             for name, way in _ways(files, crops).items():
-                found.setdefault(name, []).append(_speed(way, num_images))
+                speed = _speed(way, num_images)
+                found.setdefault(name, []).append(speed)
                 logger.info(
-                    "round %d of %d: %s, %.0f images/s",
-                    round_number + 1,
-                    num_rounds,
-                    name,
-                    found[name][-1].core,
+                    "round %d of %d: %s, %.0f images/s", round_number + 1, num_rounds, name, speed.core
                 )
     result = {
         "environment": environment(), "source": spec, "images": len(files.data), "size": size, "crops": crops,

@@ -218,7 +218,7 @@ class _Places:
         # are cut.
         if x.dim() == 4:
             self.grid = (x.shape[1], x.shape[2])
-        elif isinstance(size, int):
+        elif isinstance(size, int) and len(inputs) > 1 and isinstance(inputs[1], tuple):
             self.grid = (int(inputs[1][0]), int(inputs[1][1]))
             rows = columns = min(size, *self.grid)
         self.window = (int(rows), int(columns))
