@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+from collections.abc import Iterator
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -162,24 +163,25 @@ def resolve(ds_config: dict[str, Any], recipe: Recipe, world_size: int, device_t
         "bf16.enabled": train.precision == "bf16",
         "fp16.enabled": train.precision == "fp16",
     }
+    problems = list(_unserved(ds_config, train.ds_config))
     for key, value in wanted.items():
         *section, last = key.split(".")
         node = resolved.setdefault(section[0], {}) if section else resolved
         if node.get(last, "auto") not in ("auto", value):
-            raise UserError(
-                f"train.ds_config: {key} is {json.dumps(node[last])} in {train.ds_config}, but the recipe gives "
+            problems.append(
+                f"{key} is {json.dumps(node[last])} in {train.ds_config}, but the recipe gives "
                 f'{json.dumps(value)} on {world_size} ranks; write "auto" there or change the recipe'
             )
         node[last] = value
+    problems += _of_optimizer(resolved.pop("optimizer", {}), recipe)
+    if problems:
+        raise UserError("train.ds_config: " + ";\n  and ".join(problems))
     if recipe.contrastive is not None and resolved["gradient_accumulation_steps"] > 1:
         raise UserError(
             f"train.micro_batch: contrastive pre-training compares all images of a step at once, and {micro_batch} x "
             f"{world_size} ranks are fewer than train.global_batch={train.global_batch}; raise train.micro_batch "
             "or lower train.global_batch"
         )
-    optimizer = resolved.pop("optimizer", None)
-    if optimizer is not None:
-        _check_optimizer(optimizer, recipe)
     # torch's fused AdamW steps on the host too; DeepSpeed's own would be compiled at the first run.
     resolved.setdefault("zero_force_ds_cpu_optimizer", False)
     # The trainer measures without waiting for the device, for which DeepSpeed's timer waits twice a micro-batch.
@@ -211,6 +213,10 @@ def _refuse_unserved(ds_config: dict[str, Any], recipe: Recipe, accumulation: in
                 f"train.ds_config: zero_optimization.{key} in {train.ds_config} needs ZeRO stage {least} or above, got "
                 f"{zero_stage(ds_config)}; raise the stage or remove it"
             )
+
+
+def _unserved(ds_config: dict[str, Any], file: str) -> Iterator[str]:
+    """What a JSON asks for in vain, a sentence each."""
     for key, why in UNSERVED.items():
         *section, last = key.split(".")
         value = (ds_config.get(section[0], {}) if section else ds_config).get(last)
@@ -220,11 +226,11 @@ def _refuse_unserved(ds_config: dict[str, Any], recipe: Recipe, accumulation: in
             else value in (False, 1) and value is not True
         )
         if value is not None and (not off or why == _REMOVED):
-            raise UserError(f"train.ds_config: {key} in {train.ds_config} is not served: {why}; remove it")
+            yield f"{key} in {file} is not served: {why}; remove it"
     if "scheduler" in ds_config:
-        raise UserError(
-            f"train.ds_config: {train.ds_config} has a scheduler, but the recipe's optim section holds the "
-            "schedule; remove the scheduler from the JSON"
+        yield (
+            f"{file} has a scheduler, but the recipe's optim section holds the schedule; remove the scheduler from the "
+            "JSON"
         )
 
 
@@ -252,24 +258,30 @@ def _refuse_graphs(ds_config: dict[str, Any], recipe: Recipe, accumulation: int,
         )
 
 
-def _check_optimizer(optimizer: dict[str, Any], recipe: Recipe) -> None:
+def _of_optimizer(optimizer: dict[str, Any], recipe: Recipe) -> Iterator[str]:
+    """Where a JSON's optimizer is not the recipe's, a sentence each."""
+    file = recipe.train.ds_config
+    if not optimizer:
+        return
     if optimizer.get("type") != "AdamW":
-        raise UserError(
-            f"train.ds_config: optimizer.type is {optimizer.get('type')} in {recipe.train.ds_config}, expected AdamW, "
-            "the one that recipes use; change it or remove the optimizer section"
+        yield (
+            f"optimizer.type is {optimizer.get('type')} in {file}, expected AdamW, the one that recipes use; change it "
+            "or remove the optimizer section"
         )
+        return
     params = optimizer.get("params", {})
     unknown = sorted(params.keys() - _OPTIMIZER_KEYS) if isinstance(params, dict) else [json.dumps(params)]
     if unknown:
-        raise UserError(
-            f"train.ds_config: optimizer.params has {', '.join(unknown)} in {recipe.train.ds_config}, expected at "
-            f"most {', '.join(_OPTIMIZER_KEYS)}; remove the optimizer section, recipes set the optimizer"
+        yield (
+            f"optimizer.params has {', '.join(unknown)} in {file}, expected at most {', '.join(_OPTIMIZER_KEYS)}; "
+            "remove the optimizer section, recipes set the optimizer"
         )
+        return
     for key, ours in _OPTIMIZER_KEYS.items():
         value, expected = params.get(key, "auto"), getattr(recipe.optim, ours)
         expected = list(expected) if isinstance(expected, tuple) else expected
         if value not in ("auto", expected):
-            raise UserError(
-                f"train.ds_config: optimizer.params.{key} is {json.dumps(value)} in {recipe.train.ds_config}, but "
-                f'optim.{ours} is {json.dumps(expected)}; write "auto" there or change the recipe'
+            yield (
+                f"optimizer.params.{key} is {json.dumps(value)} in {file}, but optim.{ours} is "
+                f'{json.dumps(expected)}; write "auto" there or change the recipe'
             )

@@ -138,6 +138,19 @@ def test_what_is_not_served_is_refused_and_what_is_off_is_not(make_recipe: MakeR
         resolve(config, make_recipe(), 1, "cpu")
 
 
+def test_all_that_disagrees_is_told_at_once(make_recipe: MakeRecipe) -> None:
+    config = {
+        "scheduler": {"type": "WarmupLR"}, "amp": {"enabled": True}, "gradient_clipping": 7.0,
+        "optimizer": {"type": "AdamW", "params": {"lr": 1, "eps": 1}},
+    }  # fmt: skip
+    with pytest.raises(UserError) as caught:
+        resolve(config, make_recipe(), 1, "cpu")
+    lines = str(caught.value).splitlines()
+    assert len(lines) == 5
+    parts = ("amp", "scheduler", "gradient_clipping", "optimizer.params.lr", "optimizer.params.eps")
+    assert all(part in line for part, line in zip(parts, lines, strict=True))
+
+
 def test_keys_of_zero_are_deepspeeds() -> None:
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
