@@ -93,8 +93,8 @@ class Recipe:
         if self.linear_probe is not None and touching:
             raise UserError(
                 "optim.grad_clip, optim.layer_decay, optim.ema_decay: a linear probe trains classifiers that must not "
-                "touch each other, and no layers, and averages none; set grad_clip to 0 and layer_decay to 1, ema_decay "
-                "to 0"
+                "touch each other, and no layers, and averages none; set grad_clip to 0 and layer_decay to 1, "
+                "ema_decay to 0"
             )
         if self.linear_probe is not None and self.data.shard_window:
             raise UserError("data.shard_window: a linear probe reads its images once, in a row; set it to 0")
