@@ -44,7 +44,7 @@ class _Sample(NamedTuple):
     label: int
 
 
-def shard(source: str, out: str, size: str) -> Iterator[str]:
+def shard(source: str, out: str, size: str, decode: bool = False) -> Iterator[str]:
     """Writes the files of a source's images as they are, with their labels, into shards, in a random order.
 
     A sample is KEY.jpg (or whatever its file is) and, if it has a label, KEY.cls with the number of its class. KEY is
@@ -54,6 +54,7 @@ def shard(source: str, out: str, size: str) -> Iterator[str]:
         source: one source as in `data.train`.
         out: folder to write, empty or not there.
         size: of a shard at most, as `512MB`; a larger image has a shard of its own.
+        decode: whether images are decoded, and left out where that fails; else their headers are read.
 
     Raises:
         UserError: a source without labels or files, a folder that is not empty or cannot be written, or shards that do
@@ -73,7 +74,7 @@ def shard(source: str, out: str, size: str) -> Iterator[str]:
         if any(folder.iterdir()):
             raise UserError(f"shard: {out} is not empty; give a folder of its own, or remove what is in it")
         with log.counting("images") as told:
-            _write(folder, _samples(opened, labels, told), max_bytes)
+            _write(folder, _samples(opened, labels, told, decode), max_bytes)
         if opened.class_names is not None:
             (folder / "classes.txt").write_text("".join(f"{name}\n" for name in opened.class_names))
     except OSError as error:
@@ -98,7 +99,9 @@ def _bytes_of(size: str) -> int:
     return int(float(match[1]) * _UNITS[match[2]])
 
 
-def _samples(source: Source, labels: Counter[int], told: Callable[[int, int], None]) -> Iterator[_Sample]:
+def _samples(
+    source: Source, labels: Counter[int], told: Callable[[int, int], None], decode: bool
+) -> Iterator[_Sample]:
     """Reads a source in a random order, and counts labels; what is no image is left out with a warning."""
     by_shards = None
     files = isinstance(source, TarSource) and not is_remote(source.paths[0])
@@ -111,6 +114,8 @@ def _samples(source: Source, labels: Counter[int], told: Callable[[int, int], No
         for done, sample_id in enumerate(ids.tolist(), start=first + 1):
             try:
                 picture, label = source.read(sample_id)
+                if decode:
+                    picture.pil()
             except DecodeError as error:
                 logger.warning("%s is left out, it cannot be decoded: %s", source.name(sample_id), error)
                 continue

@@ -90,6 +90,11 @@ def add_training(verbs: Verbs) -> None:
     shard.add_argument("source", metavar="SOURCE", help="a source of images, as in data.train")
     shard.add_argument("out", metavar="OUT", help="folder to write")
     shard.add_argument("--size", default="512MB", help="of a shard at most (default: 512MB)")
+    shard.add_argument(
+        "--decode",
+        action="store_true",
+        help="decode every image, leave out what fails; else headers alone are read",
+    )
     shard.set_defaults(run=_shard)
 
 
@@ -186,7 +191,7 @@ def _features(options: argparse.Namespace) -> None:
 def _shard(options: argparse.Namespace) -> None:
     from fd_scale.shard import shard
 
-    for line in shard(options.source, options.out, options.size):
+    for line in shard(options.source, options.out, options.size, options.decode):
         print(line)
 
 

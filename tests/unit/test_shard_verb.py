@@ -39,6 +39,23 @@ def images(tmp_path: Path) -> Path:
     return tmp_path / "images"
 
 
+def test_what_cannot_be_decoded_is_left_out_where_that_is_asked_for(
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    file = images / "cat/one.JPEG"
+    file.write_bytes(image_file(1, "JPEG", size=(400, 300))[:-100])
+    main(["shard", f"imagefolder:{images}", str(tmp_path / "headers")])
+    main(["shard", f"imagefolder:{images}", str(tmp_path / "decoded"), "--decode"])
+    first, second = capsys.readouterr().out.splitlines()
+    assert "4 of 4 images" in first
+    assert "3 of 4 images" in second
+    assert "cat/one.JPEG is left out, it cannot be decoded" in caplog.text
+    assert members(tmp_path / "headers").keys() - members(tmp_path / "decoded").keys() == {
+        "cat/one.jpeg",
+        "cat/one.cls",
+    }
+
+
 def test_files_as_they_are_with_labels(
     images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
