@@ -107,12 +107,13 @@ def _handler(store: FakeStore) -> type[BaseHTTPRequestHandler]:
             if method == "GET":
                 data = data[: len(data) // 2] if fault == "cut" else data
                 self.close_connection = fault in ("cut", "drip", "no size")
+                with store.lock:  # before they are: whoever has them may look at once
+                    store.sent[self.path] += len(data)
                 with contextlib.suppress(OSError):
                     if fault == "drip":
                         self.wfile.write(data[:1])
                         store.ended.wait()
                     self.wfile.write(data)
-                store.sent[self.path] += len(data)
 
     return Handler
 
