@@ -205,20 +205,36 @@ def test_workers_change_nothing_and_end_with_the_iterator(source: Source) -> Non
     assert_same(taken, take(make_loader(source), 5, start_step=1))
 
 
-@pytest.mark.parametrize("pin_memory", [False, pytest.param(True, marks=pytest.mark.gpu)])
+def slow_copy(tensor: torch.Tensor) -> torch.Tensor:
+    """What stands in for a copy to pinned memory: reads the second half a while after the first."""
+    copy = torch.empty_like(tensor)
+    half = len(tensor) // 2
+    copy[:half] = tensor[:half]
+    time.sleep(0.02)
+    copy[half:] = tensor[half:]
+    return copy
+
+
+@pytest.mark.parametrize("pin_memory", ["no", "stand-in", pytest.param("yes", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("num_workers", [1, 2])
 def test_batches_stay_what_they_are_when_workers_use_their_memory_again(
-    source: Source, num_workers: int, pin_memory: bool
+    source: Source, monkeypatch: pytest.MonkeyPatch, num_workers: int, pin_memory: str
 ) -> None:
     """Workers that are far ahead of whoever takes batches, and keeps them."""
-    loader = make_loader(source, num_workers=num_workers, pin_memory=pin_memory)
+    if pin_memory == "stand-in":
+        monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+        monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cpu"))
+        for name in ("current_device_index", "set_device_index"):
+            monkeypatch.setattr(torch.accelerator, name, lambda *_: 0)
+        monkeypatch.setattr(torch.Tensor, "pin_memory", slow_copy)
+    loader = make_loader(source, num_workers=num_workers, pin_memory=pin_memory != "no")
     with contextlib.closing(loader.iterate(0)) as steps:
         kept = []
-        for _ in range(5 * num_workers):
+        for _ in range(8 * num_workers):
             kept.append(next(steps))
-            time.sleep(0.05)
-    assert all(batch.images.is_pinned() == pin_memory for step in kept for batch in step)
-    assert_same(kept, take(make_loader(source), 5 * num_workers))
+            time.sleep(0.03)
+    assert all(batch.images.is_pinned() == (pin_memory == "yes") for step in kept for batch in step)
+    assert_same(kept, take(make_loader(source), 8 * num_workers))
 
 
 @pytest.mark.slow
