@@ -51,9 +51,6 @@ from fd_scale.pretrain import ContrastiveTask, MaskedTask
 from fd_scale.teacher_features import Part, evaluation_part, train_part
 from fd_scale.teachers import Teacher
 
-# fp32 master weights and two moments of AdamW, and DeepSpeed's copy of the weights.
-BYTES_PER_PARAMETER = 16
-
 
 class _Warning(str):
     """A detail worth reading, though the run would start."""
@@ -94,7 +91,8 @@ class _Subject:
     def checkpoint_bytes(self) -> int:
         """About what a checkpoint takes; of what is frozen the weights alone."""
         trained, frozen = self._num_parameters
-        per_parameter = BYTES_PER_PARAMETER + (4 if self.recipe.optim.ema_decay else 0)
+        # The optimizer's states and its fp32 masters, and DeepSpeed's copy of the weights.
+        per_parameter = self.recipe.optim.state_bytes + 8
         return trained * per_parameter + frozen * (4 if self.recipe.train.precision == "fp32" else 2)
 
     @cached_property

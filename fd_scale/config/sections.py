@@ -161,6 +161,11 @@ class OptimConfig:
     """Decay a step of an exponential moving average of the weights, which is evaluated and exported in their place; 0:
     none."""
 
+    @property
+    def state_bytes(self) -> int:
+        """Bytes a parameter of what is kept of it in fp32 beside its master weight: two moments, and the average."""
+        return 12 if self.ema_decay else 8
+
     def __post_init__(self) -> None:
         for key in ("lr", "eps"):
             require(0 < getattr(self, key) < inf, f"optim.{key}", getattr(self, key), "a positive number")

@@ -266,8 +266,16 @@ def _choice(
     train = recipe.train
     accumulation = train.global_batch // (micro_batch * num_gpus)
     recorded = recorded_by(recipe, stage, accumulation)
-    averaged = recipe.optim.ema_decay > 0
-    held = state(counts, stage, num_gpus, train.precision, accumulation, zero, recorded, averaged=averaged)
+    held = state(
+        counts,
+        stage,
+        num_gpus,
+        train.precision,
+        accumulation,
+        zero,
+        recorded,
+        state_bytes=recipe.optim.state_bytes,
+    )
     activations = counts.activations[policy]
     flops = train.global_batch * (_model_flops(counts) + activations.recomputed_flops)
     size = 4 if train.precision == "fp32" else 2

@@ -49,7 +49,7 @@ class State:
 
 def state(
     counts: Counts, stage: str, num_gpus: int, precision: str, accumulation: int, zero: dict[str, Any],
-    recorded: Recorded = "nothing", *, averaged: bool = False,
+    recorded: Recorded = "nothing", *, state_bytes: int = 8,
 ) -> State:  # fmt: skip
     """Predicts what a GPU holds.
 
@@ -61,10 +61,9 @@ def state(
         accumulation: micro-batches a step.
         zero: section `zero_optimization` of the DeepSpeed JSON.
         recorded: in the recipe's run.
-        averaged: whether a moving average of the weights is kept.
+        state_bytes: of the optimizer's states of a parameter (`OptimConfig.state_bytes`).
     """
     size = 4 if precision == "fp32" else 2
-    moments = 12 if averaged else 8  # in fp32, and the average
     total = counts.num_parameters
     bucket = size * float(zero.get("reduce_bucket_size", _REDUCE_BUCKET))
     ranks = min(num_gpus, GPUS_PER_NODE) if stage == HIERARCHICAL else num_gpus
@@ -76,7 +75,7 @@ def state(
     if stage == "0":
         masters = 0 if size == 4 else 4  # in fp32 the parameters are the masters
         return State(
-            parameters=size * total, gradients=size * total, optimizer=(moments + masters) * total,
+            parameters=size * total, gradients=size * total, optimizer=(state_bytes + masters) * total,
             teacher=teacher, buffers=teacher_live, step=max(masters * total, min(bucket, size * total)),
         )  # fmt: skip
     own = total / ranks
@@ -89,7 +88,7 @@ def state(
         written = size * total if recorded == "all" else 0
         return State(
             parameters=size * total, gradients=written + size * (total if all_gradients else own * stays),
-            optimizer=(moments + 4) * own * stays,
+            optimizer=(state_bytes + 4) * own * stays,
             teacher=teacher, buffers=bucket * (2 if zero.get("overlap_comm", False) else 1) + teacher_live,
             step=4 * own * stays,
         )  # fmt: skip
@@ -98,7 +97,7 @@ def state(
     live = min(most_live, size * (total - persistent)) if ranks > 1 or not parameters_stay else 0
     return State(
         parameters=size * (own * parameters_stay + persistent), gradients=size * own * stays,
-        optimizer=(moments + 4) * own * stays,
+        optimizer=(state_bytes + 4) * own * stays,
         teacher=teacher, buffers=bucket + max(live, teacher_live),  # teacher and student are gathered in turns
         step=4 * min(own, float(zero.get("sub_group_size", _SUB_GROUP))) * stays,
     )  # fmt: skip

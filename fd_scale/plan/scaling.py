@@ -384,7 +384,7 @@ def _checkpoint(planned: Plan, point: Point, assumed: Assumptions) -> float:
     held = point.choice.memory.state
     copied = (held.parameters + held.optimizer) / (1e9 * assumed.host_copy_gb_per_s)
     size = 4 if planned.recipe.train.precision == "fp32" else 2
-    states = 16 if planned.recipe.optim.ema_decay else 12
-    written = (states + size) * planned.counts.num_parameters / (1e9 * assumed.disk_gb_per_s)
+    per_parameter = planned.recipe.optim.state_bytes + 4 + size
+    written = per_parameter * planned.counts.num_parameters / (1e9 * assumed.disk_gb_per_s)
     interval = every * max(point.training_s, point.input_s)
     return (copied + max(0.0, written - interval)) / every
