@@ -85,7 +85,7 @@ def _plugins_that_decode_jpeg() -> Iterator[None]:
         raise ImportError("nvidia.nvimgcodec")
     package = spec.submodule_search_locations[0]
     settings = {"NVIMGCODEC_EXTENSIONS_PATH": "", "PYNVIMGCODEC_VERBOSITY": "0"}
-    before = {name: os.environ.get(name) for name in settings}
+    before = {name: os.environ[name] for name in settings if name in os.environ}
     with tempfile.TemporaryDirectory() as folder:
         for plugin in Path(package, "extensions").glob("libjpeg_turbo_ext.so*"):
             Path(folder, plugin.name).symlink_to(plugin)
@@ -93,5 +93,6 @@ def _plugins_that_decode_jpeg() -> Iterator[None]:
         try:
             yield
         finally:
-            for name, value in before.items():
-                os.environ.pop(name) if value is None else os.environ.__setitem__(name, value)
+            for name in settings:
+                del os.environ[name]
+            os.environ.update(before)
