@@ -9,7 +9,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from fd_scale.config import Recipe
+from fd_scale.config import Recipe, TrainConfig
 from fd_scale.distributed import micro_batch_of_a_rank
 from fd_scale.errors import UserError
 
@@ -34,6 +34,7 @@ ZERO_KEYS = (
     "zero_hpz_partition_size", "zero_quantized_weights", "zero_quantized_nontrainable_weights",
     "zero_quantized_gradients", "memory_efficient_linear", "pipeline_loading_checkpoint", "override_module_apply",
     "log_trace_cache_warnings", "enable_sanity_checks", "save_muon_momentum_buffer_in_memory", "leaf_module",
+    "mics_shard_size",
 )  # fmt: skip
 """Of the JSON's section `zero_optimization`."""
 _SECTIONS = ("zero_optimization", "bf16", "fp16", "optimizer")
@@ -44,8 +45,7 @@ UNSERVED = {
     **dict.fromkeys((
         "compression_training", "curriculum_learning", "eigenvalue", "elasticity", "graph_harvesting", "nebula",
         "progressive_layer_drop", "quantize_training", "sparse_attention", "sparse_gradients",
-        "zero_optimization.mics_hierarchical_params_gather", "zero_optimization.mics_shard_size",
-        "zero_optimization.zeropp_loco_param",
+        "zero_optimization.mics_hierarchical_params_gather", "zero_optimization.zeropp_loco_param",
     ), _REMOVED),
     "amp": _PRECISION, "torch_autocast": _PRECISION,
     "activation_checkpointing": "train.activation_checkpointing says what is recomputed",
@@ -57,6 +57,11 @@ UNSERVED = {
     "DeepSpeed refuses",
 }  # fmt: skip
 """Keys of a JSON that are refused, unless they are off, and why."""
+_ONE_REPLICA = {
+    "offload_optimizer": "gradients are on the host by the time that replicas exchange them",
+    "zero_quantized_gradients": "DeepSpeed's groups for it are of all ranks",
+}
+"""Keys of `zero_optimization` that are refused where there are replicas, and why."""
 
 
 def read(name: str) -> dict[str, Any]:
@@ -174,6 +179,7 @@ def resolve(ds_config: dict[str, Any], recipe: Recipe, world_size: int, device_t
             )
         node[last] = value
     problems += _of_optimizer(resolved.pop("optimizer", {}), recipe)
+    problems += _of_replicas(resolved.setdefault("zero_optimization", {}), recipe, world_size)
     if problems:
         raise UserError("train.ds_config: " + ";\n  and ".join(problems))
     if recipe.contrastive is not None and resolved["gradient_accumulation_steps"] > 1:
@@ -212,6 +218,43 @@ def _refuse_unserved(ds_config: dict[str, Any], recipe: Recipe, accumulation: in
             raise UserError(
                 f"train.ds_config: zero_optimization.{key} in {train.ds_config} needs ZeRO stage {least} or above, got "
                 f"{zero_stage(ds_config)}; raise the stage or remove it"
+            )
+
+
+def shard_size(train: TrainConfig, world_size: int) -> int:
+    """Returns the ranks that hold a model among them at ZeRO-3: all, unless there are replicas."""
+    return min(train.mics_shard_size or world_size, world_size)
+
+
+def _of_replicas(zero: dict[str, Any], recipe: Recipe, world_size: int) -> Iterator[str]:
+    """Sets the ranks of a replica, where there are several, for the engine; what is against it, a sentence each."""
+    train, wanted = recipe.train, recipe.train.mics_shard_size
+    given = zero.pop("mics_shard_size", "auto")
+    off = wanted == 0 and given in (-1, 0)
+    if given not in ("auto", wanted) and not off:
+        yield (
+            f"zero_optimization.mics_shard_size is {json.dumps(given)} in {train.ds_config}, but train.mics_shard_size "
+            f'is {wanted}; write "auto" there or change the recipe'
+        )
+    size = shard_size(train, world_size)
+    if size == world_size:
+        return
+    zero["mics_shard_size"] = size
+    if zero.get("stage", 0) != 3:
+        yield (
+            f"train.mics_shard_size={wanted} needs ZeRO stage 3, {train.ds_config} has stage {zero.get('stage', 0)}; "
+            "set it to 0, or train.ds_config=zero3"
+        )
+    if world_size % size:
+        yield (
+            f"train.mics_shard_size={wanted} does not divide {world_size} ranks; take a divisor, as the GPUs of a node"
+        )
+    for key, reason in _ONE_REPLICA.items():
+        value = zero.get(key)
+        if value and (not isinstance(value, dict) or value.get("device", "none") != "none"):
+            yield (
+                f"zero_optimization.{key} in {train.ds_config} does not go with train.mics_shard_size={wanted}: "
+                f"{reason}; remove one of them"
             )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import ctypes
+import functools
 import os
 import traceback
 import weakref
@@ -22,7 +23,8 @@ if not torch.cuda.is_available():
 
 import deepspeed  # noqa: E402
 import deepspeed.ops  # noqa: E402
-from deepspeed.accelerator import set_accelerator  # noqa: E402
+import deepspeed.utils.groups  # noqa: E402
+from deepspeed.accelerator import get_accelerator, set_accelerator  # noqa: E402
 from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator  # noqa: E402
 from deepspeed.accelerator.cuda_accelerator import CUDA_Accelerator  # noqa: E402
 from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointEngine  # noqa: E402
@@ -40,7 +42,7 @@ from torch.overrides import TorchFunctionMode  # noqa: E402
 from torch.utils._pytree import tree_leaves, tree_map  # noqa: E402
 
 from fd_scale.config import OptimConfig  # noqa: E402
-from fd_scale.distributed import World  # noqa: E402
+from fd_scale.distributed import Replicas, World  # noqa: E402
 from fd_scale.ds_config import offload_device, zero_stage  # noqa: E402
 from fd_scale.errors import UserError  # noqa: E402
 from fd_scale.models import Backbone  # noqa: E402
@@ -163,6 +165,7 @@ class Partition:
 
     def __init__(self, ds_config: dict[str, Any], world: World) -> None:
         _choose_accelerator(world)
+        ds_config, self.replicas = _replicas(ds_config, world)
         zero = ds_config.get("zero_optimization", {}) | {"stage": 3}
         zero.pop("offload_optimizer", None)
         # Nothing is trained here: batch sizes, which DeepSpeed would check, are of no concern.
@@ -172,7 +175,11 @@ class Partition:
         """See `Placement`."""
         with _naming_refusals():
             # A module of its own, without parameters: DeepSpeed's hooks into constructors are not wanted.
-            init = deepspeed.zero.Init(module=nn.Module(), config_dict_or_path=self.config)
+            init = deepspeed.zero.Init(
+                module=nn.Module(),
+                config_dict_or_path=self.config,
+                data_parallel_group=self.replicas and self.replicas.within,
+            )
         quicken_zero3()
         return _BuildInParts(init, dtype)
 
@@ -185,23 +192,30 @@ class Partition:
         _move_buffers(module, device)
         _gather_by_block(module)
         engine, *_ = deepspeed.initialize(
-            model=module, config=self.config | precision, dist_init_required=False
+            model=module, config=self.config | precision, mpu=self.replicas, dist_init_required=False
         )
         engine.eval()  # in train mode without gradients it takes parameters for those of a backward pass
         return engine
 
 
 class _HostCopies(CheckpointEngine):  # type: ignore[misc]
-    """Takes from DeepSpeed what it would write, as copies in host memory."""
+    """Takes from DeepSpeed what it would write, as copies in host memory.
 
-    def __init__(self) -> None:
+    Args:
+        wanted: whether anything is taken; replicas would all write the same.
+    """
+
+    def __init__(self, wanted: bool) -> None:
         super().__init__()
+        self.wanted = wanted
         self.files: dict[str, Any] = {}
 
     def create(self, info: Any) -> None:
         self.files = {}
 
     def save(self, state_dict: Any, path: str) -> None:
+        if not self.wanted:
+            return
         # The non-tensors change too: the loss scaler counts on while the copy is written.
         self.files[Path(path).name] = tree_map(
             lambda leaf: _to_host(leaf) if isinstance(leaf, Tensor) else copy.deepcopy(leaf),
@@ -262,6 +276,7 @@ class Engine:
         self.world = world
         self.after_backward: Callable[[], None] | None = None
         _choose_accelerator(world)
+        ds_config, self.replicas = _replicas(ds_config, world)
         refuse_average_of_statistics(module, optim)
         self.num_parameters = sum(_whole_shape(parameter).numel() for parameter in module.parameters())
         groups = parameter_groups(
@@ -290,7 +305,11 @@ class Engine:
         self.optimizer_name = type(optimizer).__name__
         with _naming_refusals():
             self.deepspeed, self.optimizer, *_ = deepspeed.initialize(
-                model=module, optimizer=optimizer, config=ds_config, dist_init_required=False
+                model=module,
+                optimizer=optimizer,
+                config=ds_config,
+                mpu=self.replicas,
+                dist_init_required=False,
             )
         if isinstance(self.optimizer, DeepSpeedZeroOptimizer | DeepSpeedZeroOptimizer_Stage3):
             look_at_gradients_together(self.optimizer)
@@ -300,7 +319,7 @@ class Engine:
         if stage == 0 and precise and world.size == 1:
             # Else all gradients are copied into a buffer and back, to be averaged over one rank.
             self.deepspeed.enable_backward_allreduce = False
-        self.host_copies = _HostCopies()
+        self.host_copies = _HostCopies(wanted=self.replicas is None or self.replicas.index == 0)
         self.deepspeed.checkpoint_engine = self.host_copies
         self.traffic = traffic_of(deepspeed.comm.comm.cdb)
         self.statistics = _Statistics(module)
@@ -334,12 +353,30 @@ class Engine:
     def step(self) -> None:
         """Ends a micro-batch; after the last one of a step, steps the optimizer."""
         ends_step = self.deepspeed.is_gradient_accumulation_boundary()
+        if ends_step and self.replicas is not None:
+            self._average_over(self.replicas)
         self.deepspeed.step()
         if ends_step and self.skipped:
             self.statistics.restore()
         elif ends_step:
             self.statistics.keep()
             self.average.update()
+
+    def _average_over(self, replicas: Replicas) -> None:
+        """Makes the gradients of this rank's part those of all replicas; DeepSpeed has averaged over its own.
+
+        What is not finite in one of them is so in all, and all skip the step.
+
+        Source: Zhang et al. 2022 (MiCS, arXiv:2205.00119), section 3.4.
+        """
+        optimizer, accelerator = self.optimizer, get_accelerator()
+        # Where DeepSpeed looks whether they are finite, before anything waits for it.
+        with accelerator.stream(optimizer.reduce_and_partition_stream):
+            gradients = optimizer.grad_partitions_flat_buffer
+            gradients.div_(replicas.count)
+            deepspeed.comm.all_reduce(gradients, group=replicas.across)
+        if not accelerator.resolves_data_dependency():
+            accelerator.default_stream().wait_stream(optimizer.reduce_and_partition_stream)
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
@@ -443,26 +480,27 @@ class Engine:
     def load(self, folder: Path) -> None:
         """Reads what `snapshot` gave on any number of ranks, with the same ZeRO stage."""
         shards = Shards(folder)
+        num_ranks = self.replicas.size if self.replicas is not None else self.world.size
         # Where DeepSpeed keeps a parameter also depends on its settings, and it reads by position.
         if shards.world_size and (
-            shards.world_size != self.world.size or shards.zero != self.deepspeed.config["zero_optimization"]
+            shards.world_size != num_ranks or shards.zero != self.deepspeed.config["zero_optimization"]
         ):
-            self._load_from_other_ranks(shards)
+            self._load_from_other_ranks(shards, self.world.rank % num_ranks, num_ranks)
         else:
             path, _ = self.deepspeed.load_checkpoint(str(folder.parent), tag=folder.name)
             if path is None:
                 raise RuntimeError(f"DeepSpeed found nothing to load in {folder}, which passed its checksums")
         self.statistics.keep()
 
-    def _load_from_other_ranks(self, shards: Shards) -> None:
+    def _load_from_other_ranks(self, shards: Shards, rank: int, num_ranks: int) -> None:
         """Gives DeepSpeed what it would have written here, had the checkpoint's ranks been as many as ours."""
         engine, optimizer, stage = self.deepspeed, self.optimizer, shards.stage
         if stage == 3:
             optimizer.checkpoint_event_prologue()
-        model, saved = shards.model_states(self.world.rank), shards.optimizer_states(0)
+        model, saved = shards.model_states(rank), shards.optimizer_states(0)
         state = optimizer.state_dict()
         groups = dict(enumerate(engine._get_zero_param_shapes()))
-        pieces = layout(groups, self.world.size, stage, state.get("param_alignment_paddings"))
+        pieces = layout(groups, num_ranks, stage, state.get("param_alignment_paddings"))
         masters = (
             optimizer.fp32_partitioned_groups_flat
             if stage == 3
@@ -471,13 +509,13 @@ class Engine:
 
         def part(group: int | str, numel: int, kind: str = MASTERS) -> Tensor:
             flat = torch.zeros(numel)
-            shards.fill_part(flat, self.world.rank, group, pieces, kind)
+            shards.fill_part(flat, rank, group, pieces, kind)
             return flat
 
         if stage == 3:
             frozen = engine._get_zero_frozen_param_attributes(engine._get_param_shape_func)
-            pieces |= layout({name: {name: shape} for name, shape in frozen.items()}, self.world.size, stage)
-            sizes = {name: -(-shape.numel() // self.world.size) for name, shape in frozen.items()}
+            pieces |= layout({name: {name: shape} for name, shape in frozen.items()}, num_ranks, stage)
+            sizes = {name: -(-shape.numel() // num_ranks) for name, shape in frozen.items()}
             fragments = {name: part(name, size) for name, size in sizes.items()}
             model = model | {"frozen_param_fragments": fragments}
         state |= {key: saved[key] for key in ("loss_scaler", "dynamic_loss_scale", "overflow")}
@@ -495,11 +533,28 @@ class Engine:
         for ours, theirs in zip(base["param_groups"], saved_base["param_groups"], strict=True):
             ours |= theirs | {"params": ours["params"]}  # Apex counts steps there
         engine.load_module_state_dict(model)
-        optimizer.load_state_dict([state] * self.world.size, load_from_fp32_weights=True)
+        optimizer.load_state_dict([state] * num_ranks, load_from_fp32_weights=True)
         for counter in ("global_steps", "global_samples", "skipped_steps"):
             setattr(engine, counter, model[counter])
         if stage == 3:
             optimizer.checkpoint_event_epilogue()
+
+
+def _replicas(ds_config: dict[str, Any], world: World) -> tuple[dict[str, Any], Replicas | None]:
+    """Returns a resolved configuration as DeepSpeed reads it, and the replicas that it asks for; none: there is one."""
+    zero = dict(ds_config.get("zero_optimization", {}))
+    size = zero.pop("mics_shard_size", None)
+    ds_config = ds_config | {"zero_optimization": zero}
+    found = _replicas_of(world, size) if size is not None else None
+    if found is not None:
+        ds_config["train_batch_size"] //= found.count
+    deepspeed.utils.groups.mpu = found  # DeepSpeed would stay with those of the engine before
+    return ds_config, found
+
+
+@functools.cache
+def _replicas_of(world: World, size: int) -> Replicas:
+    return Replicas(world, size)
 
 
 def _choose_accelerator(world: World) -> None:

@@ -201,6 +201,10 @@ class TrainConfig:
     """Where to run; `auto`: CUDA where there is any, else the CPU."""
     ds_config: str = "zero1"
     """A DeepSpeed JSON file, or the name of one in ds_configs/."""
+    mics_shard_size: int = 0
+    """At ZeRO-3: ranks in a row, as those of a node, that hold the model among them. The next ones hold a replica, with
+    which they exchange gradients alone, once a step (MiCS, arXiv 2205.00119). 0, or no fewer than there are: all ranks
+    hold one."""
     activation_checkpointing: Literal["none", "block", "selective"] = "none"
     """What the backward pass computes again. `block`: all of a block but its input; `selective`: all but its attention
     (the MLP, norms behind the attention)."""
@@ -223,6 +227,10 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for key in ("global_batch", "micro_batch", "checkpointing_period", "timeout_s"):
             require(getattr(self, key) > 0, f"train.{key}", getattr(self, key), "a positive whole number")
+        require(
+            self.mics_shard_size == 0 or self.mics_shard_size > 1, "train.mics_shard_size", self.mics_shard_size,
+            "0, or 2 or more",
+        )  # fmt: skip
         if (self.epochs is None) == (self.steps is None):
             raise UserError(
                 "train: exactly one of train.epochs and train.steps gives the run's length; "
