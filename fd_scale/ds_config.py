@@ -34,7 +34,6 @@ ZERO_KEYS = (
     "zero_hpz_partition_size", "zero_quantized_weights", "zero_quantized_nontrainable_weights",
     "zero_quantized_gradients", "memory_efficient_linear", "pipeline_loading_checkpoint", "override_module_apply",
     "log_trace_cache_warnings", "enable_sanity_checks", "save_muon_momentum_buffer_in_memory", "leaf_module",
-    "mics_shard_size",
 )  # fmt: skip
 """Of the JSON's section `zero_optimization`."""
 _SECTIONS = ("zero_optimization", "bf16", "fp16", "optimizer")
@@ -96,7 +95,7 @@ def read(name: str) -> dict[str, Any]:
     # DeepSpeed itself passes over keys that it does not know; those of ZeRO it refuses, when a run has begun.
     for prefix, given, known in (
         ("", values, _COMMON_KEYS),
-        ("zero_optimization.", values.get("zero_optimization", {}), ZERO_KEYS),
+        ("zero_optimization.", values.get("zero_optimization", {}), (*ZERO_KEYS, "mics_shard_size")),
     ):
         for key in given:
             nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.8)

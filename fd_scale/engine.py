@@ -24,7 +24,7 @@ if not torch.cuda.is_available():
 import deepspeed  # noqa: E402
 import deepspeed.ops  # noqa: E402
 import deepspeed.utils.groups  # noqa: E402
-from deepspeed.accelerator import get_accelerator, set_accelerator  # noqa: E402
+from deepspeed.accelerator import set_accelerator  # noqa: E402
 from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator  # noqa: E402
 from deepspeed.accelerator.cuda_accelerator import CUDA_Accelerator  # noqa: E402
 from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointEngine  # noqa: E402
@@ -313,6 +313,8 @@ class Engine:
             )
         if isinstance(self.optimizer, DeepSpeedZeroOptimizer | DeepSpeedZeroOptimizer_Stage3):
             look_at_gradients_together(self.optimizer)
+        if self.replicas is not None:
+            _average_over(self.replicas, self.optimizer)
         if stage == 0 and not precise:
             # DeepSpeed has stepped it once on zero gradients, which leaves AdamW's bias correction a step ahead.
             self.deepspeed.basic_optimizer.state.clear()
@@ -353,30 +355,12 @@ class Engine:
     def step(self) -> None:
         """Ends a micro-batch; after the last one of a step, steps the optimizer."""
         ends_step = self.deepspeed.is_gradient_accumulation_boundary()
-        if ends_step and self.replicas is not None:
-            self._average_over(self.replicas)
         self.deepspeed.step()
         if ends_step and self.skipped:
             self.statistics.restore()
         elif ends_step:
             self.statistics.keep()
             self.average.update()
-
-    def _average_over(self, replicas: Replicas) -> None:
-        """Makes the gradients of this rank's part those of all replicas; DeepSpeed has averaged over its own.
-
-        What is not finite in one of them is so in all, and all skip the step.
-
-        Source: Zhang et al. 2022 (MiCS, arXiv:2205.00119), section 3.4.
-        """
-        optimizer, accelerator = self.optimizer, get_accelerator()
-        # Where DeepSpeed looks whether they are finite, before anything waits for it.
-        with accelerator.stream(optimizer.reduce_and_partition_stream):
-            gradients = optimizer.grad_partitions_flat_buffer
-            gradients.div_(replicas.count)
-            deepspeed.comm.all_reduce(gradients, group=replicas.across)
-        if not accelerator.resolves_data_dependency():
-            accelerator.default_stream().wait_stream(optimizer.reduce_and_partition_stream)
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
@@ -555,6 +539,26 @@ def _replicas(ds_config: dict[str, Any], world: World) -> tuple[dict[str, Any], 
 @functools.cache
 def _replicas_of(world: World, size: int) -> Replicas:
     return Replicas(world, size)
+
+
+def _average_over(replicas: Replicas, optimizer: DeepSpeedZeroOptimizer_Stage3) -> None:
+    """Makes the gradients of a step those of all replicas, a bucket at a time, while the backward pass goes on.
+
+    DeepSpeed has averaged them over the ranks of one. What is not finite in one is so in all, and all skip the step.
+
+    Source: Zhang et al. 2022 (MiCS, arXiv:2205.00119), section 3.4.
+    """
+    partition = optimizer.partition_grads
+
+    def partition_and_average(parameters: list[nn.Parameter], gradients: list[Tensor]) -> list[Tensor]:
+        parts: list[Tensor] = partition(parameters, gradients)
+        if parts and optimizer.is_gradient_accumulation_boundary():
+            flat = torch.cat(parts).div_(replicas.count)
+            deepspeed.comm.all_reduce(flat, group=replicas.across)
+            torch._foreach_copy_(parts, flat.split([part.numel() for part in parts]))
+        return parts
+
+    optimizer.partition_grads = partition_and_average
 
 
 def _choose_accelerator(world: World) -> None:

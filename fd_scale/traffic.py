@@ -38,11 +38,12 @@ class Traffic:
         def counted(*args: Any, **kwargs: Any) -> Any:
             if self._inside:  # one collective made of others
                 return collective(*args, **kwargs)
+            given = (*args, *kwargs.values())
             sides = [
-                sum(leaf.nbytes for leaf in tree_leaves(side) if isinstance(leaf, Tensor))
-                for side in (*args, *kwargs.values())
+                sum(leaf.nbytes for leaf in tree_leaves(side) if isinstance(leaf, Tensor)) for side in given
             ]
-            ranks = dist.get_world_size(kwargs.get("group"))
+            group = next((each for each in given if isinstance(each, dist.ProcessGroup)), None)
+            ranks = dist.get_world_size(group)
             self.sent_bytes += _PASSES[name] * max(sides) * (ranks - 1) / ranks
             self._inside = True
             try:

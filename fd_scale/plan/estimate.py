@@ -59,6 +59,8 @@ class Traffic:
     """Collectives before the optimizer step; an all-reduce counts as two, as it goes around a ring twice."""
     settling_passes: int
     """Those behind it; at stage 3 one for each of the small parameters that stay whole."""
+    exchanges: int = 0
+    """All-reduces between replicas, before the optimizer step."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,8 @@ class Choice:
     """One way to run the recipe."""
 
     stage: str
+    replica: int
+    """GPUs that hold the model among them, at stage `HIERARCHICAL`."""
     policy: Policy
     micro_batch: int
     accumulation: int
@@ -109,8 +113,16 @@ class Plan:
 
     @property
     def fitting(self) -> list[Choice]:
-        """Those that fit and that this version runs."""
-        return [choice for choice in self.choices if choice.stage != HIERARCHICAL and self.fits(choice)]
+        """Those that fit; of replicas, where there are several whole ones."""
+        return [
+            choice
+            for choice in self.choices
+            if self.fits(choice)
+            and (
+                choice.stage != HIERARCHICAL
+                or self.num_gpus % choice.replica == 0 < self.num_gpus - choice.replica
+            )
+        ]
 
     @property
     def best(self) -> Choice | None:
@@ -136,7 +148,7 @@ class Plan:
                 choice.stage != own.stage,
                 choice.policy != own.policy,
                 choice.micro_batch > own.micro_batch,
-                abs(int(choice.stage) - int(own.stage)),
+                abs(STAGES.index(choice.stage) - STAGES.index(own.stage)),
                 choice.policy.mode == "block",
                 -choice.micro_batch,
             ),
@@ -211,6 +223,8 @@ def plan(
     sizes = [size for size in range(1, share + 1) if share % size == size % recipe.crops_together == 0]
     own_policy = Policy(train.activation_checkpointing, train.checkpointing_period)
     own_stage = str(ds_config.zero_stage(zero))
+    if own_stage == "3" and ds_config.shard_size(train, num_gpus) < num_gpus:
+        own_stage = HIERARCHICAL
     choices = tuple(
         _choice(
             recipe, counts, gpu, num_gpus, utilisation, launch_us, _section(stage, zero), stage, policy, size
@@ -266,6 +280,7 @@ def _choice(
     train = recipe.train
     accumulation = train.global_batch // (micro_batch * num_gpus)
     recorded = recorded_by(recipe, stage, accumulation)
+    replica = train.mics_shard_size or GPUS_PER_NODE
     held = state(
         counts,
         stage,
@@ -275,12 +290,14 @@ def _choice(
         zero,
         recorded,
         state_bytes=recipe.optim.state_bytes,
+        replica=replica,
     )
     activations = counts.activations[policy]
     flops = train.global_batch * (_model_flops(counts) + activations.recomputed_flops)
     size = 4 if train.precision == "fp32" else 2
     return Choice(
         stage=stage,
+        replica=replica,
         policy=policy,
         micro_batch=micro_batch,
         accumulation=accumulation,
@@ -296,6 +313,7 @@ def _choice(
             accumulation,
             zero,
             frozen_in_parts(counts, stage),
+            replica,
         ),
     )
 
@@ -386,6 +404,7 @@ def traffic(
     accumulation: int,
     zero: dict[str, Any],
     teacher_bytes: float = 0,
+    replica: int = GPUS_PER_NODE,
 ) -> Traffic:
     """What a GPU sends in a step, and the time that it takes.
 
@@ -393,7 +412,8 @@ def traffic(
     forward and for the backward pass of each micro-batch, but does not let go in between of those that are read
     again within `stage3_max_reuse_distance` elements; the others gather them after the step. Recomputation gathers
     nothing more: DeepSpeed keeps what the backward pass is about to read. A teacher in parts is gathered once a
-    micro-batch, at any stage. Tests count what gloo ranks send.
+    micro-batch, at any stage. Replicas do so each by itself; then the GPUs that hold the same part of each all-reduce
+    its gradients. Tests count what gloo ranks send.
 
     Args:
         parameters: elements of each trained parameter.
@@ -404,29 +424,35 @@ def traffic(
         accumulation: micro-batches a step.
         zero: `zero_optimization` of the DeepSpeed JSON.
         teacher_bytes: weights of the teachers that are in parts.
+        replica: GPUs that hold the model among them, at stage `HIERARCHICAL`.
 
     Source: volumes: Rajbhandari et al. 2020 (arXiv:1910.02054), section 7; a ring over n moves (n - 1) / n of the
     whole through each member.
     """
+    if stage == HIERARCHICAL and num_gpus > replica:
+        within = traffic(parameters, size, "3", gpu, replica, accumulation, zero, teacher_bytes)
+        exchanged = 2 * size * sum(parameters) * (num_gpus - replica) / num_gpus / replica
+        exchange_s = exchanged / (gpu.nvlink if num_gpus <= GPUS_PER_NODE else gpu.infiniband)
+        other_links = replica <= GPUS_PER_NODE < num_gpus
+        return replace(
+            within,
+            gathered=within.gathered + exchanged / 2,
+            reduced=within.reduced + exchanged / 2,
+            seconds=max(within.seconds, exchange_s) if other_links else within.seconds + exchange_s,
+            exchanges=math.ceil(sum(parameters) / float(zero.get("reduce_bucket_size", _BUCKET))),
+        )
     moved = _moved(parameters, stage, accumulation, zero)
     teacher = accumulation * teacher_bytes
     gathered, reduced = size * (moved.gathered + moved.settling) + teacher, size * moved.reduced
     whole = gathered + reduced
-    in_node = min(num_gpus, GPUS_PER_NODE)
     num_nodes = -(-num_gpus // GPUS_PER_NODE)
-    ring = in_node if stage == HIERARCHICAL else num_gpus
-    # Between nodes: a node takes in what its cards bring, and its GPUs share it; or, hierarchically, each GPU
-    # all-reduces the gradients of its own shard, once a step.
-    between = 2 * size * sum(parameters) if stage == HIERARCHICAL else whole
-    between *= (num_nodes - 1) / num_nodes / in_node
-    gathered, reduced = gathered * (ring - 1) / ring, reduced * (ring - 1) / ring
-    within = (gathered + reduced) / gpu.nvlink
-    if stage == HIERARCHICAL:
-        gathered, reduced = gathered + between / 2, reduced + between / 2
+    # Between nodes: a node takes in what its cards bring, and its GPUs share it.
+    between = whole * (num_nodes - 1) / num_nodes / min(num_gpus, GPUS_PER_NODE)
+    gathered, reduced = (volume * (num_gpus - 1) / num_gpus for volume in (gathered, reduced))
     prefetched = float(zero.get("stage3_prefetch_bucket_size", _PREFETCH_BUCKET))
     teacher_passes = accumulation * math.ceil(teacher_bytes / size / prefetched)
     return Traffic(
-        gathered, reduced, max(within, between / gpu.infiniband),
+        gathered, reduced, max((gathered + reduced) / gpu.nvlink, between / gpu.infiniband),
         settling=size * moved.settling / whole,
         behind=_behind(stage, zero),
         passes=moved.passes(1 if stage in ("0", "1") else accumulation) + teacher_passes,

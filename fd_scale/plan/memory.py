@@ -14,7 +14,7 @@ from fd_scale.hardware import GPUS_PER_NODE
 from fd_scale.plan.counts import Activations, Counts
 
 HIERARCHICAL = "hierarchical"
-"""ZeRO-3 within a node, replicated between nodes, as MiCS does (arXiv 2205.00119). Planned, not run by this version."""
+"""ZeRO-3 within a replica of `train.mics_shard_size` GPUs, a node unless the recipe says another number."""
 STAGES = ("0", "1", "2", "3", HIERARCHICAL)
 Recorded = Literal["nothing", "teacher", "all"]
 """What runs as CUDA graphs; `all`: the teacher's pass, and the student's forward and backward."""
@@ -49,7 +49,7 @@ class State:
 
 def state(
     counts: Counts, stage: str, num_gpus: int, precision: str, accumulation: int, zero: dict[str, Any],
-    recorded: Recorded = "nothing", *, state_bytes: int = 8,
+    recorded: Recorded = "nothing", *, state_bytes: int = 8, replica: int = GPUS_PER_NODE,
 ) -> State:  # fmt: skip
     """Predicts what a GPU holds.
 
@@ -62,11 +62,12 @@ def state(
         zero: section `zero_optimization` of the DeepSpeed JSON.
         recorded: in the recipe's run.
         state_bytes: of the optimizer's states of a parameter (`OptimConfig.state_bytes`).
+        replica: GPUs that hold the model among them, at stage `HIERARCHICAL`.
     """
     size = 4 if precision == "fp32" else 2
     total = counts.num_parameters
     bucket = size * float(zero.get("reduce_bucket_size", _REDUCE_BUCKET))
-    ranks = min(num_gpus, GPUS_PER_NODE) if stage == HIERARCHICAL else num_gpus
+    ranks = min(num_gpus, replica) if stage == HIERARCHICAL else num_gpus
     in_parts = frozen_in_parts(counts, stage)
     whole = counts.teacher_bytes + counts.frozen_bytes + counts.partitioned_teacher_bytes - in_parts
     teacher = whole + in_parts / ranks

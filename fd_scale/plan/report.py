@@ -121,12 +121,15 @@ def _costs(plan: Plan, choice: Choice) -> list[str]:
     ]  # fmt: skip
 
 
-def described(choice: Choice) -> str:
+def described(plan: Plan, choice: Choice) -> str:
     """A choice as settings of a recipe."""
     policy: Policy = choice.policy
     period = "" if policy.period == 1 else f" train.checkpointing_period={policy.period}"
+    replica = choice.replica if choice.stage == HIERARCHICAL else 0
+    shards = f" train.mics_shard_size={replica}" if replica or plan.recipe.train.mics_shard_size else ""
+    stage = "3" if replica else choice.stage
     return (
-        f"train.ds_config=zero{choice.stage} train.micro_batch={choice.micro_batch} "
+        f"train.ds_config=zero{stage}{shards} train.micro_batch={choice.micro_batch} "
         f"train.activation_checkpointing={policy.mode}{period}"
     )
 
@@ -136,7 +139,7 @@ def verdict(plan: Plan) -> list[str]:
     own, best = plan.own, plan.best
     does = "fits" if plan.fits(own) else "does not fit"
     lines = [
-        f"recipe as it is: {does} ({gib(own.memory.total)} of {gib(plan.gpu.memory)} GiB): {described(own)}"
+        f"recipe as it is: {does} ({gib(own.memory.total)} of {gib(plan.gpu.memory)} GiB): {described(plan, own)}"
     ]
     if best is None:
         lines.append(f"best: nothing fits into {plan.gpu.name} on {plan.num_gpus}; take more or larger GPUs")
@@ -144,7 +147,7 @@ def verdict(plan: Plan) -> list[str]:
         hours = plan.gpu_hours(best)
         cost = "" if hours is None else f", {hours / 24 / plan.num_gpus:.2f} days, {hours:.0f} GPU-hours"
         lines.append(
-            f"best: {described(best)}: {gib(best.memory.total)} GiB, {best.step_seconds:.3f} s a step{cost}"
+            f"best: {described(plan, best)}: {gib(best.memory.total)} GiB, {best.step_seconds:.3f} s a step{cost}"
         )
     return [*lines, *input_needed(plan)]
 
@@ -174,10 +177,10 @@ def require_fit(plan: Plan) -> Choice:
     way_out = (
         "nothing does on so many GPUs: take more or larger ones"
         if nearest is None
-        else f"the nearest that does ({gib(nearest.memory.total)} GiB): {described(nearest)}"
+        else f"the nearest that does ({gib(nearest.memory.total)} GiB): {described(plan, nearest)}"
     )
     raise UserError(
-        f"train: {described(own)} needs {gib(own.memory.total)} GiB a GPU and does not fit into the "
+        f"train: {described(plan, own)} needs {gib(own.memory.total)} GiB a GPU and does not fit into the "
         f"{gib(plan.gpu.memory)} GiB of {plan.gpu.name} on {plan.num_gpus} GPUs; {way_out}"
     )
 
@@ -197,8 +200,8 @@ def assumptions(plan: Plan) -> list[str]:
         "computation as far as it can be",
         "memory: states as DeepSpeed allocates them, activations counted on the models' shapes; no fragmentation, "
         "no workspace of cuBLAS, cuDNN or NCCL",
-        f"{HIERARCHICAL}: ZeRO-3 within a node, replicated between nodes, as MiCS does; planned, not run by this "
-        "version",
+        f"{HIERARCHICAL}: ZeRO-3 with train.mics_shard_size={plan.own.replica}; each so many GPUs hold a replica, and "
+        "replicas exchange gradients once a step",
     ]
 
 

@@ -244,8 +244,8 @@ def scaling(
 ) -> Scaling:
     """Models a recipe's step on several numbers of GPUs.
 
-    Strong scaling ends where the global batch has no image left for a GPU. A recipe at ZeRO-3 is shown hierarchically
-    too.
+    Strong scaling ends where the global batch has no image left for a GPU. A recipe at ZeRO-3 is shown with and without
+    replicas.
 
     Args:
         name: of the recipe, for titles.
@@ -277,7 +277,7 @@ def scaling(
         ],
     }
     own = plans["strong"][0].own.stage
-    stages = (own, HIERARCHICAL) if own == "3" else (own,)
+    stages = ("3", HIERARCHICAL) if own in ("3", HIERARCHICAL) else (own,)
     curves = tuple(
         Curve(kind, stage, tuple(predict(planned, assumed, stage) for planned in each))
         for kind, each in plans.items()
@@ -363,18 +363,19 @@ def _latency(choice: Choice, num_gpus: int, assumed: Assumptions) -> tuple[float
     if num_gpus == 1:
         return 0.0, 0.0
     sent: Traffic = choice.traffic
+    if choice.stage == HIERARCHICAL and num_gpus > choice.replica:
+        during, after = _latency(replace(choice, stage="3"), choice.replica, assumed)
+        count = num_gpus / choice.replica
+        hop = assumed.nvlink_hop_us if num_gpus <= GPUS_PER_NODE else assumed.network_hop_us
+        hops = hop * (math.ceil(math.log2(count)) if assumed.tree else count - 1)
+        return during + 2e-6 * sent.exchanges * (assumed.start_us + hops), after  # there and back
     nodes = -(-num_gpus // GPUS_PER_NODE)
     rings = 1 if assumed.tree else nodes  # a tree of nodes, a chain in each; or one ring through all
     within = assumed.nvlink_hop_us * (num_gpus - nodes) / nodes
     between = assumed.network_hop_us * (math.ceil(math.log2(nodes)) if assumed.tree else nodes - 1)
-    far = 0.0
-    if choice.stage == HIERARCHICAL:
-        # Gathers stay in a node; two passes between nodes all-reduce the shards' gradients, a bucket each.
-        far = 2 * (assumed.start_us + between) if nodes > 1 else 0.0
-        rings, between = 1, 0.0
     hops = within * rings + between
     share = assumed.small if choice.stage in ("3", HIERARCHICAL) else 1.0
-    during = sent.passes * (assumed.start_us + hops) + far
+    during = sent.passes * (assumed.start_us + hops)
     return 1e-6 * during, 1e-6 * sent.settling_passes * (assumed.start_us + share * hops)
 
 

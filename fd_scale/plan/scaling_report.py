@@ -64,7 +64,9 @@ def reach(found: Scaling) -> list[str]:
 def assumptions(found: Scaling) -> list[str]:
     """What stands behind the numbers."""
     gpu, first = found.gpu, found.curves[0].points[0]
-    layered = f"{HIERARCHICAL}: ZeRO-3 within a node, a replica in each; planned, not run by this version"
+    layered = (
+        f"{HIERARCHICAL}: ZeRO-3 with train.mics_shard_size={first.choice.replica}, replicas side by side"
+    )
     return [
         "step s = the larger of (compute + exposed + waits) and input, and saves; exposed: of links and hops, what "
         f"hides behind nothing; waits: for the slowest GPU; share: images/s a GPU over those on {first.num_gpus}",

@@ -27,20 +27,25 @@ LET_GO = {
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize(
-    ("stage", "ranks", "ema_decay"), [(0, 1, 0), (0, 2, 0.9), (1, 2, 0), (2, 2, 0.9), (3, 1, 0.9), (3, 2, 0)]
-)
+    ("stage", "ranks", "ema_decay", "replica"),
+    [
+        (0, 1, 0, 0), (0, 2, 0.9, 0), (1, 2, 0, 0), (2, 2, 0.9, 0), (3, 1, 0.9, 0), (3, 2, 0, 0), (3, 4, 0.9, 2),
+    ],
+)  # fmt: skip
 def test_states_are_as_predicted(
     recipe_values: Callable[..., dict[str, Any]],
     tmp_path: Path,
     stage: int,
     ranks: int,
     ema_decay: float,
+    replica: int,
     precision: str,
 ) -> None:
     values = recipe_values(
         model={"name": "swin_v2_tiny", "img_size": 24, "overrides": WIDE},
         train__ds_config=f"zero{stage}",
         train__precision=precision,
+        train__mics_shard_size=replica,
         train__micro_batch=4,
         optim__ema_decay=ema_decay,
     )
@@ -58,21 +63,23 @@ def test_states_are_as_predicted(
 
 
 @pytest.mark.parametrize(
-    ("stage", "ranks", "accumulation", "zero", "partitioned"),
+    ("stage", "ranks", "accumulation", "zero", "partitioned", "replica"),
     [
-        (3, 1, 1, LET_GO, False),
-        (0, 2, 2, {}, False),
-        (0, 4, 1, {}, False),
-        (1, 2, 2, {}, False),
-        (1, 4, 1, {}, False),
-        (2, 2, 2, {}, False),
-        (2, 4, 2, {}, False),
-        (3, 2, 1, {}, False),  # all parameters are below the threshold, and stay whole
-        (3, 4, 2, {"stage3_param_persistence_threshold": 0}, False),  # kept from the forward to the backward pass
-        (3, 2, 2, LET_GO, False),
-        (3, 4, 1, LET_GO, False),
-        (3, 2, 2, LET_GO, True),  # a teacher in parts is gathered once a micro-batch
-        (2, 4, 1, {"stage3_param_persistence_threshold": 0}, True),
+        (3, 1, 1, LET_GO, False, 0),
+        (0, 2, 2, {}, False, 0),
+        (0, 4, 1, {}, False, 0),
+        (1, 2, 2, {}, False, 0),
+        (1, 4, 1, {}, False, 0),
+        (2, 2, 2, {}, False, 0),
+        (2, 4, 2, {}, False, 0),
+        (3, 2, 1, {}, False, 0),  # all parameters are below the threshold, and stay whole
+        (3, 4, 2, {"stage3_param_persistence_threshold": 0}, False, 0),  # kept from the forward to the backward pass
+        (3, 2, 2, LET_GO, False, 0),
+        (3, 4, 1, LET_GO, False, 0),
+        (3, 2, 2, LET_GO, True, 0),  # a teacher in parts is gathered once a micro-batch
+        (2, 4, 1, {"stage3_param_persistence_threshold": 0}, True, 0),
+        (3, 4, 2, LET_GO, True, 2),  # two replicas exchange gradients once a step
+        (3, 4, 1, {}, False, 2),
     ],
 )  # fmt: skip
 def test_what_ranks_send_is_what_was_predicted(
@@ -83,19 +90,25 @@ def test_what_ranks_send_is_what_was_predicted(
     accumulation: int,
     zero: dict[str, int],
     partitioned: bool,
+    replica: int,
 ) -> None:
     """By the model of scaling: its points have the numbers."""
     values = sending(recipe_values, tmp_path, {"stage": stage} | zero, ranks, accumulation, partitioned)
+    values["train"]["mics_shard_size"] = replica
     found = run_ranks(cases.sent_bytes, ranks, values)
     sent, sizes = found[0]
     recipe = build_recipe(values)
-    [point] = scaling("small", recipe, GPUS["h100"], [ranks], counts=counted(recipe)).curves[0].points
-    assert (point.choice.stage, point.choice.accumulation) == (str(stage), accumulation)
+    wanted = "hierarchical" if replica else str(stage)
+    curves = scaling("small", recipe, GPUS["h100"], [ranks], counts=counted(recipe)).curves
+    [point] = next(curve.points for curve in curves if curve.stage == wanted)
+    assert (point.choice.stage, point.choice.accumulation) == (wanted, accumulation)
     assert sum(sizes) == counted(recipe).num_parameters
     # From the third step on DeepSpeed knows the order in which parameters are read. Partitions are padded to whole
     # ranks, and the gradient's norm is a few numbers.
-    assert sent[2] == pytest.approx(point.choice.traffic.gathered + point.choice.traffic.reduced, rel=0.02)
-    assert all(rank == found[0] for rank in found)
+    expected = point.choice.traffic.gathered + point.choice.traffic.reduced
+    assert [rank[0][2] for rank in found] == pytest.approx([expected] * ranks, rel=0.02)
+    # A rank whose part of a small parameter is empty has less to exchange.
+    assert replica or all(rank == found[0] for rank in found)
 
 
 def test_how_many_collectives_there_are(recipe_values: Callable[..., dict[str, Any]], tmp_path: Path) -> None:

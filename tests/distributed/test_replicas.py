@@ -29,11 +29,51 @@ def test_equals_a_bare_loop(
     plain = recipe_values(task, run_dir=str(tmp_path / "plain"), train__steps=5, train__micro_batch=16)
     expected = run_ranks(cases.plain_curve, 1, build_recipe(plain))[0]
     values = recipe_values(
-        task, train__steps=5, train__ds_config="zero3", train__micro_batch=micro_batch, train__mics_shard_size=2
+        task,
+        train__steps=5,
+        train__ds_config="zero3",
+        train__micro_batch=micro_batch,
+        train__mics_shard_size=2,
     )
     if task == "distill":
         values["distill"]["teachers"][0]["partitioned"] = partitioned
     run_ranks(cases.train, 4, values)
     assert_same(cases.curve(values["run_dir"]), expected)
-    files = {path.name for path in (Path(values["run_dir"]) / "checkpoints/step_00000005").glob("*optim_states.pt")}
+    files = list((Path(values["run_dir"]) / "checkpoints/step_00000005").glob("*optim_states.pt"))
     assert len(files) == 2, "one replica writes"
+
+
+@pytest.mark.parametrize(
+    ("before", "after"), [((4, 2), (4, 0)), ((2, 0), (4, 2)), ((4, 2), (2, 0)), ((4, 2), (4, 2))]
+)
+def test_a_run_goes_on_with_other_replicas(
+    recipe_values: Values, tmp_path: Path, before: tuple[int, int], after: tuple[int, int]
+) -> None:
+    """Ranks, and ranks of a replica; the moving average of the weights too."""
+
+    def values(name: str, size: int) -> dict[str, Any]:
+        return recipe_values(
+            run_dir=str(tmp_path / name), train__ds_config="zero3", train__micro_batch=4, train__mics_shard_size=size,
+            optim__ema_decay=0.6, checkpoint__save_every_steps=3, log__evaluate_every_steps=3,
+            data__evaluation="digits:test",
+        )  # fmt: skip
+
+    unbroken, broken = values("unbroken", before[1]), values("broken", after[1])
+    run_ranks(cases.train, before[0], unbroken)
+    shutil.copytree(unbroken["run_dir"], broken["run_dir"])
+    shutil.rmtree(Path(broken["run_dir"]) / "checkpoints/step_00000006")
+    run_ranks(cases.train, after[0], broken)
+    assert "resumed" in (Path(broken["run_dir"]) / "logs/rank_0.log").read_text()
+    found, expected = (cases.curve(each["run_dir"]) for each in (broken, unbroken))
+    assert len(found) == 6
+    np.testing.assert_allclose(found, expected, rtol=0 if before == after else 1e-6)  # as in test_elastic.py
+    averages = [cases.losses(each["run_dir"], "evaluation") for each in (broken, unbroken)]
+    assert averages[0] == pytest.approx(averages[1], rel=1e-6)
+
+
+def test_what_is_not_finite_in_one_replica_is_skipped_in_all(recipe_values: Values) -> None:
+    values = recipe_values(
+        train__precision="bf16", train__ds_config="zero3", train__micro_batch=4, train__mics_shard_size=2
+    )
+    for skipped, error in run_ranks(cases.train_with_bad_losses, 4, values, [1, 2, 4], float("nan")):
+        assert (skipped, error) == ([False, True, True, False, True, False], "")

@@ -129,7 +129,7 @@ def test_every_setting_is_described() -> None:
         ("optim.warmup_steps", -1), ("optim.weight_decay", -0.1), ("optim.grad_clip", float("nan")),
         ("train.global_batch", 0), ("train.micro_batch", -1), ("watch.max_bad_steps", 0),
         ("watch.spike_factor", 1.0), ("watch.spike_factor", -2.0), ("watch.max_rollbacks", -1),
-        ("train.checkpointing_period", 0),
+        ("train.checkpointing_period", 0), ("train.mics_shard_size", 1), ("train.mics_shard_size", -8),
         ("train.timeout_s", 0), ("train.steps", 0),
         ("checkpoint.save_every_steps", 0), ("checkpoint.keep_last", 0),
         ("log.every_steps", 0), ("log.images_every_steps", -1), ("log.evaluate_every_steps", -1),

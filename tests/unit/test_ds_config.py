@@ -151,6 +151,48 @@ def test_all_that_disagrees_is_told_at_once(make_recipe: MakeRecipe) -> None:
     assert all(part in line for part, line in zip(parts, lines, strict=True))
 
 
+def test_replicas(make_recipe: MakeRecipe) -> None:
+    """The engine finds their size among DeepSpeed's keys, where there is more than one."""
+    config = {"zero_optimization": {"stage": 3}}
+
+    def found(size: int, world_size: int, config: dict[str, Any] = config) -> int | None:
+        recipe = make_recipe(train__mics_shard_size=size, train__global_batch=48)
+        resolved: int | None = resolve(config, recipe, world_size, "cpu")["zero_optimization"].get(
+            "mics_shard_size"
+        )
+        return resolved
+
+    assert [found(0, 8), found(4, 8), found(2, 8), found(8, 8), found(8, 4)] == [None, 4, 2, None, None]
+    for given in ("auto", 4):
+        assert found(4, 8, {"zero_optimization": {"stage": 3, "mics_shard_size": given}}) == 4
+    for off in (-1, 0, "auto"):
+        assert found(0, 8, {"zero_optimization": {"stage": 3, "mics_shard_size": off}}) is None
+    host = {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu"}}}
+    assert found(4, 4, host) is None
+    for size, wrong, sentence in (
+        (
+            4,
+            {"zero_optimization": {"stage": 3, "mics_shard_size": 2}},
+            "is 2 in .* but train.mics_shard_size is 4",
+        ),
+        (4, {"zero_optimization": {"stage": 2}}, r"=4 needs ZeRO stage 3, .* has stage 2"),
+        (4, {}, r"=4 needs ZeRO stage 3, .* has stage 0"),
+        (3, config, "=3 does not divide 8 ranks"),
+        (
+            4,
+            host,
+            "offload_optimizer in .* does not go with train.mics_shard_size=4: gradients are on the host",
+        ),
+        (
+            4,
+            {"zero_optimization": {"stage": 3, "zero_quantized_gradients": True}},
+            "groups for it are of all ranks",
+        ),
+    ):
+        with pytest.raises(UserError, match=sentence):
+            found(size, 8, wrong)
+
+
 def test_keys_of_zero_are_deepspeeds() -> None:
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 

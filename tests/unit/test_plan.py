@@ -242,7 +242,6 @@ def test_the_choice_that_fits_best(planned: Callable[..., Plan]) -> None:
     assert (found.best.policy, found.best.micro_batch) == (Policy("none"), 2)  # 20 GB; quicker than "block"
     assert require_fit(planned(numbers(3 * G), train__micro_batch=2)) is not None
     assert all(choice.memory.total <= GPUS["a100-80g"].memory for choice in found.fitting)
-    assert "hierarchical" not in {choice.stage for choice in found.fitting}
     nothing = planned(numbers(10 * G))
     assert nothing.best is nothing.nearest is None
     with pytest.raises(UserError, match="nothing does on so many GPUs: take more or larger ones"):
@@ -264,6 +263,36 @@ def test_what_does_not_fit_is_refused_with_the_nearest_that_does(planned: Callab
         require_fit(planned(numbers(6 * G), gpus=2))
 
 
+def test_replicas(planned: Callable[..., Plan]) -> None:
+    """Hierarchical is run, by a setting: where there are several whole replicas."""
+
+    def stages(gpus: int, **changes: Any) -> set[str]:
+        found = planned(numbers(10**6), gpus, train__global_batch=48, train__micro_batch=1, **changes)
+        return {choice.stage for choice in found.fitting}
+
+    assert stages(16) == {"0", "1", "2", "3", "hierarchical"}
+    assert stages(8) == stages(12) == {"0", "1", "2", "3"}
+    assert "hierarchical" in stages(12, train__mics_shard_size=4)
+    settings = {"train__ds_config": "zero3", "train__mics_shard_size": 2}
+    found = planned(numbers(6 * G), 4, train__micro_batch=1, **settings)
+    assert found.own.stage == "hierarchical"
+    assert found.own.memory.state.parameters == 6 * G + 2 * 10_000, (
+        "half of 2 bytes a parameter, small ones whole"
+    )
+    # Both halves: gathered and reduced within two, and a quarter of all once there and back between them.
+    pair = traffic([G // 2], 2, "3", GPUS["a100-80g"], 2, 1, {})
+    both = traffic([G // 2], 2, "hierarchical", GPUS["a100-80g"], 4, 1, {}, replica=2)
+    assert both.gathered + both.reduced == pair.gathered + pair.reduced + 2 * (G / 2) / 2
+    assert both.seconds == pytest.approx(pair.seconds + G / 2 / 300e9), "over the same links"
+    with pytest.raises(
+        UserError, match=r"needs .* GiB a GPU .*: train.ds_config=zero3 train.mics_shard_size=0"
+    ):
+        require_fit(planned(numbers(11 * G), 4, train__micro_batch=1, **settings))
+    assert planned(numbers(6 * G), 2, train__micro_batch=1, **settings).own.stage == "3", (
+        "one replica is none"
+    )
+
+
 def test_report_json_and_plot(planned: Callable[..., Plan], tmp_path: Path) -> None:
     found = planned(numbers(3 * G))
     console = Console(width=200, file=io.StringIO())
@@ -273,7 +302,7 @@ def test_report_json_and_plot(planned: Callable[..., Plan], tmp_path: Path) -> N
     assert "recipe as it is: does not fit" in text
     assert "best: train.ds_config=zero0 train.micro_batch=2 train.activation_checkpointing=none" in text
     assert "40% of 312 TFLOP/s (dense bf16, NVIDIA's datasheet) is assumed" in text
-    assert "as MiCS does; planned, not run by this version" in text
+    assert "hierarchical: ZeRO-3 with train.mics_shard_size=8; each so many GPUs hold a replica" in text
     write_json(to_json(found), str(tmp_path / "plan.json"))
     values = json.loads((tmp_path / "plan.json").read_text())
     assert values["best"]["micro_batch"] == 2

@@ -158,15 +158,15 @@ def test_hops_by_hand(planned: Callable[..., Plan]) -> None:
     assert predict(planned(0, 64), hops).latency_s == pytest.approx(4 * (1000 + 56 * 10 + 7 * 100) * 1e-6)
     tree = replace(hops, tree=1)
     assert predict(planned(0, 64), tree).latency_s == pytest.approx(4 * (1000 + 7 * 10 + 3 * 100) * 1e-6)
-    # ZeRO-3, one micro-batch: 42 passes in a node, and 2 between nodes.
+    # ZeRO-3, one micro-batch: 42 passes in a node, and 4 between nodes, two buckets there and back.
     layered = predict(planned(3, 64), hops, "hierarchical")
-    assert layered.latency_s == pytest.approx((42 * (1000 + 7 * 10) + 2 * (1000 + 7 * 100)) * 1e-6)
+    assert layered.latency_s == pytest.approx((42 * (1000 + 7 * 10) + 4 * (1000 + 7 * 100)) * 1e-6)
     settled = planned(3, 64, replace(COUNTS, parameters=(*COUNTS.parameters, 1000, 1000)))
     flat = predict(settled, replace(hops, small=0.5)).latency_s
     # 43 passes, since the buckets of gradients are three then.
     assert flat == pytest.approx((43 * (1000 + 1260) + 2 * (1000 + 630)) * 1e-6)
     layered = predict(settled, replace(hops, small=0.5), "hierarchical")
-    assert layered.latency_s == pytest.approx((43 * 1070 + 2 * 1700 + 2 * 1035) * 1e-6)
+    assert layered.latency_s == pytest.approx((43 * 1070 + 6 * 1700 + 2 * 1035) * 1e-6)
     assert predict(planned(3, 8), hops, "hierarchical").latency_s == predict(planned(3, 8), hops).latency_s
 
 
