@@ -325,9 +325,9 @@ def build_trainer(
         _record_graphs(recipe, task, loader.micro_batch, stage, world.device)
     checkpoints = Checkpoints(run_dir, recipe.checkpoint.keep_last, identity, world)
     logger.info(
-        "%s: %d steps of %d images (%d ranks x %d micro-batches x %d) on %s, ZeRO-%d, %s, %s; %.1f M parameters",
+        "%s: %d steps of %d images (%d ranks x %d micro-batches x %d) on %s, %s, %s, %s; %.1f M parameters",
         recipe.task, num_steps, recipe.train.global_batch, world.size, loader.accumulation,
-        engine_config["train_micro_batch_size_per_gpu"], world.device.type, stage,
+        engine_config["train_micro_batch_size_per_gpu"], world.device.type, ds_config.zero_name(engine_config),
         recipe.train.precision, engine.optimizer_name, engine.num_parameters / 1e6,
     )  # fmt: skip
     return Trainer(

@@ -182,7 +182,7 @@ def _recipe(subject: _Subject) -> str:
 def _ds_json(subject: _Subject) -> str:
     resolved, recipe = subject.resolved, subject.recipe
     return (
-        f"{recipe.train.ds_config}: ZeRO-{ds_config.zero_stage(resolved)}, {recipe.train.global_batch} images a step "
+        f"{recipe.train.ds_config}: {ds_config.zero_name(resolved)}, {recipe.train.global_batch} images a step "
         f"= {subject.num_ranks} ranks x {resolved['gradient_accumulation_steps']} micro-batches x "
         f"{resolved['train_micro_batch_size_per_gpu']}"
     )

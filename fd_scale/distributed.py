@@ -84,49 +84,6 @@ class World:
         self.sum([0.0])
 
 
-class Replicas:
-    """Ranks in a row that hold a model among them, a replica, and those in all replicas that hold the same part of it.
-
-    To DeepSpeed the replica is all there is: it asks this as it would ask Megatron's model parallel unit. All ranks
-    make it.
-
-    Args:
-        world: ranks.
-        size: ranks of a replica, a divisor of all.
-    """
-
-    def __init__(self, world: World, size: int) -> None:
-        self.size, self.rank = size, world.rank % size
-        self.index, self.count = world.rank // size, world.size // size
-        # Each rank takes part in making every group.
-        within = [dist.new_group(range(first, first + size)) for first in range(0, world.size, size)]
-        across = [dist.new_group(range(first, world.size, size)) for first in range(size)]
-        self.within, self.across = within[self.index], across[self.rank]
-
-    def get_data_parallel_group(self) -> dist.ProcessGroup:
-        """The ranks of this replica."""
-        return self.within
-
-    def get_data_parallel_world_size(self) -> int:
-        """How many they are."""
-        return self.size
-
-    def get_data_parallel_rank(self) -> int:
-        """Which of them this one is."""
-        return self.rank
-
-    def get_model_parallel_group(self) -> None:
-        """None: parameters are in parts by ZeRO alone."""
-
-    def get_model_parallel_world_size(self) -> int:
-        """See `get_model_parallel_group`."""
-        return 1
-
-    def get_model_parallel_rank(self) -> int:
-        """See `get_model_parallel_group`."""
-        return 0
-
-
 def choose_device(wanted: Literal["auto", "cpu", "cuda"], local_rank: int = 0) -> torch.device:
     """Returns the device of this rank.
 

@@ -124,6 +124,12 @@ def zero_stage(ds_config: dict[str, Any]) -> int:
     return stage
 
 
+def zero_name(resolved: dict[str, Any]) -> str:
+    """Returns how a resolved configuration partitions, in words."""
+    size = resolved["zero_optimization"].get("mics_shard_size")
+    return f"ZeRO-{zero_stage(resolved)}" + (f" in replicas of {size} ranks" if size is not None else "")
+
+
 def offload_device(ds_config: dict[str, Any], key: str) -> str:
     """Returns where a DeepSpeed configuration keeps optimizer states or parameters: `none` is the rank's own device.
 

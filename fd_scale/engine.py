@@ -1,10 +1,12 @@
-"""DeepSpeed behind five verbs: forward, backward, step, snapshot, load. Only this and `quicker_deepspeed` import it."""
+"""DeepSpeed behind five verbs: forward, backward, step, snapshot, load.
+
+Only this, and what it alone imports, `quicker_deepspeed` and `replicas`, import it.
+"""
 
 from __future__ import annotations
 
 import copy
 import ctypes
-import functools
 import os
 import traceback
 import weakref
@@ -23,7 +25,6 @@ if not torch.cuda.is_available():
 
 import deepspeed  # noqa: E402
 import deepspeed.ops  # noqa: E402
-import deepspeed.utils.groups  # noqa: E402
 from deepspeed.accelerator import set_accelerator  # noqa: E402
 from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator  # noqa: E402
 from deepspeed.accelerator.cuda_accelerator import CUDA_Accelerator  # noqa: E402
@@ -42,7 +43,7 @@ from torch.overrides import TorchFunctionMode  # noqa: E402
 from torch.utils._pytree import tree_leaves, tree_map  # noqa: E402
 
 from fd_scale.config import OptimConfig  # noqa: E402
-from fd_scale.distributed import Replicas, World  # noqa: E402
+from fd_scale.distributed import World  # noqa: E402
 from fd_scale.ds_config import offload_device, zero_stage  # noqa: E402
 from fd_scale.errors import UserError  # noqa: E402
 from fd_scale.models import Backbone  # noqa: E402
@@ -54,6 +55,7 @@ from fd_scale.optim import (  # noqa: E402
     refuse_average_of_statistics,
 )
 from fd_scale.quicker_deepspeed import look_at_gradients_together, quicken_zero3  # noqa: E402
+from fd_scale.replicas import average_over, replicas_of  # noqa: E402
 from fd_scale.shards import BASE_OPTIMIZER, FLAT_MASTERS, MASTERS, Shards, layout  # noqa: E402
 from fd_scale.traffic import traffic_of  # noqa: E402
 
@@ -165,7 +167,7 @@ class Partition:
 
     def __init__(self, ds_config: dict[str, Any], world: World) -> None:
         _choose_accelerator(world)
-        ds_config, self.replicas = _replicas(ds_config, world)
+        ds_config, self.replicas = replicas_of(ds_config, world)
         zero = ds_config.get("zero_optimization", {}) | {"stage": 3}
         zero.pop("offload_optimizer", None)
         # Nothing is trained here: batch sizes, which DeepSpeed would check, are of no concern.
@@ -276,7 +278,7 @@ class Engine:
         self.world = world
         self.after_backward: Callable[[], None] | None = None
         _choose_accelerator(world)
-        ds_config, self.replicas = _replicas(ds_config, world)
+        ds_config, self.replicas = replicas_of(ds_config, world)
         refuse_average_of_statistics(module, optim)
         self.num_parameters = sum(_whole_shape(parameter).numel() for parameter in module.parameters())
         groups = parameter_groups(
@@ -314,7 +316,7 @@ class Engine:
         if isinstance(self.optimizer, DeepSpeedZeroOptimizer | DeepSpeedZeroOptimizer_Stage3):
             look_at_gradients_together(self.optimizer)
         if self.replicas is not None:
-            _average_over(self.replicas, self.optimizer)
+            average_over(self.replicas, self.optimizer)
         if stage == 0 and not precise:
             # DeepSpeed has stepped it once on zero gradients, which leaves AdamW's bias correction a step ahead.
             self.deepspeed.basic_optimizer.state.clear()
@@ -522,43 +524,6 @@ class Engine:
             setattr(engine, counter, model[counter])
         if stage == 3:
             optimizer.checkpoint_event_epilogue()
-
-
-def _replicas(ds_config: dict[str, Any], world: World) -> tuple[dict[str, Any], Replicas | None]:
-    """Returns a resolved configuration as DeepSpeed reads it, and the replicas that it asks for; none: there is one."""
-    zero = dict(ds_config.get("zero_optimization", {}))
-    size = zero.pop("mics_shard_size", None)
-    ds_config = ds_config | {"zero_optimization": zero}
-    found = _replicas_of(world, size) if size is not None else None
-    if found is not None:
-        ds_config["train_batch_size"] //= found.count
-    deepspeed.utils.groups.mpu = found  # DeepSpeed would stay with those of the engine before
-    return ds_config, found
-
-
-@functools.cache
-def _replicas_of(world: World, size: int) -> Replicas:
-    return Replicas(world, size)
-
-
-def _average_over(replicas: Replicas, optimizer: DeepSpeedZeroOptimizer_Stage3) -> None:
-    """Makes the gradients of a step those of all replicas, a bucket at a time, while the backward pass goes on.
-
-    DeepSpeed has averaged them over the ranks of one. What is not finite in one is so in all, and all skip the step.
-
-    Source: Zhang et al. 2022 (MiCS, arXiv:2205.00119), section 3.4.
-    """
-    partition = optimizer.partition_grads
-
-    def partition_and_average(parameters: list[nn.Parameter], gradients: list[Tensor]) -> list[Tensor]:
-        parts: list[Tensor] = partition(parameters, gradients)
-        if parts and optimizer.is_gradient_accumulation_boundary():
-            flat = torch.cat(parts).div_(replicas.count)
-            deepspeed.comm.all_reduce(flat, group=replicas.across)
-            torch._foreach_copy_(parts, flat.split([part.numel() for part in parts]))
-        return parts
-
-    optimizer.partition_grads = partition_and_average
 
 
 def _choose_accelerator(world: World) -> None:

@@ -96,7 +96,7 @@ def test_what_ranks_send_is_what_was_predicted(
     values = sending(recipe_values, tmp_path, {"stage": stage} | zero, ranks, accumulation, partitioned)
     values["train"]["mics_shard_size"] = replica
     found = run_ranks(cases.sent_bytes, ranks, values)
-    sent, sizes = found[0]
+    _, sizes = found[0]
     recipe = build_recipe(values)
     wanted = "hierarchical" if replica else str(stage)
     curves = scaling("small", recipe, GPUS["h100"], [ranks], counts=counted(recipe)).curves
