@@ -53,7 +53,7 @@ UNSERVED = {
     "zero_optimization.elastic_checkpoint": "it lays checkpoints out in a way that this version does not read, and "
     "a run resumes on another number of ranks without it",
     "zero_optimization.zero_hpz_partition_size": "a model that is built in parts asks for its groups twice, which "
-    "DeepSpeed refuses",
+    "DeepSpeed refuses; train.mics_shard_size keeps what is gathered within a node",
 }  # fmt: skip
 """Keys of a JSON that are refused, unless they are off, and why."""
 _ONE_REPLICA = {

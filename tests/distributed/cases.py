@@ -455,21 +455,6 @@ def collectives(values: dict[str, Any]) -> tuple[int, int]:
     return gathers, len(found) - gathers
 
 
-def sent_bytes_with_hpz(values: dict[str, Any]) -> tuple[list[float], list[int]]:
-    """As `sent_bytes`; DeepSpeed, which forms the groups of hpZ whenever a module is partitioned, keeps the first."""
-    from deepspeed.utils import groups
-
-    form = groups._create_zero_param_parallel_group
-
-    def form_once(size: int) -> None:
-        if groups._ZERO_PARAM_INTRA_PARALLEL_GROUP is None:
-            form(size)
-
-    groups._create_zero_param_parallel_group = form_once
-    del ds_config.UNSERVED["zero_optimization.zero_hpz_partition_size"]
-    return sent_bytes(values)
-
-
 def train_without_saving(values: dict[str, Any]) -> TrainState:
     """Trains; a snapshot for a checkpoint is an error."""
 

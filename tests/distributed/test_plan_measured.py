@@ -126,18 +126,6 @@ def test_how_many_collectives_there_are(recipe_values: Callable[..., dict[str, A
     assert others == 1 + 2, "a bucket of gradients; whether they are finite, and their norm"
 
 
-def test_what_hpz_would_send(recipe_values: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
-    """DeepSpeed's own way to gather within a node: of two gathers a micro-batch, the one for the backward pass.
-
-    The engine does not run it: here the ranks make DeepSpeed form its groups no more than once.
-    """
-    values = sending(recipe_values, tmp_path, {"stage": 3, "zero_hpz_partition_size": 2} | LET_GO, 4, 1)
-    found = run_ranks(cases.sent_bytes_with_hpz, 4, values)
-    sent, sizes = found[0]
-    all_ranks, a_node = 3 / 4, 1 / 2
-    assert sent[2] == pytest.approx(4 * sum(sizes) * (all_ranks + a_node + all_ranks), rel=0.02)
-
-
 def sending(
     recipe_values: Callable[..., dict[str, Any]], tmp_path: Path, zero: dict[str, int], ranks: int,
     accumulation: int, partitioned: bool = False,
