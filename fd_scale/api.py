@@ -140,7 +140,7 @@ def landscape(
 
     Returns:
         What is in RUN/diagnosis/landscape.json (of a line: landscape_line.json) too: `rows` of the metrics,
-        `top_eigenvalue`.
+        `top_eigenvalue` over `eigenvalue_images` images, or none where not one fits in memory.
 
     Raises:
         UserError: there is no whole checkpoint, or the images do not fit it.

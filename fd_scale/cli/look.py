@@ -108,7 +108,9 @@ def _landscape(options: argparse.Namespace) -> None:
     found = api.landscape(options.run_dir, grid, options.overrides, options.num_images)
     rows = found["rows"]
     middle = rows[len(rows) // 2][grid.points // 2]
-    print(f"loss {middle['loss']:.5g}; largest eigenvalue of the Hessian {found['top_eigenvalue']:.5g}")
+    value, images = found["top_eigenvalue"], found["eigenvalue_images"]
+    curved = "does not fit in memory" if value is None else f"{value:.5g} over {images} images"
+    print(f"loss {middle['loss']:.5g}; largest eigenvalue of the Hessian: {curved}")
 
 
 def _predict(options: argparse.Namespace) -> None:

@@ -11,6 +11,7 @@ import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -23,6 +24,7 @@ import torch
 from fd_kernels.dispatch import implementation
 from matplotlib.axes import Axes
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fd_scale.checkpoint import read_manifest, write_atomically
 from fd_scale.config import Recipe
@@ -151,7 +153,8 @@ def top_eigenvalue(
         seed: of the vector that is started from.
     """
     generator = torch.Generator().manual_seed(seed)
-    vector = [torch.randn(each.shape, generator=generator).to(each) for each in parameters]
+    # In fp32, whatever the parameters are: of a norm over millions of them bf16 keeps 8 bits.
+    vector = [torch.randn(each.shape, generator=generator).to(each.device) for each in parameters]
     gradient = torch.autograd.grad(loss(), parameters, create_graph=True, allow_unused=True)
     pairs = [(each, parameter) for each, parameter in zip(gradient, parameters, strict=True)]
     value = 0.0
@@ -163,7 +166,7 @@ def top_eigenvalue(
         ).sum()
         products = torch.autograd.grad(inner, parameters, retain_graph=True, allow_unused=True)
         product = [
-            torch.zeros_like(part) if each is None else each.detach()
+            torch.zeros_like(part) if each is None else each.detach().float()
             for each, part in zip(products, vector, strict=True)
         ]
         value = float(torch.stack([(a * b).sum() for a, b in zip(vector, product, strict=True)]).sum())
@@ -179,7 +182,7 @@ class Evaluated(Protocol):
     @property
     def module(self) -> nn.Module: ...
 
-    def counts(self, batch: Batch) -> dict[str, float]: ...
+    def evaluation_counts(self, batch: Batch) -> dict[str, float]: ...
 
     def evaluation_inputs(self, batch: Batch) -> dict[str, Any]: ...
 
@@ -218,9 +221,7 @@ def landscape_of(
         "checkpoint": hashlib.sha256((checkpoint / "manifest.json").read_bytes()).hexdigest(),
     }  # fmt: skip
     parameters = [each for each in task.module.parameters() if each.requires_grad]
-    batch = next(iter(_batches(task.evaluation, world)))
-    more = {"top_eigenvalue": top_eigenvalue(lambda: _loss(task, batch), parameters)}
-    logger.info("landscape: the Hessian's largest eigenvalue is %.4g", more["top_eigenvalue"])
+    more = _curvature(task, task.evaluation, parameters, world)
     done = world.on_main(lambda: read_places(file, key))
 
     def keep(found: list[Metrics]) -> None:
@@ -238,25 +239,43 @@ def landscape_of(
     return {"of": key, "rows": _rows(found, grid.points)} | more
 
 
-def _batches(evaluation: EvaluationSet, world: World) -> Any:
-    """The batches of one rank alone, on this rank's device: the same on all."""
-    for batch in evaluation_batches(
-        evaluation.source,
-        evaluation.transform,
-        batch_size=evaluation.batch_size,
-        rank=0,
-        world_size=1,
-        num_workers=0,
-    ):
-        yield batch.to(world.device)
+def _curvature(
+    task: Evaluated, evaluation: EvaluationSet, parameters: Sequence[nn.Parameter], world: World
+) -> dict[str, Any]:
+    """The largest eigenvalue over the first images, a batch of them or as many as memory allows; the same on all ranks.
+
+    Through operations that have second derivatives: these keep what the kernels of a training do not.
+    """
+    num_images = evaluation.batch_size
+    while num_images:
+        batch = _first_batch(evaluation, num_images, world)
+        num_images = len(batch.positions)
+        try:
+            # Around the backward passes too, in which blocks may be computed again.
+            with implementation("reference"), sdpa_kernel(SDPBackend.MATH):
+                value = top_eigenvalue(partial(_loss, task, batch), parameters)
+        except torch.OutOfMemoryError:
+            logger.warning("landscape: the Hessian does not fit in memory with %d images", num_images)
+        else:
+            logger.info("landscape: the Hessian's largest eigenvalue is %.4g, %d images", value, num_images)
+            return {"top_eigenvalue": value, "eigenvalue_images": num_images}
+        num_images //= 2
+    return {"top_eigenvalue": None, "eigenvalue_images": 0}
+
+
+def _first_batch(evaluation: EvaluationSet, num_images: int, world: World) -> Batch:
+    """What one rank alone would read first, on this rank's device."""
+    batches = evaluation_batches(
+        evaluation.source, evaluation.transform, batch_size=num_images, rank=0, world_size=1, num_workers=0
+    )
+    return next(batches).to(world.device)
 
 
 def _loss(task: Evaluated, batch: Batch) -> Tensor:
-    """The mean loss of a batch through operations that have second derivatives."""
-    with implementation("reference"):
-        outputs = task.module(**task.evaluation_inputs(batch))
-    terms = [outputs[name].float() / max(count, 1.0) for name, count in task.counts(batch).items()]
-    return torch.stack(terms).sum()
+    """The mean loss of a batch."""
+    outputs = task.module(**task.evaluation_inputs(batch))
+    counts = task.evaluation_counts(batch)
+    return torch.stack([outputs[name].float() / max(count, 1.0) for name, count in counts.items()]).sum()
 
 
 def read_places(file: Path, key: dict[str, Any]) -> list[Metrics]:

@@ -169,6 +169,10 @@ class DistillationTask:
         targets = self._standardised(self._targets(batch))
         return {"images_BCHW": batch.images, "targets": targets, "rows": [None] * len(self.places)}
 
+    def evaluation_counts(self, batch: Batch) -> dict[str, float]:
+        """As `counts`, of `evaluation_inputs`."""
+        return {name: items * len(batch.labels) for name, items in self.items_per_image.items()}
+
     def evaluate(self, forward: Forward, world: World) -> dict[str, float]:
         """Measures the loss over the evaluation source, without drop path; every teacher sees every image.
 

@@ -132,6 +132,8 @@ class MaskedTask:
         """The loss goes over the values of hidden pixels."""
         return {"loss": float(len(batch.labels) * self.num_hidden * 3 * self.module.side**2)}
 
+    evaluation_counts = counts
+
     def inputs(self, batch: Batch) -> dict[str, Any]:
         """Draws what is hidden, and drop path."""
         scale = drop_path_scale(self.rates, self.seed, batch.positions, batch.images.device)

@@ -1,13 +1,21 @@
-"""The loss landscape: of a quadratic, whose surface and curvature are known."""
+"""The loss landscape: of a quadratic, whose surface and curvature are known; of tasks, what is measured there."""
 
 import json
+import sys
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import fd_kernels.dispatch
 import pytest
 import torch
 from torch import Tensor, nn
 
+from fd_scale import api, distributed
+from fd_scale.config import Recipe
+from fd_scale.data import open_source
+from fd_scale.diagnose import landscape
 from fd_scale.diagnose.landscape import (
     Grid,
     draw,
@@ -89,6 +97,88 @@ def test_largest_eigenvalue() -> None:
     weights, _, loss = quadratic()
     unused = nn.Parameter(torch.ones(2))
     assert top_eigenvalue(loss, [*weights, unused], num_steps=100) == pytest.approx(5.0, rel=1e-3)
+
+
+ALONE = distributed.World(rank=0, local_rank=0, size=1, device=torch.device("cpu"))
+TIMM_VIT = {
+    "name": "vit_tiny_patch16_224",
+    "img_size": 32,
+    "overrides": {"patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3},
+}
+
+
+@pytest.fixture
+def built(make_recipe: Callable[..., Recipe]) -> Callable[..., Any]:
+    def build(task: str, **changes: Any) -> Any:
+        recipe = make_recipe(task, data__evaluation="digits:test", train__micro_batch=4, **changes)
+        found = api.build_task(recipe, open_source("digits:train"))
+        found.module.eval()
+        torch.manual_seed(0)
+        with (
+            torch.no_grad()
+        ):  # as after some steps: at first the query of a blank patch is zero, and has no direction
+            for parameter in found.module.parameters():
+                parameter.add_(0.02 * torch.randn_like(parameter))
+        return found
+
+    return build
+
+
+def curvature(task: Any) -> dict[str, Any]:
+    parameters = [each for each in task.module.parameters() if each.requires_grad]
+    return landscape._curvature(task, task.evaluation, parameters, ALONE)
+
+
+def test_what_is_computed_again_has_second_derivatives_too(
+    built: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A block is recomputed in the backward pass, by another thread on a GPU: the kernels have none."""
+    seen = []
+
+    def noting(op: str, *tensors: Tensor, served: str | None) -> bool:
+        seen.append(fd_kernels.dispatch._implementation)
+        return False
+
+    monkeypatch.setattr(sys.modules["fd_kernels.window_attention.op"], "use_triton", noting)
+    plain = curvature(built("classification"))
+    count = len(seen)
+    assert curvature(built("classification", train__activation_checkpointing="block")) == plain
+    assert abs(plain["top_eigenvalue"]) > 0.1
+    assert plain["eigenvalue_images"] == 4
+    assert len(seen) > 2 * count, "blocks are computed again"
+    assert set(seen) == {"reference"}
+    assert fd_kernels.dispatch._implementation == "auto"
+
+
+def test_a_timm_model_has_a_hessian(built: Callable[..., Any]) -> None:
+    """Its attention is torch's fused one, which has no second derivative."""
+    assert abs(curvature(built("classification", model=TIMM_VIT))["top_eigenvalue"]) > 0.1
+
+
+def test_the_loss_is_that_of_an_evaluation(built: Callable[..., Any], make_recipe: Any) -> None:
+    """Also of a teacher that sees a share of the images in training: here it sees all."""
+    recipe = make_recipe("distill")
+    teacher = replace(recipe.distill.teachers[0], share=0.3)
+    task: Any = built("distill", distill=replace(recipe.distill, teachers=[teacher]))
+    batch = landscape._first_batch(task.evaluation, 300, ALONE)
+    assert len(batch.labels) == 300
+    with torch.no_grad():
+        loss = float(landscape._loss(task, batch))
+        assert loss == pytest.approx(task.evaluate(task.module, ALONE)["loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize(("most", "expected"), [(1, (7.0, 1)), (0, (None, 0))])
+def test_fewer_images_where_memory_ends(
+    built: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, most: int, expected: tuple[Any, int]
+) -> None:
+    def bounded(loss: Any, parameters: Any) -> float:
+        if len(loss.args[1].positions) > most:
+            raise torch.OutOfMemoryError
+        return 7.0
+
+    monkeypatch.setattr(landscape, "top_eigenvalue", bounded)
+    found = curvature(built("classification"))
+    assert (found["top_eigenvalue"], found["eigenvalue_images"]) == expected
 
 
 def test_places_of_another_grid_are_not_taken(tmp_path: Path) -> None:
