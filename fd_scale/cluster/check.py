@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -28,17 +29,21 @@ from fd_scale.data import TrainLoader, open_source, training_transform
 from fd_scale.distributed import World, start
 from fd_scale.errors import UserError
 from fd_scale.fetch import named_files
-from fd_scale.hardware import GPUS_PER_NODE
+from fd_scale.hardware import named_like
 from fd_scale.log import results
 from fd_scale.models import resolved, weights_path
 from fd_scale.plan import NotCountedError, plan, present_gpu
 from fd_scale.run_folder import environment
+
+T = TypeVar("T")
 
 READ_S = 4.0
 """Seconds for which every rank loads images."""
 REPEATS = 5
 GPU_BYTES, CPU_BYTES = 2**28, 2**24
 """What a rank brings into a collective."""
+MOST_GATHERED = 2**33
+"""Bytes that a rank takes out of one: a job of 4,096 ranks is checked too."""
 SLOW = 0.5
 """A network or a loader below this share of what is expected is worth a warning."""
 
@@ -109,16 +114,22 @@ def _look(recipe: Recipe, world: World) -> _Node:
         problem = str(error)
     versions = {"python": platform.python_version(), "commit": pinned.commit()} | environment()["versions"]
     return _Node(
-        rank=world.rank, host=os.environ.get("SLURMD_NODENAME", platform.node()), local_rank=world.local_rank,
-        gpus=tuple(torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())),
+        rank=world.rank, host=_host(), local_rank=world.local_rank,
+        gpus=tuple(map(_gpu_name, range(torch.cuda.device_count()))),
         cuda=(torch.version.cuda, driver_cuda_version()), versions=tuple(versions.items()), weights=problem,
     )  # fmt: skip
+
+
+def _gpu_name(index: int) -> str:
+    try:
+        return torch.cuda.get_device_name(index)
+    except RuntimeError as error:  # it is there, and cannot be used
+        return f"GPU {index}: {str(error).splitlines()[0]}"
 
 
 def _device(recipe: Recipe, world: World) -> torch.device:
     if recipe.train.device == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
-    torch.cuda.set_device(world.local_rank)
     return torch.device("cuda", world.local_rank)
 
 
@@ -203,7 +214,7 @@ def _run_folder(run_dir: Path, world: World) -> _Row:
     world.barrier()
     with contextlib.suppress(OSError):  # said above
         own.unlink()
-    found = world.gather((os.environ.get("SLURMD_NODENAME", platform.node()), problem, unseen))
+    found = world.gather((_host(), problem, unseen))
     for folder in new:
         with contextlib.suppress(OSError):
             folder.rmdir()
@@ -222,57 +233,106 @@ def _run_folder(run_dir: Path, world: World) -> _Row:
 
 
 def _network(world: World) -> _Row:
+    """Bytes that cross each rank's link, as nccl-tests counts its bus bandwidth; all ranks call it."""
     if world.size == 1:
         return _Row("network", "ok", "one rank: nothing to measure")
-    size = GPU_BYTES if world.device.type == "cuda" else CPU_BYTES
-    share = torch.ones(size // 4, device=world.device)
-    gathered = torch.empty(size // 4 * world.size, device=world.device)
-    # Bytes that cross each rank's link, as nccl-tests counts its bus bandwidth.
-    reduced = 2 * (world.size - 1) / world.size * size / _seconds(lambda: dist.all_reduce(share), world)
-    gather_s = _seconds(lambda: dist.all_gather_into_tensor(gathered, share), world)
-    gathered_rate = (world.size - 1) * size / gather_s
-    detail = f"all-reduce {reduced / 1e9:.2f} GB/s, all-gather {gathered_rate / 1e9:.2f} GB/s at each rank "
-    detail += (
-        f"({size / 2**20:.0f} MiB, {world.size} ranks, {'nccl' if world.device.type == 'cuda' else 'gloo'})"
-    )
-    if world.device.type != "cuda":
-        return _Row("network", "ok", detail)
+    on_gpu = world.device.type == "cuda"
+    size = GPU_BYTES if on_gpu else CPU_BYTES
+    part = min(size, MOST_GATHERED // world.size)
+
+    def reduce() -> Callable[[], object]:
+        if on_gpu:
+            torch.cuda.set_device(world.device)
+        share = torch.ones(size // 4, device=world.device)
+        return lambda: dist.all_reduce(share)
+
+    def gather() -> Callable[[], object]:
+        share = torch.ones(part // 4, device=world.device)
+        gathered = torch.empty(part // 4 * world.size, device=world.device)
+        return lambda: dist.all_gather_into_tensor(gathered, share)
+
     try:
-        gpu = present_gpu(world.device)
-    except UserError:
-        return _Row("network", "ok", f"{detail}; nothing to compare with: the GPU is not in the table")
-    expected = gpu.nvlink if world.size <= GPUS_PER_NODE and _one_host(world) else gpu.infiniband
-    detail += f"; the datasheet's link: {expected / 1e9:.0f} GB/s"
-    slow = reduced < SLOW * expected
-    return _Row(
-        "network",
-        "warning" if slow else "ok",
-        detail + ("; see NCCL_SOCKET_IFNAME, NCCL_IB_HCA" if slow else ""),
+        reduced = 2 * (world.size - 1) / world.size * size / _seconds(reduce, world)
+        gathered = (world.size - 1) * part / _seconds(gather, world)
+    except UserError as error:
+        return _Row("network", "fails", str(error))
+    detail = (
+        f"all-reduce {reduced / 1e9:.2f} GB/s ({size / 2**20:.0f} MiB), all-gather {gathered / 1e9:.2f} GB/s "
+        f"({part / 2**20:.0f} MiB a rank) at each of {world.size} ranks, {'nccl' if on_gpu else 'gloo'}"
     )
+    if not on_gpu:
+        return _Row("network", "ok", detail)
+    expected = expected_rate(torch.cuda.get_device_name(world.device), world.gather(platform.node()))
+    if expected is None:
+        return _Row("network", "ok", f"{detail}; nothing to compare with: the GPU is not in the table")
+    detail += f"; the datasheets' links: {expected / 1e9:.0f} GB/s"
+    if reduced < SLOW * expected:
+        return _Row("network", "warning", f"{detail}; see NCCL_SOCKET_IFNAME, NCCL_IB_HCA")
+    return _Row("network", "ok", detail)
 
 
-def _one_host(world: World) -> bool:
-    return len(set(world.gather(platform.node()))) == 1
+def expected_rate(device_name: str, hosts: list[str]) -> float | None:
+    """Returns the bytes/s of an all-reduce, counted as nccl-tests does, that the links allow.
+
+    Args:
+        device_name: of each rank's GPU.
+        hosts: of each rank.
+
+    Returns:
+        None where the GPU is not in the table.
+    """
+    found = named_like(device_name)
+    if not found:
+        return None
+    # A ring crosses a network card of each host; there are as many rings as cards, and the cards share what is sent.
+    cards = min(Counter(hosts).values())
+    return found[0].nvlink if len(set(hosts)) == 1 else min(found[0].nvlink, found[0].infiniband * cards)
 
 
-def _seconds(collective: Callable[[], object], world: World) -> float:
-    """Seconds of one call, the slowest rank's."""
-    collective()  # opens connections
-    if world.device.type == "cuda":
-        torch.cuda.synchronize()
+def _seconds(prepare: Callable[[], Callable[[], object]], world: World) -> float:
+    """Seconds of one call of what `prepare` returns, the slowest rank's; all ranks call it.
+
+    Raises:
+        UserError: a rank cannot; it is named with its host. What fails on one rank alone must do so in `prepare`:
+            within a collective the others would wait for it.
+    """
+    collective, _ = _together(prepare, world)
+    _together(collective, world)  # opens connections
+
+    def repeated() -> None:
+        for _ in range(REPEATS):
+            collective()
+
+    _, seconds = _together(repeated, world)
+    return max(world.gather(seconds / REPEATS))
+
+
+def _together(function: Callable[[], T], world: World) -> tuple[T, float]:
+    """Returns what it returns here, once all ranks have called it, and the seconds that it took."""
+    value, problem = None, ""
     world.barrier()
     began = time.perf_counter()
-    for _ in range(REPEATS):
-        collective()
-    if world.device.type == "cuda":
-        torch.cuda.synchronize()
-    return max(world.gather((time.perf_counter() - began) / REPEATS))
+    try:
+        value = function()
+        if world.device.type == "cuda":
+            torch.cuda.synchronize()
+    except RuntimeError as error:  # of CUDA and NCCL, too little memory among them
+        problem = f"on {_host()}: {str(error).splitlines()[0]}"
+    seconds = time.perf_counter() - began
+    common = world.common_error(problem)
+    if str(common):
+        raise common
+    return cast(T, value), seconds
+
+
+def _host() -> str:
+    return os.environ.get("SLURMD_NODENAME", platform.node())
 
 
 def _data(recipe: Recipe, world: World) -> _Row:
     """Loads images as the run would, on all ranks at once."""
     mine: tuple[str, float, str]
-    host = os.environ.get("SLURMD_NODENAME", platform.node())
+    host = _host()
     world.barrier()
     try:
         mine = (host, _images_per_s(recipe, world), "")
@@ -320,8 +380,14 @@ def _needed_images_per_s(recipe: Recipe, world: World) -> float | None:
     if world.device.type != "cuda":
         return None
     try:
+        if not named_like(torch.cuda.get_device_name(world.device)):
+            return None
         planned = plan(recipe.run_dir, recipe, present_gpu(world.device), world.size, images=0)
-    except (UserError, NotCountedError):
+    except (
+        UserError,
+        NotCountedError,
+        RuntimeError,
+    ):  # the last of a GPU that fails, as the network's row says
         return None
     return recipe.train.global_batch / planned.own.step_seconds / world.size
 

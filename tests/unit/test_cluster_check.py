@@ -11,6 +11,7 @@ import torch
 from fd_scale.cluster import check, pinned
 from fd_scale.config import Recipe
 from fd_scale.distributed import World
+from fd_scale.errors import CommonError
 
 Make = Callable[..., Recipe]
 H100 = ("NVIDIA H100 80GB HBM3",) * 2
@@ -94,6 +95,33 @@ def test_a_run_folder_that_is_not_shared(tmp_path: Path, monkeypatch: pytest.Mon
     row = check._run_folder(tmp_path / "run", two)
     assert row.verdict == "fails"
     assert "n0 does not see what n1 writes; it must be shared" in row.detail
+
+
+def test_what_links_allow() -> None:
+    """By nccl-tests' count: NVLink's rate in a node, that of all its network cards between nodes."""
+    h100, a100 = H100[0], "NVIDIA A100-SXM4-80GB"
+    assert check.expected_rate(h100, ["n0"] * 8) == 450e9
+    assert check.expected_rate(h100, ["n0"] * 8 + ["n1"] * 8) == 400e9
+    assert check.expected_rate(a100, ["n0"] * 8 + ["n1"] * 8) == 200e9
+    assert check.expected_rate(h100, ["n0", "n0", "n1"]) == 50e9
+    assert check.expected_rate("NVIDIA L40S", ["n0"] * 8) is None
+
+
+def test_a_gpu_that_fails_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> torch.Tensor:
+        raise RuntimeError(
+            "CUDA error: an illegal memory access was encountered\nCUDA kernel errors might be"
+        )
+
+    monkeypatch.setattr(torch, "ones", fail)
+    monkeypatch.setattr(World, "common_error", lambda self, problem: CommonError(problem))
+    monkeypatch.setattr(World, "barrier", lambda self: None)
+    monkeypatch.setenv("SLURMD_NODENAME", "n7")
+    row = check._network(replace(ALONE, size=2))
+    assert row.verdict == "fails"
+    assert row.detail == "on n7: CUDA error: an illegal memory access was encountered"
+    monkeypatch.setattr(torch.cuda, "get_device_name", fail)
+    assert check._gpu_name(3) == "GPU 3: CUDA error: an illegal memory access was encountered"
 
 
 def test_the_whole_of_it(
