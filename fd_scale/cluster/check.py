@@ -319,9 +319,9 @@ def _together(function: Callable[[], T], world: World) -> tuple[T, float]:
     except RuntimeError as error:  # of CUDA and NCCL, too little memory among them
         problem = f"on {_host()}: {str(error).splitlines()[0]}"
     seconds = time.perf_counter() - began
-    common = world.common_error(problem)
-    if str(common):
-        raise common
+    problems = [each for each in world.gather(problem) if each]
+    if problems:
+        raise UserError("; ".join(dict.fromkeys(problems)))
     return cast(T, value), seconds
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from fd_scale import api, checkpoint, distributed, ds_config, log, traffic
 from fd_scale.checkpoint import Checkpoints, TrainState
+from fd_scale.cluster import check as cluster_check
 from fd_scale.config import Recipe, build_recipe, load_recipe, to_dict
 from fd_scale.data import Batch, open_source
 from fd_scale.diagnose.landscape import Grid
@@ -453,6 +454,16 @@ def collectives(values: dict[str, Any]) -> tuple[int, int]:
     sent_bytes(values)
     gathers = sum("gather" in name for name in found)
     return gathers, len(found) - gathers
+
+
+def network_row(failing: int | None) -> tuple[str, str]:
+    """What `check --cluster` says of the network; a rank may lack the memory for it."""
+    world = distributed.start("cpu", 60)
+    if world.rank == failing:
+        os.environ["SLURMD_NODENAME"] = "n7"
+        cluster_check.CPU_BYTES = 2**50
+    row = cluster_check._network(world)
+    return row.verdict, row.detail
 
 
 def train_without_saving(values: dict[str, Any]) -> TrainState:

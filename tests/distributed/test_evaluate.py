@@ -103,3 +103,12 @@ def test_a_run_is_looked_into(recipe_values: Values, task: str) -> None:
     result = diagnose(names, None, Options(num_images=4, batch_size=4))
     assert [len(model["layers"]) for model in result["models"]] == [3] * len(names)
     assert (run_dir / "diagnosis/diagnosis.json").is_file()
+
+
+def test_a_network_is_measured_and_a_rank_that_cannot_is_named() -> None:
+    for verdict, detail in run_ranks(cases.network_row, 2, None):
+        assert verdict == "ok"
+        assert detail.endswith("at each of 2 ranks, gloo")
+    for verdict, detail in run_ranks(cases.network_row, 2, 1):
+        assert verdict == "fails"
+        assert detail.startswith("on n7: ")

@@ -11,7 +11,6 @@ import torch
 from fd_scale.cluster import check, pinned
 from fd_scale.config import Recipe
 from fd_scale.distributed import World
-from fd_scale.errors import CommonError
 
 Make = Callable[..., Recipe]
 H100 = ("NVIDIA H100 80GB HBM3",) * 2
@@ -114,7 +113,7 @@ def test_a_gpu_that_fails_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
         )
 
     monkeypatch.setattr(torch, "ones", fail)
-    monkeypatch.setattr(World, "common_error", lambda self, problem: CommonError(problem))
+    monkeypatch.setattr(World, "gather", lambda self, mine: [mine, ""])
     monkeypatch.setattr(World, "barrier", lambda self: None)
     monkeypatch.setenv("SLURMD_NODENAME", "n7")
     row = check._network(replace(ALONE, size=2))
