@@ -32,8 +32,7 @@ class AttentionMap:
     """The attention of one layer over a batch."""
 
     probs: Tensor
-    """(B, M, h, N, N), of a query (rows) to its keys, fp32; M = 1 where an image is one window. Windows that reach over
-    the grid are left out."""
+    """(B, M, h, N, N), of a query (rows) to its keys, fp32. Windows that reach over the grid are left out."""
     logits: Tensor
     """Before the softmax, masks among them; fp32, in the shape of `probs`."""
     bias: Tensor | None
@@ -44,10 +43,12 @@ class AttentionMap:
     """Rows and columns of the patches that see each other: of the window, or of the image."""
     stride_px: tuple[float, float]
     """Pixels from one patch to the next, down and across."""
+    is_image: bool = True
+    """Whether an image is one window."""
 
 
 Look = Callable[[int, AttentionMap], None]
-"""Gets the number of a layer, from 0, and its attention."""
+"""Gets the number of a layer, from 0, and its attention, of large windows one after the other."""
 
 
 class _SecondPath(TorchFunctionMode):
@@ -105,7 +106,7 @@ def look_at_attention(model: Backbone, pixels_BCHW: Tensor, expected_BLD: Tensor
         model: in eval mode.
         pixels_BCHW: normalised images in the model's dtype.
         expected_BLD: what the model gives for them: what is seen has to come to the same.
-        look: called once for each layer, in order.
+        look: called once for each layer, in order, or, where windows are attended to one after the other, for each.
 
     Raises:
         UserError: there is no attention among equal tokens, or what was seen is not what the model computes.
@@ -113,12 +114,16 @@ def look_at_attention(model: Backbone, pixels_BCHW: Tensor, expected_BLD: Tensor
     batch, _, height, width = pixels_BCHW.shape
     grid = model.grid_size(height, width)
     state = _Places(model)
-    layers = 0
+    layers = windows = 0
 
     def show(logits: Tensor, probs: Tensor) -> None:
-        nonlocal layers
-        look(layers, _map_of(logits, probs, state, model, grid, batch, (height, width)))
-        layers += 1
+        nonlocal layers, windows
+        found, num_windows = _map_of(logits, probs, state, model, grid, batch, (height, width), windows)
+        if found is not None:
+            look(layers, found)
+        windows += probs.numel() // (batch * probs.shape[-3] * probs.shape[-1] ** 2)
+        if windows == num_windows:
+            layers, windows = layers + 1, 0
 
     with state.followed(), implementation("reference"), _SecondPath(show):
         found = model(pixels_BCHW)
@@ -147,33 +152,42 @@ def _map_of(
     grid: tuple[int, int],
     batch: int,
     image_px: tuple[int, int],
-) -> AttentionMap:
+    first: int,
+) -> tuple[AttentionMap | None, int]:
+    """What is seen, in windows that do not reach over the grid, and the number of all windows of the layer.
+
+    `first` is the number, among them, of the first that is seen.
+    """
     num_tokens, prefix, heads = probs.shape[-1], model.num_prefix_tokens, probs.shape[-3]
     shaped = [x.detach().float().reshape(batch, -1, heads, num_tokens, num_tokens) for x in (probs, logits)]
     windows = shaped[0].shape[1]
     if windows == 1 and num_tokens == prefix + grid[0] * grid[1]:
-        shape, side = grid, grid
-    else:
-        # Without windows, all tokens of a stage: others may be channels, or lie apart.
-        if state.window is None and (windows > 1 or num_tokens not in _stages(grid)):
-            raise UserError(
-                f"diagnose: {_name(model)} lets {num_tokens} tokens or channels see each other in each of {windows} "
-                "groups, whose places are not known; expected a ViT or a Swin"
-            )
-        prefix = 0
-        side = state.grid or (math.isqrt(windows * num_tokens),) * 2
-        shape = state.window or (math.isqrt(num_tokens),) * 2
-        rows, columns = (-(-length // window) for length, window in zip(side, shape, strict=True))
-        whole = (side[0] // shape[0], side[1] // shape[1])
-        if rows * columns != windows or shape[0] * shape[1] != num_tokens or 0 in whole:
-            raise UserError(
-                f"diagnose: {windows} windows of {num_tokens} tokens do not lie on a grid of {side[0]} x {side[1]}; "
-                "choose an --img-size whose token grids are multiples of the window"
-            )
-        # Windows that reach over the grid hold padding.
-        shaped = [x.unflatten(1, (rows, columns))[:, : whole[0], : whole[1]].flatten(1, 2) for x in shaped]
+        stride = (image_px[0] / grid[0], image_px[1] / grid[1])
+        return AttentionMap(shaped[0], shaped[1], state.bias, prefix, grid, stride), 1
+    # Without windows, all tokens of a stage: others may be channels, or lie apart.
+    if state.window is None and (windows > 1 or num_tokens not in _stages(grid)):
+        raise UserError(
+            f"diagnose: {_name(model)} lets {num_tokens} tokens or channels see each other in each of {windows} "
+            "groups, whose places are not known; expected a ViT or a Swin"
+        )
+    side = state.grid or (math.isqrt(windows * num_tokens),) * 2
+    shape = state.window or (math.isqrt(num_tokens),) * 2
+    rows, columns = (-(-length // window) for length, window in zip(side, shape, strict=True))
+    whole = (side[0] // shape[0], side[1] // shape[1])
+    if (rows * columns) % windows or shape[0] * shape[1] != num_tokens or 0 in whole:
+        raise UserError(
+            f"diagnose: {windows} windows of {num_tokens} tokens do not lie on a grid of {side[0]} x {side[1]}; "
+            "choose an --img-size whose token grids are multiples of the window"
+        )
+    # Windows that reach over the grid hold padding.
+    places = (divmod(window, columns) for window in range(first, first + windows))
+    kept = [row < whole[0] and column < whole[1] for row, column in places]
     stride = (image_px[0] / side[0], image_px[1] / side[1])
-    return AttentionMap(shaped[0], shaped[1], state.bias, prefix, shape, stride)
+    if not any(kept):
+        return None, rows * columns
+    probs_BMhNN, logits_BMhNN = (x[:, torch.tensor(kept, device=x.device)] for x in shaped)
+    seen = AttentionMap(probs_BMhNN, logits_BMhNN, state.bias, 0, shape, stride, rows * columns == 1)
+    return seen, rows * columns
 
 
 def _stages(grid: tuple[int, int]) -> set[int]:

@@ -16,7 +16,9 @@ from torch import Tensor
 from fd_scale.diagnose.capture import AttentionMap
 
 NUM_RANKED = 4
-"""Windows, of the first images, whose maps' rank is taken: singular values are dear."""
+"""Windows, of the first images, whose maps' rank is taken: singular values are dear. Where they are of more tokens than
+`FEW_TOKENS` it is one, and so many of its heads."""
+FEW_TOKENS = 24 * 24
 
 FEW_ROWS = 2048
 """Of so many rows the products with each other take 16 MiB a layer."""
@@ -164,9 +166,11 @@ class LayerStatistics:
         if attention.bias is not None:
             self.has_bias = True
             self.bias += count * float(bias_share(attention.logits, attention.bias))
-        if len(self.ranks) < NUM_RANKED:
+        few = probs.shape[-1] <= FEW_TOKENS
+        if len(self.ranks) < (NUM_RANKED if few else 1):
+            heads = slice(None) if few else slice(None, None, -(-probs.shape[2] // NUM_RANKED))
             # On the host: GPUs take singular values of small matrices one after the other.
-            maps = probs.flatten(0, 1)[: NUM_RANKED - len(self.ranks)].cpu()
+            maps = probs.flatten(0, 1)[: NUM_RANKED - len(self.ranks) if few else 1, heads].cpu()
             self.ranks += effective_rank(torch.linalg.svdvals(maps)).mean(-1).tolist()
         self.num_images += count
 

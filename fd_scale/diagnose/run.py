@@ -270,7 +270,7 @@ def _look(
             if index == len(one.layers):
                 one.layers.append(LayerStatistics(attention.shape))
             one.layers[index].add(attention)
-            if len(one.queries) == index and attention.probs.shape[1] == 1 and not one.tokens:
+            if len(one.queries) == index and attention.is_image and not one.tokens:
                 probs_hPP = patches_only(attention.probs, attention.num_prefix_tokens)[0, 0]
                 rows, columns = attention.shape
                 middle = rows // 2 * columns + columns // 2

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from fd_scale.diagnose.run import Options, load_backbone
 from fd_scale.errors import UserError
 from fd_scale.models import build_model, create_model
 
+reference = sys.modules["fd_kernels.window_attention.reference"]
 GRID, STRIDE_PX = (3, 4), (16.0, 8.0)
 NUM_PATCHES = 12
 
@@ -217,6 +219,47 @@ def test_windows_of_transformers(kind: str, stages: int, tmp_path: Path) -> None
     found = [(attention.shape, attention.probs.shape[1], attention.stride_px) for attention in maps]
     expected = [((8, 8), 4, (4, 4)), ((8, 8), 1, (8, 8)), ((4, 4), 1, (16, 16))]
     assert found == [each for each in expected[:stages] for _ in range(2)]
+
+
+def test_large_windows_are_seen_one_after_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As together; of 2 x 3 windows those of the last column reach over the grid."""
+    torch.manual_seed(0)
+    overrides = {"depths": [2], "num_heads": [2], "embed_dim": 16, "patch_size": 4, "window_size": 5}
+    model = build_model(ModelConfig(name="swin_v2_tiny", img_size=40, overrides=overrides)).eval()
+    for parameter in model.parameters():
+        parameter.data.add_(0.05 * torch.randn_like(parameter))
+    pixels = torch.randn(2, 3, 40, 48)
+    found = {}
+    for largest in (576, 24):
+        monkeypatch.setattr(reference, "LARGEST_TOGETHER", largest)
+        layers: list[LayerStatistics] = []
+
+        def look(index: int, attention: AttentionMap, layers: list[LayerStatistics] = layers) -> None:
+            layers += [LayerStatistics(attention.shape)] * (index == len(layers))
+            layers[index].add(attention)
+            assert not attention.is_image
+
+        with torch.no_grad():
+            look_at_attention(model, pixels, model(pixels), look)
+        found[largest] = [layer.numbers() for layer in layers]
+        assert [layer.num_images for layer in layers] == [2 if largest == 576 else 2 * 4] * 2
+    for together, one_by_one in zip(*found.values(), strict=True):
+        assert together.keys() == one_by_one.keys()
+        for key, value in together.items():
+            if key != "effective_rank":  # of the first windows, which are others
+                assert one_by_one[key] == pytest.approx(value, rel=1e-5), key
+
+
+def test_the_rank_of_large_windows_is_of_a_few_heads(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken = []
+    values = torch.linalg.svdvals
+    monkeypatch.setattr(torch.linalg, "svdvals", lambda maps: taken.append(maps.shape) or values(maps))  # type: ignore[func-returns-value]
+    monkeypatch.setattr(measures, "FEW_TOKENS", 3)
+    layer = LayerStatistics((2, 2))
+    for _ in range(2):
+        probs = torch.rand(3, 2, 10, 4, 4)
+        layer.add(AttentionMap(probs, probs.log(), None, 0, (2, 2), STRIDE_PX))
+    assert taken == [(1, 4, 4, 4)]
 
 
 @pytest.mark.slow
