@@ -192,6 +192,7 @@ def _plot(path: Path, root: Path, result: Comparison) -> None:
                 [line["loss"] for line in lines],
                 color=f"C{index}",
                 alpha=0.7,
+                marker="." if len(lines) == 1 else None,
             )
         points.scatter([100 * value for value in values], [index] * len(values), color=f"C{index}")
         points.vlines(100 * statistics.mean(values), index - 0.3, index + 0.3, color=f"C{index}")

@@ -166,21 +166,21 @@ def resolve(ds_config: dict[str, Any], recipe: Recipe, world_size: int, device_t
     _refuse_unserved(ds_config, recipe, accumulation, device_type)
     resolved = json.loads(json.dumps(ds_config))
     wanted = {
-        "train_batch_size": train.global_batch,
-        "train_micro_batch_size_per_gpu": micro_batch,
-        "gradient_accumulation_steps": accumulation,
-        "gradient_clipping": optim.grad_clip,
-        "bf16.enabled": train.precision == "bf16",
-        "fp16.enabled": train.precision == "fp16",
+        "train_batch_size": ("train.global_batch", train.global_batch),
+        "train_micro_batch_size_per_gpu": ("train.micro_batch", micro_batch),
+        "gradient_accumulation_steps": ("train.global_batch with train.micro_batch", accumulation),
+        "gradient_clipping": ("optim.grad_clip", optim.grad_clip),
+        "bf16.enabled": (f"train.precision={train.precision}", train.precision == "bf16"),
+        "fp16.enabled": (f"train.precision={train.precision}", train.precision == "fp16"),
     }
     problems = list(_unserved(ds_config, train.ds_config))
-    for key, value in wanted.items():
+    for key, (setting, value) in wanted.items():
         *section, last = key.split(".")
         node = resolved.setdefault(section[0], {}) if section else resolved
         if node.get(last, "auto") not in ("auto", value):
             problems.append(
-                f"{key} is {json.dumps(node[last])} in {train.ds_config}, but the recipe gives "
-                f'{json.dumps(value)} on {world_size} ranks; write "auto" there or change the recipe'
+                f"{key} is {json.dumps(node[last])} in {train.ds_config}, but {setting} gives {json.dumps(value)} on "
+                f'{world_size} ranks; write "auto" there or change the recipe'
             )
         node[last] = value
     problems += _of_optimizer(resolved.pop("optimizer", {}), recipe)

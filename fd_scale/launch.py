@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -68,9 +69,8 @@ class Launcher:
             raise late
         if child.returncode:
             shown = "see above" if said is None else "; ".join(said.strip().splitlines()[-3:])
-            raise UserError(
-                f"`fd-scale {verb} {recipe} run_dir={run_dir}` ended with code {child.returncode}: {shown}"
-            )
+            command = shlex.join(["fd-scale", verb, recipe, f"run_dir={run_dir}", *settings])
+            raise UserError(f"`{command}` ended with code {child.returncode}: {shown}")
         return run_dir
 
 

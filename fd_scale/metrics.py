@@ -226,7 +226,12 @@ class Recorder:
     def evaluation(self, step: int, metrics: dict[str, float]) -> None:
         """Writes a line of evaluation metrics, which are the same on all ranks."""
         self._write(step, "evaluation", metrics)
-        self._show(step, "  ".join(f"evaluation {name} {value:.4f}" for name, value in metrics.items()))
+        # A learning rate of a linear probe is less than four decimals show.
+        shown = {
+            name: f"{value:.4f}" if abs(value) >= 1e-3 or not value else f"{value:.3g}"
+            for name, value in metrics.items()
+        }
+        self._show(step, "  ".join(f"evaluation {name} {value}" for name, value in shown.items()))
         self.since = (step, time.perf_counter())  # an evaluation is no part of the step time
 
     def checkpoint(self, took: dict[str, float]) -> None:

@@ -25,6 +25,7 @@ from fd_scale.config.sections import (
     TrainConfig,
     WatchConfig,
 )
+from fd_scale.config.shape import require_shape
 from fd_scale.config.tasks import (
     ClassificationConfig,
     ContrastiveConfig,
@@ -99,6 +100,7 @@ def load_recipe(recipe: str | Path, overrides: list[str] | None = None) -> Recip
 
 def build_recipe(values: Any, where: str = "recipe") -> Recipe:
     """Builds a checked recipe from plain nested dicts; errors name `where`."""
+    require_shape(Recipe, values, where)
     try:
         merged = OmegaConf.merge(OmegaConf.structured(Recipe), values)
         missing = OmegaConf.missing_keys(merged)
@@ -106,9 +108,7 @@ def build_recipe(values: Any, where: str = "recipe") -> Recipe:
             raise UserError(f"{where}: required and not given: {', '.join(sorted(missing))}")
         recipe = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
-        # OmegaConf names no key where a list of numbers has the wrong length
-        key = error.full_key or f"one of {', '.join(_lists_of_fixed_length())}"
-        raise UserError(f"{where}: {key}: {first_line(error)}") from None
+        raise UserError(f"{where}: {error.full_key}: {first_line(error)}") from None
     except UserError as error:
         raise UserError(str(error) if str(error).startswith(where) else f"{where}: {error}") from None
     assert isinstance(recipe, Recipe)
@@ -158,9 +158,11 @@ def describe_fields(cls: type) -> list[tuple[str, str, str]]:
         match = re.search(rf'^    {item.name}: .*\n    """((?:.|\n)*?)"""', body, re.MULTILINE)
         if match is None:
             continue  # a section of its own
-        required = item.default is MISSING and item.default_factory is MISSING
-        default = "required" if required else str(item.default)
-        rows.append((item.name, default if "MISSING" not in default else "{}", " ".join(match[1].split())))
+        made = MISSING if item.default_factory is MISSING else item.default_factory()
+        default = made if item.default is MISSING else item.default
+        rows.append(
+            (item.name, "required" if default is MISSING else str(default), " ".join(match[1].split()))
+        )
     return rows
 
 
@@ -185,12 +187,3 @@ def _put(config: DictConfig, key: str, value: Any) -> None:
             node[part] = {}
         node = node[part]
     node[last] = value
-
-
-def _lists_of_fixed_length() -> list[str]:
-    return [
-        f"{section}.{item.name}"
-        for section, cls in _SECTIONS.items()
-        for item in fields(cls)
-        if str(item.type).startswith("tuple[")
-    ]

@@ -96,7 +96,7 @@ def write(tmp_path: Path) -> Write:
             ("wrong type", ["train.global_batch=many"], ["train.global_batch", "'many'", "Integer"]),
             ("not one of", ["train.precision=fp8"], ["train.precision", "'fp8'", "'fp32', 'bf16', 'fp16'"]),
             ("out of range", ["optim.lr=-1"], ["optim.lr: got -1.0, expected a positive number"]),
-            ("wrong length", ["model.mean=[0.5]"], ["one of model.mean", "length 1", "length 3"]),
+            ("wrong length", ["model.mean=[0.5]"], ["model.mean: expected 3 values, got 1: [0.5]"]),
             ("task without section", ["distill=null"], ["task distill needs a section", "`distill: {}`"]),
             ("section of another task", ["contrastive={}"], ["belongs to task contrastive", "remove it"]),
             ("not key=value", ["optim.lr"], ["'optim.lr'", "key=value"]),
@@ -226,7 +226,7 @@ def test_run_folder_that_cannot_be_written(
 @pytest.mark.parametrize(
     ("config", "facts"),
     [
-        ({"train_batch_size": 32}, ["train_batch_size is 32", "the recipe gives 16 on 1 ranks"]),
+        ({"train_batch_size": 32}, ["train_batch_size is 32", "train.global_batch gives 16 on 1 ranks"]),
         ({"train_micro_batch_size_per_gpu": 4}, ["train_micro_batch_size_per_gpu is 4", "gives 8"]),
         ({"gradient_accumulation_steps": 1}, ["gradient_accumulation_steps is 1", "gives 2"]),
         ({"gradient_clipping": 1.0}, ["gradient_clipping is 1.0", "gives 0.5"]),

@@ -199,6 +199,16 @@ def test_every_limit_is_in_the_table_above() -> None:
         ),
         ({"distill__teachers": []}, "distill.teachers: got an empty list"),
         (
+            {"distill__teachers": {"model": {"name": "swin_v2_tiny"}}},
+            "distill.teachers: expected a list, each item after a dash, got a mapping of settings",
+        ),
+        ({"distill__teachers": ["a"]}, "distill.teachers.0: expected a mapping of settings, got 'a'"),
+        ({"log": 5}, "log: expected a mapping of settings, got 5"),
+        ({"optim": [1]}, "optim: expected a mapping of settings, got a list"),
+        ({"model__overrides": ["depth", 4]}, "model.overrides: expected a mapping of settings, got a list"),
+        ({"optim__betas": [0.9, 0.95, 0.99]}, "optim.betas: expected 2 values, got 3"),
+        ({"optim__lr": [1e-3]}, "optim.lr: expected a value, got a list"),
+        (
             {"distill__teachers": [{"model": {"name": "swin_v2_tiny", "weights": "teacher"}}]},
             "distill.teachers.0.model.weights: `teacher` is for a student",
         ),
