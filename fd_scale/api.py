@@ -58,7 +58,7 @@ from fd_scale.plan import Choice, NotCountedError, Plan, memory_table, present_g
 from fd_scale.plan import plan as plan_recipe
 from fd_scale.plan.measure import Measured
 from fd_scale.plan.measure import measure as measure_trainer
-from fd_scale.predict import class_names_of, predict_images
+from fd_scale.predict import class_names_of, predict_classes, predict_images
 from fd_scale.pretrain import ContrastiveTask, MaskedTask
 from fd_scale.randomness import initial_seed
 from fd_scale.trainer import Task, Trainer
@@ -198,29 +198,29 @@ def _to_evaluate(recipe: Recipe) -> tuple[Task, Recipe, World]:
 def predict(
     path: str | Path, images: str | Path, out: str | Path, overrides: Sequence[str] = (), masks: bool = False
 ) -> list[Path]:
-    """Writes what the checkpoint of a segmentation or a detection makes of images, a picture each.
+    """Writes what a checkpoint makes of images: pictures of a segmentation or a detection, a table of a classification.
 
     Args:
         path: folder of the run, or one of its checkpoints.
         images: an image file, or a folder of them.
-        out: folder of the pictures.
+        out: folder of the pictures, or of `predictions.csv`.
         overrides: `key=value` settings that replace the recipe's, e.g. `segmentation.flip_too=true`.
         masks: whether a segmentation's masks are wanted in place of pictures, see `fd_scale.predict.predict_images`.
 
     Returns:
-        The pictures.
+        The files.
 
     Raises:
-        UserError: the run is neither, or masks are wanted of a detection; there is no whole checkpoint, or an image
-            cannot be read.
+        UserError: the run is of another task, or masks are wanted of one that has none; there is no whole checkpoint,
+            or an image cannot be read.
     """
     alone = World(rank=0, local_rank=0, size=1, device=torch.device("cpu"))
     run, checkpoint = find_checkpoint(Path(path), alone)
     recipe = recipe_of(run, checkpoint, list(overrides), images_needed=False)
-    if recipe.segmentation is None and recipe.detection is None:
+    if recipe.task not in ("classification", "segmentation", "detection"):
         raise UserError(
-            f"{run}: predict shows classes of pixels, or objects, and its task is {recipe.task}; name a "
-            "segmentation or a detection"
+            f"{run}: predict shows classes of images or pixels, or objects, and its task is {recipe.task}; name a "
+            "classification, a segmentation or a detection"
         )
     if masks and recipe.segmentation is None:
         raise UserError(
@@ -229,9 +229,12 @@ def predict(
         )
     recipe = replace(recipe, data=replace(recipe.data, evaluation=None))
     task, recipe, world = _to_evaluate(recipe)
-    assert isinstance(task, SegmentationTask | DetectionTask), "the recipe's task"
     restore(task, recipe, checkpoint, world)
-    return predict_images(task, class_names_of(recipe), Path(images), Path(out), world.device, masks)
+    names = run_folder.class_names(run) or class_names_of(recipe)
+    if isinstance(task, ClassificationTask):
+        return [predict_classes(task, recipe, names, Path(images), Path(out), world.device)]
+    assert isinstance(task, SegmentationTask | DetectionTask), "the recipe's task"
+    return predict_images(task, names, Path(images), Path(out), world.device, masks)
 
 
 def plan(recipe: Recipe, gpu: str, num_gpus: int, images: int | None = None) -> Plan:
@@ -317,7 +320,8 @@ def build_trainer(
     refuse_other_identity(run_dir, identity)
     lock = RunLock(run_dir)
     world.on_main(lock.acquire)
-    world.on_main(lambda: run_folder.create(recipe))
+    named = source.class_names if recipe.task in ("classification", "segmentation", "detection") else None
+    world.on_main(lambda: run_folder.create(recipe, named))
     log.set_up(world.rank, run_dir)
     task.prepare(world, loader)
     engine = Engine(task.module, task.undecayed, task.lr_scales, engine_config, recipe.optim, world)

@@ -16,6 +16,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from rich.table import Table
 from rich.text import Text
@@ -33,6 +34,7 @@ from fd_scale.data import (
     require_targets,
     training_transform,
 )
+from fd_scale.data.base import IGNORED
 from fd_scale.data.decode import DecodeError
 from fd_scale.data.store import is_remote
 from fd_scale.distill import DistillationTask
@@ -50,6 +52,9 @@ from fd_scale.plan import NotCountedError, memory_table, plan, present_gpu, requ
 from fd_scale.pretrain import ContrastiveTask, MaskedTask
 from fd_scale.teacher_features import Part, evaluation_part, train_part
 from fd_scale.teachers import Teacher
+
+NUM_READ = 16
+"""Of the training images, the first ones: as many in a row that cannot be decoded end a run."""
 
 
 class _Warning(str):
@@ -207,12 +212,29 @@ def _training_data(subject: _Subject) -> str:
     source = subject.source
     require_targets("data.train", subject.recipe.data.train, source, subject.recipe.targets)
     found = f"{_written(subject.recipe.data.train)}: {len(source)} images, {source.num_classes} classes"
-    try:
-        picture, _ = source.read(0)
-        picture.pil()
-    except DecodeError as error:
-        return _Warning(f"{found}; {source.name(0)} cannot be decoded and would be replaced: {error}")
-    return f"{found}, the first {picture.width}x{picture.height} px"
+    count = min(len(source), NUM_READ)
+    bad, sizes, classes = [], [], set()
+    for sample_id in range(count):
+        try:
+            picture, target = source.read(sample_id)
+            picture.pil()
+        except DecodeError as error:
+            bad.append(f"{source.name(sample_id)} cannot be decoded: {error}")
+            continue
+        sizes.append(f"{picture.width}x{picture.height}")
+        if source.targets == "masks":
+            classes |= set(np.unique(np.asarray(target)).tolist()) - {IGNORED}
+    if not sizes:
+        raise UserError(f"data.train: {found}, and of the first {count} none can be decoded: {bad[0]}")
+    if bad:
+        return _Warning(f"{found}; {len(bad)} of the first {count} would be replaced: {bad[0]}")
+    if source.targets == "masks" and len(classes) < 2:
+        names = [(source.class_names or [])[label] for label in classes]
+        return _Warning(
+            f"{found}; all pixels of the first {count} masks are {' or '.join([*names, 'ignored'])}: classes count "
+            f"from 0, and {IGNORED} is ignored"
+        )
+    return f"{found}, the first {sizes[0]} px"
 
 
 def _evaluation_data(subject: _Subject) -> str:

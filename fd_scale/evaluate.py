@@ -23,7 +23,7 @@ from fd_scale.distributed import World
 from fd_scale.engine import saved_weights
 from fd_scale.errors import UserError
 from fd_scale.evaluation import EvaluationSet, Progress, reassessed_labels, write_results
-from fd_scale.finetune import ClassificationTask, DetectionTask, SegmentationTask
+from fd_scale.finetune import ClassificationTask, DetectionTask, SegmentationTask, require_trained_classes
 from fd_scale.models import dtype_of
 from fd_scale.trainer import Task
 
@@ -128,6 +128,11 @@ def evaluate_task(
     Raises:
         UserError: the images do not fit the task.
     """
+    names = run_folder.class_names(run)
+    if isinstance(task, ClassificationTask | SegmentationTask | DetectionTask):
+        assert task.evaluation is not None, "the recipe names images"
+        require_trained_classes(recipe, task.evaluation.source, names)
+        names = task.evaluation.source.class_names or names
     restore(task, recipe, checkpoint, world)
     step = read_manifest(checkpoint)["state"]["step"]
     logger.info("%s: step %d on %s", checkpoint, step, recipe.data.evaluation)
@@ -136,9 +141,9 @@ def evaluate_task(
     world.on_main(partial(_make, file.parent))
     with torch.no_grad():
         if isinstance(task, ClassificationTask):
-            more, table = _measured_classifier(task, world, real)
+            more, table = _measured_classifier(task, world, real, names)
         elif isinstance(task, SegmentationTask | DetectionTask):
-            more, table = _measured_images(task, recipe, run, checkpoint, file, world)
+            more, table = _measured_images(task, recipe, checkpoint, file, world)
         else:
             more = task.evaluate(task.module, world)
             table = _table("", {name: f"{value:.5g}" for name, value in more.items()})
@@ -156,7 +161,7 @@ def evaluate_task(
 
 
 def _measured_classifier(
-    task: ClassificationTask, world: World, real: str | None
+    task: ClassificationTask, world: World, real: str | None, names: list[str] | None
 ) -> tuple[dict[str, Any], Table]:
     assert task.evaluation is not None, "the recipe names images"
     source = task.evaluation.source
@@ -170,14 +175,13 @@ def _measured_classifier(
         label: f"{accuracy.class_top1[label]:.2%} of {accuracy.class_images[label]}"
         for label in accuracy.worst_classes(NUM_WORST)
     }
-    table = _table(f"{accuracy.num_images} images", shown, worst, source.class_names)
-    return accuracy.to_json(source.class_names), table
+    table = _table(f"{accuracy.num_images} images", shown, worst, names)
+    return accuracy.to_json(names), table
 
 
 def _measured_images(
     task: SegmentationTask | DetectionTask,
     recipe: Recipe,
-    run: Path,
     checkpoint: Path,
     file: Path,
     world: World,
@@ -193,6 +197,11 @@ def _measured_images(
     overlap = task.measure(task.evaluation, task.module, world, progress)
     worst = {label: f"{overlap.class_iou[label]:.2%}" for label in overlap.worst_classes(NUM_WORST)}
     shown = {name: f"{value:.2%}" for name, value in overlap.metrics.items()}
+    names = source.class_names or [str(label) for label in range(source.num_classes)]
+    if absent := [name for name, pixels in zip(names, overlap.matrix.sum(1), strict=True) if not pixels]:
+        shown["classes without a pixel"] = (
+            f"{len(absent)} of {len(names)}: {', '.join(absent[:3])}{', ...' if len(absent) > 3 else ''}"
+        )
     title = f"{overlap.matrix.sum() / 1e6:.1f} M pixels"
     return overlap.to_json(source.class_names), _table(title, shown, worst, source.class_names)
 

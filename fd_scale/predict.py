@@ -1,7 +1,9 @@
-"""`fd-scale predict`: what a run's model makes of images, as pictures."""
+"""`fd-scale predict`: what a run's model makes of images: pictures, or a table of classes."""
 
 from __future__ import annotations
 
+import csv
+import io
 import logging
 from pathlib import Path
 
@@ -11,18 +13,22 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms.v2.functional import pil_to_tensor
 
+from fd_scale.checkpoint import write_atomically
 from fd_scale.config import Recipe, as_list
-from fd_scale.data import open_source
-from fd_scale.data.base import IMAGE_SUFFIXES
+from fd_scale.data import evaluation_batches, measuring_transform, open_source
+from fd_scale.data.base import IMAGE_SUFFIXES, UNLABELLED
 from fd_scale.data.decode import DecodeError, decode
+from fd_scale.data.folders import FileSource
 from fd_scale.data.masks import ade20k_names
 from fd_scale.errors import UserError
-from fd_scale.finetune import DetectionTask, SegmentationTask
+from fd_scale.finetune import ClassificationTask, DetectionTask, SegmentationTask
 from fd_scale.finetune.detection.pictures import with_detections
 from fd_scale.finetune.segmentation.pictures import overlay
 
 logger = logging.getLogger(__name__)
 
+NUM_CLASSES = 5
+"""Of an image, the most probable ones, that a table has."""
 SHOWN_SCORE = 0.3
 """Of a detection, where `detection.score_threshold` is lower: that is for AP, and a picture with all would be full."""
 
@@ -39,6 +45,73 @@ def images_below(path: Path) -> list[Path]:
     if not found:
         raise UserError(f"{path}: no image there; expected a file, or a folder with images")
     return found
+
+
+def predict_classes(
+    task: ClassificationTask,
+    recipe: Recipe,
+    class_names: list[str] | None,
+    path: Path,
+    out: Path,
+    device: torch.device,
+) -> Path:
+    """Writes a table of images and their most probable classes, `predictions.csv`.
+
+    Args:
+        task: with its trained weights, in eval mode on the device.
+        recipe: the run's: images are cut as in its evaluations.
+        class_names: of its classes; none: their numbers.
+        path: an image or a folder.
+        out: folder of the table.
+        device: of the module.
+
+    Returns:
+        The table: a row an image, its path relative to the folder, then name and probability (0..1) of each class.
+
+    Raises:
+        UserError: there are no images, one cannot be decoded, or nothing can be written.
+    """
+    num_classes = task.module.head.out_features
+    names = _named(class_names, num_classes)
+    root = path if path.is_dir() else path.parent
+    files = [str(file.relative_to(root)) for file in images_below(path)]
+    source = FileSource(root, files, [UNLABELLED] * len(files), [])
+    count = min(NUM_CLASSES, num_classes)
+    table = io.StringIO()
+    rows = csv.writer(table)
+    rows.writerow(
+        ["image", *(f"{what}_{place}" for place in range(1, count + 1) for what in ("class", "probability"))]
+    )
+    batches = evaluation_batches(
+        source, measuring_transform(recipe), batch_size=recipe.train.micro_batch, rank=0, world_size=1,
+        num_workers=recipe.data.num_workers,
+    )  # fmt: skip
+    for batch in batches:
+        with torch.no_grad():
+            logits_BK = task.module(**task.evaluation_inputs(batch.to(device)))["logits"]
+        shares, labels = logits_BK.softmax(-1).topk(count)
+        for position, *found in zip(batch.positions.tolist(), shares.tolist(), labels.tolist(), strict=True):
+            cells = [
+                cell for share, label in zip(*found, strict=True) for cell in (names[label], f"{share:.4f}")
+            ]
+            rows.writerow([files[position], *cells])
+    target = out / "predictions.csv"
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        write_atomically(target, table.getvalue())
+    except OSError as error:
+        raise _unwritable(out, error) from None
+    return target
+
+
+def _named(class_names: list[str] | None, num_classes: int) -> list[str]:
+    if class_names is None or len(class_names) != num_classes:
+        return [str(label) for label in range(num_classes)]
+    return class_names
+
+
+def _unwritable(out: Path, error: OSError) -> UserError:
+    return UserError(f"--out {out}: cannot be written ({error.strerror}); name another folder")
 
 
 def predict_images(
@@ -66,9 +139,7 @@ def predict_images(
     Raises:
         UserError: there are no images, one cannot be decoded, two would be written to one file, or nothing can be.
     """
-    names = class_names
-    if names is None or len(names) != task.num_classes:
-        names = [str(label) for label in range(task.num_classes)]
+    names = _named(class_names, task.num_classes)
     root = path if path.is_dir() else path.parent
     targets = {file: (out / file.relative_to(root)).with_suffix(".png") for file in images_below(path)}
     # Resolved: one folder has many names.
@@ -90,9 +161,7 @@ def predict_images(
             target.parent.mkdir(parents=True, exist_ok=True)
             picture.save(target)
         except OSError as error:
-            raise UserError(
-                f"--out {out}: cannot be written ({error.strerror}); name another folder"
-            ) from None
+            raise _unwritable(out, error) from None
         logger.info("%s", target)
     return list(targets.values())
 

@@ -26,6 +26,8 @@ _PACKAGES = (
 )  # fmt: skip
 
 
+_CLASSES = "classes.json"
+
 # How a trained model is measured: not what it is.
 PREDICTION_SETTINGS = (
     "segmentation.inference", "segmentation.stride", "segmentation.short_side", "segmentation.scales",
@@ -42,10 +44,14 @@ _FREE_SETTINGS = (
 )  # fmt: skip
 
 
-def create(recipe: Recipe) -> Path:
-    """Makes the run folder and writes `recipe.yaml` and `environment.json` into it.
+def create(recipe: Recipe, class_names: list[str] | None = None) -> Path:
+    """Makes the run folder and writes `recipe.yaml` and `environment.json` into it, and `classes.json` with names.
 
     Each start appends to the environment's list: a resumed run may have moved to other hardware.
+
+    Args:
+        recipe: of the run.
+        class_names: what it learns to tell apart; none: nothing, or they have no names.
 
     Raises:
         UserError: the folder cannot be written.
@@ -54,6 +60,8 @@ def create(recipe: Recipe) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_atomically(folder / "recipe.yaml", to_yaml(recipe))
+        if class_names is not None:
+            write_atomically(folder / _CLASSES, json.dumps(class_names, indent=1, ensure_ascii=False))
         file = folder / "environment.json"
         starts = json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
         write_atomically(
@@ -62,6 +70,15 @@ def create(recipe: Recipe) -> Path:
     except OSError as error:
         raise not_writable(folder, error) from None
     return folder
+
+
+def class_names(run_dir: Path) -> list[str] | None:
+    """Returns the names of the classes that a run learns; none where it learns none, or did not know their names."""
+    try:
+        names: list[str] = json.loads((run_dir / _CLASSES).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return names
 
 
 def not_writable(folder: Path, error: OSError) -> UserError:

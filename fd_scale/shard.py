@@ -76,7 +76,8 @@ def shard(source: str, out: str, size: str, decode: bool = False) -> Iterator[st
         with log.counting("images") as told:
             _write(folder, _samples(opened, labels, told, decode), max_bytes)
         if opened.class_names is not None:
-            (folder / "classes.txt").write_text("".join(f"{name}\n" for name in opened.class_names))
+            names = "".join(f"{name}\n" for name in opened.class_names)
+            (folder / "classes.txt").write_text(names, encoding="utf-8")
     except OSError as error:
         raise UserError(
             f"shard: {out} cannot be written ({error.strerror}); make room, or give another folder"

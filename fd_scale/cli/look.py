@@ -73,15 +73,17 @@ def add_looking(verbs: Verbs) -> None:
 
 def _add_predict(verbs: Verbs) -> None:
     predict = add_verb(
-        verbs, "predict", "what a segmentation or a detection makes of images: pictures with classes or objects",
-        "Predicts an image, or all below a folder, as `evaluate` does, and writes OUT/NAME.png for each.",
+        verbs, "predict", "what a model makes of images: pictures with classes or objects, or a table of classes",
+        "Predicts an image, or all below a folder, as `evaluate` does, and writes OUT/NAME.png for each, of a\n"
+        "classification OUT/predictions.csv.",
         "  fd-scale predict runs/ade20k/tiny photo.jpg --out predicted\n"
+        "  fd-scale predict runs/digits/finetune photos --out predicted\n"
         "  fd-scale predict runs/coco/tiny photos --out predicted detection.score_threshold=0.3\n"
         "  fd-scale predict runs/mine photos --out predicted segmentation.flip_too=true",
     )  # fmt: skip
     predict.add_argument("run_dir", metavar="RUN", help="folder of a run, or one of its checkpoints")
     predict.add_argument("images", metavar="IMAGE", help="an image file, or a folder")
-    predict.add_argument("--out", metavar="DIR", required=True, help="folder of the pictures")
+    predict.add_argument("--out", metavar="DIR", required=True, help="folder of what is written")
     add_overrides(predict)
     predict.add_argument(
         "--masks",
@@ -117,7 +119,7 @@ def _predict(options: argparse.Namespace) -> None:
     from fd_scale import api
 
     written = api.predict(options.run_dir, options.images, options.out, options.overrides, options.masks)
-    print(f"{len(written)} pictures in {options.out}")
+    print(written[0] if written[0].suffix == ".csv" else f"{len(written)} pictures in {options.out}")
 
 
 def _report(options: argparse.Namespace) -> None:

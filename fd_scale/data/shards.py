@@ -3,8 +3,10 @@
 import collections
 import functools
 import io
+import logging
 import os
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +19,8 @@ from fd_scale.data.picture import Picture
 from fd_scale.data.remote_shards import Range, RemoteShards
 from fd_scale.data.tar_index import TarIndex, index_of, key_of
 from fd_scale.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 # A thousand shards are usual, and a thousand open files are what a process may have.
 _MAX_OPEN_SHARDS = 256
@@ -75,11 +79,10 @@ class LocalShards:
 class TarSource:
     """Uncompressed tar files; members of one key are a sample: an image, and `.cls` or `.json` with its label.
 
-    Nothing is unpacked.
+    Nothing is unpacked. A file `classes.txt` beside them on a disk, as `fd-scale shard` writes it, names the classes.
     """
 
     targets: Targets = "labels"
-    class_names: list[str] | None = None
 
     def __init__(self, path: str, index: Callable[[list[str]], TarIndex] = index_of) -> None:
         """Opens a set of shards: as `data_files` takes it, and what gives their index."""
@@ -90,6 +93,9 @@ class TarSource:
                 f"tar:{path} holds no images ({' '.join(sorted(IMAGE_SUFFIXES))}); check the path"
             )
         self.num_classes: int = self.index.header["num_classes"]
+        self.class_names = None if store.is_remote(path) else _class_names(self.paths, self.num_classes)
+        if self.class_names is not None:
+            self.num_classes = len(self.class_names)
         self.shards = (
             RemoteShards(self.paths, self.index) if store.is_remote(path) else LocalShards(self.paths)
         )
@@ -142,3 +148,18 @@ class TarSource:
     def _range(self, sample_id: int) -> Range:
         index = self.index
         return index.shard(sample_id), int(index.offsets_N[sample_id]), int(index.sizes_N[sample_id])
+
+
+def _class_names(paths: list[str], num_classes: int) -> list[str] | None:
+    """A name a line; none where there is no such file beside all shards."""
+    folders = {os.path.dirname(path) for path in paths}
+    file = Path(min(folders)) / "classes.txt"
+    if not num_classes or len(folders) > 1 or not file.is_file():
+        return None
+    names = file.read_text(encoding="utf-8").removesuffix("\n").split("\n")
+    if len(names) < num_classes:
+        logger.warning(
+            "%s names %d classes, the shards there have %d: it is not read", file, len(names), num_classes
+        )
+        return None
+    return names

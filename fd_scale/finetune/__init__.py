@@ -5,6 +5,7 @@ from __future__ import annotations
 from fd_scale.config import Recipe
 from fd_scale.data import Source
 from fd_scale.evaluation import EvaluationSet
+from fd_scale.finetune.classes import require_trained_classes
 from fd_scale.finetune.classification import ClassificationTask
 from fd_scale.finetune.detection import DetectionTask
 from fd_scale.finetune.linear_probe import LinearProbeTask, features_of
@@ -20,6 +21,7 @@ __all__ = [
     "SegmentationTask",
     "features_of",
     "fine_tuning_task",
+    "require_trained_classes",
 ]
 
 

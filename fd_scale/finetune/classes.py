@@ -50,11 +50,34 @@ def require_same_classes(recipe: Recipe, train: Source, evaluation: Source) -> N
     Raises:
         UserError: numbers or names differ.
     """
-    theirs, ours = evaluation.class_names, train.class_names
-    if evaluation.num_classes != train.num_classes or (theirs and ours and theirs != ours):
-        differing = sorted(set(theirs or ()) ^ set(ours or ()))[:5]
+    if evaluation.num_classes != train.num_classes or _differ(evaluation.class_names, train.class_names):
         raise UserError(
-            f"data.evaluation: {recipe.data.evaluation} has {evaluation.num_classes} classes and "
-            f"{recipe.data.train} has {train.num_classes}{f' (only in one: {differing})' if differing else ''}; "
-            "expected the same ones"
+            f"data.evaluation: {recipe.data.evaluation} has {evaluation.num_classes} classes and {recipe.data.train} "
+            f"has {train.num_classes}{_differing(evaluation.class_names, train.class_names)}; expected the same ones"
         )
+
+
+def require_trained_classes(recipe: Recipe, evaluation: Source, trained: list[str] | None) -> None:
+    """Refuses an evaluation source with other classes than a run was trained on, as far as both have names.
+
+    Raises:
+        UserError: names differ.
+    """
+    if _differ(evaluation.class_names, trained):
+        raise UserError(
+            f"data.evaluation: {recipe.data.evaluation} has other classes than the run was trained on"
+            f"{_differing(evaluation.class_names, trained)}; expected the same ones"
+        )
+
+
+def _differ(theirs: list[str] | None, ours: list[str] | None) -> bool:
+    """Numbers from 0, as ImageNet-V2 has them, name no class but its place."""
+    numbers = [[str(place) for place in range(len(names))] for names in (theirs or (), ours or ())]
+    return bool(theirs and ours and theirs != ours and theirs != numbers[0] and ours != numbers[1])
+
+
+def _differing(theirs: list[str] | None, ours: list[str] | None) -> str:
+    if not (theirs and ours):
+        return ""
+    alone = sorted(set(theirs) ^ set(ours))[:5]
+    return f" (only in one: {alone})" if alone else " (in another order)" if theirs != ours else ""

@@ -1,0 +1,83 @@
+"""A classifier of named classes: its names are its run's, whatever is measured or predicted with it."""
+
+import csv
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fd_scale import api, cli
+from fd_scale.config import build_recipe
+from fd_scale.errors import UserError
+from fd_scale.shard import shard
+
+NAMES = ["Hund & Katze", "größe", "z.b. bird"]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: Any, values_in: Callable[..., dict[str, Any]]) -> Path:
+    """Learns by heart three colours; the last class of the images has none but in training."""
+    folder = tmp_path_factory.mktemp("classification")
+    rng = np.random.default_rng(0)
+    for label, name in enumerate(NAMES):
+        (folder / "images" / name).mkdir(parents=True)
+        for number in range(4):
+            pixels = rng.integers(0, 60, size=(30, 40, 3))
+            pixels[..., label] += 180
+            Image.fromarray(pixels.astype(np.uint8)).save(folder / "images" / name / f"{number} é.png")
+    values = values_in(
+        folder / "run", "classification", data__train=f"imagefolder:{folder / 'images'}", train__global_batch=12,
+        train__micro_batch=12, train__steps=40, optim__lr=5e-3, data__evaluation=f"imagefolder:{folder / 'images'}",
+    )  # fmt: skip
+    api.train(build_recipe(values))
+    return folder / "run"
+
+
+def test_other_names_are_refused_and_numbers_are_places(run: Path, tmp_path: Path) -> None:
+    assert json.loads((run / "classes.json").read_text()) == NAMES
+    right = api.evaluate(run)
+    assert right["top1"] > 0.9
+    numbers, renamed = tmp_path / "numbers", tmp_path / "renamed"
+    for place, name in enumerate(NAMES):
+        shutil.copytree(run.parent / "images" / name, numbers / str(place))
+        shutil.copytree(run.parent / "images" / name, renamed / name.replace("Hund & Katze", "zHund"))
+    assert api.evaluate(run, [f"data.evaluation=imagefolder:{numbers}"])["top1"] == right["top1"]
+    with pytest.raises(
+        UserError, match=r"other classes than the run was trained on \(only in one: \['Hund & Katze', "
+    ):
+        api.evaluate(run, [f"data.evaluation=imagefolder:{renamed}"])
+
+
+def test_shards_have_the_names_beside_them(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    list(shard(f"imagefolder:{run.parent / 'images'}", str(tmp_path / "shards"), "1GB"))
+    found = api.evaluate(run, [f"data.evaluation=tar:{tmp_path / 'shards'}"])
+    assert [each["name"] for each in found["classes"]] == NAMES
+    (tmp_path / "shards/classes.txt").unlink()
+    again = api.evaluate(run, [f"data.evaluation=tar:{tmp_path / 'shards'}"])
+    assert [each["name"] for each in again["classes"]] == NAMES, "those of the run"
+
+
+def test_predict_writes_a_table(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cli.main(["predict", str(run), str(run.parent / "images"), "--out", str(tmp_path / "out é")])
+    assert capsys.readouterr().out.strip() == str(tmp_path / "out é/predictions.csv")
+    with (tmp_path / "out é/predictions.csv").open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 12
+    assert rows[0]["image"] == "Hund & Katze/0 é.png"
+    for row in rows:
+        shares = [float(row[f"probability_{place}"]) for place in (1, 2, 3)]
+        assert shares == sorted(shares, reverse=True)
+        assert sum(shares) == pytest.approx(1, abs=2e-4)
+        assert {row[f"class_{place}"] for place in (1, 2, 3)} == set(NAMES)
+    right = sum(row["class_1"] == row["image"].split("/")[0] for row in rows)
+    assert right / 12 == pytest.approx(api.evaluate(run)["top1"])
+    with pytest.raises(UserError, match="--masks: a class for each pixel"):
+        api.predict(run, run.parent / "images", tmp_path, masks=True)
