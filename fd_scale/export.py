@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from omegaconf import OmegaConf
@@ -17,6 +18,7 @@ from torch import Tensor
 from fd_scale import models, run_folder
 from fd_scale.checkpoint import newest_checkpoint, read_manifest, write_atomically
 from fd_scale.config import ModelConfig, Recipe, to_yaml
+from fd_scale.data.transforms import CROP_FRACTION
 from fd_scale.engine import saved_weights
 from fd_scale.errors import UserError
 from fd_scale.metrics import read_metrics
@@ -64,7 +66,7 @@ def export(run_dir: str | Path, out: str | Path, layout: str = "ours") -> Path:
         )
     step = read_manifest(checkpoint)["state"]["step"]
     backbone = _on_meta(recipe.model)
-    texts = {"README.md": model_card(recipe, run, step, backbone)}
+    texts = {"README.md": model_card(recipe, run, step, backbone, layout)}
     if layout == "ours":  # chunk by chunk: the host need not hold the model
         texts = _texts(backbone, recipe.model, layout) | texts
         return _write(
@@ -124,8 +126,22 @@ def _write_model(
 
 
 def _texts(backbone: Backbone, config: ModelConfig, layout: str) -> dict[str, str]:
-    described = {"model": asdict(config) | {"weights": None}} | backbone.layout_config(layout)
-    return {"config.json": json.dumps(described, indent=1)}
+    described = {"model": asdict(config) | {"weights": None}} | backbone.layout_config(layout, config)
+    texts = {"config.json": json.dumps(described, indent=1)}
+    if layout == "hf":
+        texts["preprocessor_config.json"] = json.dumps(_image_processor(config), indent=1)
+    return texts
+
+
+def _image_processor(config: ModelConfig) -> dict[str, Any]:
+    """What `transformers.AutoImageProcessor` reads: images as evaluations cut them."""
+    return {
+        "image_processor_type": "CLIPImageProcessor", "do_convert_rgb": True,
+        "do_resize": True, "size": {"shortest_edge": round(config.size / CROP_FRACTION)}, "resample": 3,
+        "do_center_crop": True, "crop_size": {"height": config.size, "width": config.size},
+        "do_rescale": True, "rescale_factor": 1 / 255,
+        "do_normalize": True, "image_mean": config.mean, "image_std": config.std,
+    }  # fmt: skip
 
 
 def _write_whole(file: Path, weights: dict[str, Tensor]) -> None:
@@ -159,7 +175,10 @@ def _write(target: Path, file: str, write: Callable[[Path], None], texts: dict[s
     return target
 
 
-def model_card(recipe: Recipe, run_dir: Path, step: int, backbone: Backbone) -> str:
+_LIBRARIES = {"timm": "timm", "hf": "transformers"}
+
+
+def model_card(recipe: Recipe, run_dir: Path, step: int, backbone: Backbone, layout: str) -> str:
     """Returns a model card in Markdown: what it is, its teacher and licence, its (resolved) recipe and metrics."""
     teachers = recipe.distill.teachers if recipe.distill is not None else []
     license_name = teachers[0].model.license if teachers else recipe.model.license
@@ -168,11 +187,13 @@ def model_card(recipe: Recipe, run_dir: Path, step: int, backbone: Backbone) -> 
     assert mean is not None, "resolved"
     assert std is not None, "resolved"
     card = [
-        "---", f"license: {license_name}", "library_name: fd-scale", "---", "",
+        "---", f"license: {license_name}", f"library_name: {_LIBRARIES.get(layout, 'fd-scale')}", "---", "",
         f"# {recipe.model.name}, {recipe.task}", "",
         f"{num_parameters / 1e6:.1f} M parameters, {recipe.model.img_size} px input, step {step} of `{run_dir}`.",
         f"Input: RGB in 0..1, mean {list(mean)}, standard deviation {list(std)}.", "",
     ]  # fmt: skip
+    if recipe.task not in ("distill", "contrastive", "masked"):
+        card += [f"The backbone alone: what was trained on top of it for {recipe.task} stays in the run.", ""]
     if decay := recipe.optim.ema_decay:
         card += [
             f"The weights are an exponential moving average of those that were trained, decay {decay} a step.",
@@ -191,14 +212,35 @@ def model_card(recipe: Recipe, run_dir: Path, step: int, backbone: Backbone) -> 
             card += [
                 f"| {line['step']} | {kind} {name} | {line[name]:.4f} |" for name in names if name in line
             ]
-    overrides = OmegaConf.to_container(OmegaConf.create(recipe.model.overrides))
     card += [
-        "", "## Use", "", "```python", "from fd_scale.models import create_model, load_weights", "",
-        f"model = create_model({recipe.model.name!r}, img_size={recipe.model.img_size}, **{overrides!r})",
-        'load_weights(model, "THIS_FOLDER")', "```", "", "## Recipe", "", "```yaml", to_yaml(recipe).rstrip(),
-        "```", "",
+        "", "## Use", "", "```python", *_usage(recipe.model, layout), "```", "", "## Recipe", "", "```yaml",
+        to_yaml(recipe).rstrip(), "```", "",
     ]  # fmt: skip
     return "\n".join(card)
+
+
+def _usage(config: ModelConfig, layout: str) -> list[str]:
+    """Lines of Python that load an exported folder."""
+    if layout == "timm":
+        return ["import timm", "", 'model = timm.create_model("local-dir:THIS_FOLDER", pretrained=True)']
+    if layout == "hf":
+        return [
+            "from transformers import AutoImageProcessor, AutoModel", "",
+            'model = AutoModel.from_pretrained("THIS_FOLDER")',
+            'processor = AutoImageProcessor.from_pretrained("THIS_FOLDER")',
+        ]  # fmt: skip
+    if layout in _WEIGHTS_FILE:
+        return [
+            "import torch",
+            "",
+            'weights = torch.load("THIS_FOLDER/model.pth", weights_only=True)["model"]',
+        ]
+    overrides = OmegaConf.to_container(OmegaConf.create(config.overrides))
+    return [
+        "from fd_scale.models import create_model, load_weights", "",
+        f"model = create_model({config.name!r}, img_size={config.img_size}, **{overrides!r})",
+        'load_weights(model, "THIS_FOLDER")',
+    ]  # fmt: skip
 
 
 def _sha256(config: ModelConfig) -> str:

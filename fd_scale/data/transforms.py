@@ -53,6 +53,8 @@ class ImageAlone:
 
 # timm passes over sections that it does not know.
 _RAND_AUGMENT = re.compile(r"((^|-)((m|mmax|inc|n)\d+|(mstd|p)\d+(\.\d+)?))+")
+CROP_FRACTION = 0.875
+"""Part of the resized side of an image that an evaluation sees; timm's default too."""
 _INTERPOLATIONS = {mode.value: mode for mode in InterpolationMode}
 
 
@@ -273,7 +275,7 @@ class _Written:
 
 
 def evaluation_transform(
-    img_size: int, *, crop_fraction: float = 0.875, interpolation: str = "bicubic"
+    img_size: int, *, crop_fraction: float = CROP_FRACTION, interpolation: str = "bicubic"
 ) -> View:
     """Returns a resize of the shorter side to img_size / crop_fraction, then a centre crop.
 

@@ -13,6 +13,7 @@ from typing import Any, get_args
 import torch
 from torch import Tensor, nn
 
+from fd_scale.config import ModelConfig
 from fd_scale.errors import UserError
 from fd_scale.models.layers import CheckpointingMode, ResidualBlock
 
@@ -187,8 +188,12 @@ class Backbone(nn.Module, ABC):
             f"--format {layout}: this model has the formats {', '.join(('ours', self.inner_layout, *self.formats))}"
         )
 
-    def layout_config(self, layout: str) -> dict[str, Any]:
+    def layout_config(self, layout: str, config: ModelConfig) -> dict[str, Any]:
         """Returns what a published layout's `config.json` says of the model, where it has one.
+
+        Args:
+            layout: of the weights beside it.
+            config: what the model was built from, resolved.
 
         Raises:
             UserError: it cannot say what this model is.

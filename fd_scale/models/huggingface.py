@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fd_scale import hub
+from fd_scale.config import ModelConfig
 from fd_scale.errors import UserError
 from fd_scale.models.backbone import Backbone, resolve_layers
 
@@ -131,7 +132,7 @@ class HuggingFaceBackbone(Backbone):
             name if name.startswith("model.") else f"model.{name}": tensor for name, tensor in state.items()
         }
 
-    def layout_config(self, layout: str) -> dict[str, Any]:
+    def layout_config(self, layout: str, config: ModelConfig) -> dict[str, Any]:
         """`config.json` of layout `hf`."""
         return self.config.to_dict() if layout == "hf" else {}
 

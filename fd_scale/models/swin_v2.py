@@ -17,11 +17,13 @@ import torch.nn.functional as F
 from fd_kernels import window_attention
 from torch import Tensor, nn
 
+from fd_scale.config import ModelConfig
 from fd_scale.errors import UserError
 from fd_scale.models import layouts
 from fd_scale.models.backbone import Backbone, resolve_layers
 from fd_scale.models.layers import INIT_STD, Linear, Mlp, PostNorm, ResidualBlock, at_least_fp32
 from fd_scale.models.position_bias import ContinuousPositionBias
+from fd_scale.models.timm_backbone import timm_config
 
 LOGIT_SCALE_INIT = math.log(10.0)
 LOGIT_SCALE_MAX = math.log(100.0)
@@ -391,12 +393,21 @@ class SwinTransformerV2(Backbone):
         """
         return layouts.to_layout(state, layout)
 
-    def layout_config(self, layout: str) -> dict[str, Any]:
-        """For layout `hf`, the `config.json` of the `transformers.Swinv2Model` that computes the same.
+    def layout_config(self, layout: str, config: ModelConfig) -> dict[str, Any]:
+        """For layout `hf`, the `config.json` of the `transformers.Swinv2Model` that computes the same; for `timm` too.
 
         Raises:
-            UserError: there is none: it has one square window, rounds odd grids down, and pads before it shifts.
+            UserError: there is none: Transformers' has one square window, rounds odd grids down, and pads before it
+                shifts.
         """
+        height, width = (side * self.patch_size for side in self.patch_grid)
+        image_size = height if height == width else [height, width]
+        if layout == "timm":
+            return timm_config(config, "swinv2_tiny_window8_256", {
+                "img_size": image_size, "patch_size": self.patch_size, "embed_dim": self.embed_dim,
+                "depths": list(self.depths), "num_heads": list(self.num_heads), "window_size": list(self.window_size),
+                "mlp_ratio": self.mlp_ratio, "pretrained_window_sizes": list(self.pretrained_window_sizes),
+            })  # fmt: skip
         if layout != "hf":
             return {}
         side = self.window_size[0]
@@ -411,11 +422,10 @@ class SwinTransformerV2(Backbone):
                         f"{grid} tokens a side; choose a square image whose grids are multiples of the window, "
                         "or another layout"
                     )
-        height, width = (side * self.patch_size for side in self.patch_grid)
         return {
             "architectures": ["Swinv2Model"],
             "model_type": "swinv2",
-            "image_size": height if height == width else [height, width],
+            "image_size": image_size,
             "patch_size": self.patch_size,
             "num_channels": self.in_chans,
             "embed_dim": self.embed_dim,

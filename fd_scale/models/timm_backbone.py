@@ -19,6 +19,7 @@ from timm.layers import DropPath, to_2tuple
 from timm.models import group_parameters
 from torch import Tensor, nn
 
+from fd_scale.config import ModelConfig
 from fd_scale.errors import UserError
 from fd_scale.models.backbone import Backbone, resolve_layers
 from fd_scale.models.layers import CheckpointingMode, ResidualBlock
@@ -122,6 +123,13 @@ class TimmBackbone(Backbone):
             if isinstance(module, nn.modules.dropout._DropoutNd):
                 module.p = 0.0  # it would draw from a global generator, and some models have it unasked
         self.drop_paths, self.drop_path_rates = _replace_drop_paths(timm_model)
+
+    def layout_config(self, layout: str, config: ModelConfig) -> dict[str, Any]:
+        """`config.json` of layout `timm`."""
+        if layout != "timm":
+            return {}
+        size = {"img_size": config.size} if takes_img_size(config.name) else {}
+        return timm_config(config, config.name.partition(".")[0], config.overrides | size)
 
     def layer_ids(self) -> dict[str, int]:
         """See `Backbone.layer_ids`; the groups are timm's."""
@@ -291,6 +299,27 @@ class TimmBackbone(Backbone):
             for name, tensor in found.items()
             if name in own or not name.startswith(_HEADS)
         }
+
+
+def timm_config(config: ModelConfig, architecture: str, arguments: dict[str, Any]) -> dict[str, Any]:
+    """Returns what `timm.create_model("local-dir:FOLDER", pretrained=True)` reads beside weights without a classifier.
+
+    Args:
+        config: resolved; its mean and standard deviation are the images'.
+        architecture: name of timm's function that builds the model.
+        arguments: of that function.
+    """
+    theirs = timm.get_pretrained_cfg(architecture)
+    return {
+        "architecture": architecture,
+        "num_classes": 0,
+        "model_args": arguments,
+        "pretrained_cfg": {
+            "num_classes": 0, "input_size": [3, config.size, config.size], "mean": config.mean, "std": config.std,
+            # Whose weights timm leaves out where a user wants classes.
+            "first_conv": theirs.first_conv, "classifier": theirs.classifier,
+        },
+    }  # fmt: skip
 
 
 def create_timm_model(name: str, img_size: int | None, overrides: dict[str, Any]) -> nn.Module:

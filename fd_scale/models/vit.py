@@ -8,6 +8,7 @@ import logging
 import math
 from collections.abc import Mapping
 from functools import partial
+from typing import Any
 
 import torch
 from fd_kernels import biased_attention
@@ -16,10 +17,11 @@ from timm.models.beit import Beit
 from timm.models.beit import Block as BeitBlock
 from torch import Tensor, nn
 
+from fd_scale.config import ModelConfig
 from fd_scale.errors import UserError
 from fd_scale.models.layers import INIT_STD, ResidualBlock, at_least_fp32
 from fd_scale.models.position_bias import resized_table
-from fd_scale.models.timm_backbone import TimmBackbone
+from fd_scale.models.timm_backbone import TimmBackbone, timm_config
 
 logger = logging.getLogger(__name__)
 
@@ -119,24 +121,32 @@ class VisionTransformer(TimmBackbone):
             raise UserError(
                 f"drop_path_rate is {drop_path_rate} and mlp_ratio {mlp_ratio}; expected 0 <= rate < 1, ratio > 0"
             )
+        arguments: dict[str, Any] = {
+            "img_size": img_size,
+            "patch_size": patch_size,
+            "embed_dim": embed_dim,
+            "depth": depth,
+            "num_heads": num_heads,
+            "mlp_ratio": mlp_ratio,
+            "global_pool": "token",
+            "init_values": layer_scale_init,
+            "use_abs_pos_emb": False,
+            "use_rel_pos_bias": not shared_bias,
+            "use_shared_rel_pos_bias": shared_bias,
+        }
         model = Beit(
-            img_size=img_size,
-            patch_size=patch_size,
             num_classes=0,
-            global_pool="",
-            embed_dim=embed_dim,
-            depth=depth,
-            num_heads=num_heads,
-            mlp_ratio=mlp_ratio,
             drop_path_rate=drop_path_rate,
             norm_layer=partial(nn.LayerNorm, eps=1e-6),
-            init_values=layer_scale_init,
-            use_abs_pos_emb=False,
-            use_rel_pos_bias=not shared_bias,
-            use_shared_rel_pos_bias=shared_bias,
+            **arguments,
         )
         _initialise(model)
         super().__init__(model)
+        self.arguments = arguments
+
+    def layout_config(self, layout: str, config: ModelConfig) -> dict[str, Any]:
+        """See `TimmBackbone`."""
+        return timm_config(config, "beit_base_patch16_224", self.arguments) if layout == "timm" else {}
 
     def no_weight_decay_names(self) -> set[str]:
         """The CLS token; tables of relative position decay, as in the authors' code."""

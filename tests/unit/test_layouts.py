@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
+import timm.data
 import torch
 from safetensors.torch import load_file, save_file
 from test_swin_v2 import randomise, relative_error
 from timm.models.swin_transformer_v2 import SwinTransformerV2 as TimmSwinTransformerV2
 from torch import Tensor, nn
-from transformers import Swinv2Config, Swinv2ForImageClassification, Swinv2Model
+from transformers import AutoImageProcessor, Swinv2Config, Swinv2ForImageClassification, Swinv2Model
 
 from fd_scale.cli import parts
 from fd_scale.config import ModelConfig
+from fd_scale.data.transforms import CROP_FRACTION
 from fd_scale.errors import UserError
 from fd_scale.export import convert
-from fd_scale.models import SwinTransformerV2, load_weights
+from fd_scale.models import SwinTransformerV2, build_model, load_weights, resolved_model
 from fd_scale.models.layouts import LAYOUTS, from_layout, recognise, to_layout
 
 State = dict[str, Tensor]
@@ -199,6 +203,34 @@ def test_timm_loads_what_we_export(tmp_path: Path, shared_bias: bool) -> None:
     theirs = timm_model(num_classes=0)
     theirs.load_state_dict(load_file(out / "model.safetensors"), strict=True)
     assert_same_model(theirs, model)
+    assert_same_model(timm.create_model(f"local-dir:{out}", pretrained=True).eval(), model)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        ModelConfig(name="fd_vit_tiny_patch16", img_size=64, overrides={"depth": 2}),
+        ModelConfig(name="fd_vit_tiny_patch16", img_size=64, overrides={"depth": 2, "shared_bias": False}),
+        ModelConfig(name="vit_tiny_patch16_224.augreg_in21k", img_size=64, overrides={"depth": 2}),
+        ModelConfig(name="convnext_atto", img_size=64),
+    ],
+    ids=str,
+)
+def test_timm_builds_what_we_export(tmp_path: Path, config: ModelConfig) -> None:
+    """Strictly, from the folder alone; with classes where they are wanted, and the images' mean."""
+    config = resolved_model(replace(config, mean=(0.4, 0.5, 0.6), std=(0.3, 0.2, 0.1)))
+    model = build_model(config).eval()
+    save_file(model.state_dict(), tmp_path / "ours.safetensors")
+    out = convert(str(tmp_path / "ours.safetensors"), tmp_path / "timm", config, "timm")
+    pixels_BCHW = torch.randn(2, 3, 64, 64)
+    theirs = timm.create_model(f"local-dir:{out}", pretrained=True).eval()
+    with torch.no_grad():
+        expected = model.model.forward_features(pixels_BCHW)
+        torch.testing.assert_close(theirs.forward_features(pixels_BCHW), expected, rtol=1e-4, atol=1e-5)
+    data = timm.data.resolve_model_data_config(theirs)
+    assert (data["input_size"], data["mean"]) == ([3, 64, 64], [0.4, 0.5, 0.6])
+    assert data["crop_pct"] == CROP_FRACTION
+    assert timm.create_model(f"local-dir:{out}", pretrained=True, num_classes=7)(pixels_BCHW).shape == (2, 7)
 
 
 @pytest.mark.parametrize("shape", HF_SHAPES.values(), ids=HF_SHAPES)
@@ -212,6 +244,9 @@ def test_transformers_load_what_we_export(tmp_path: Path, shape: dict[str, Any],
     assert not report["missing_keys"]
     assert not report["unexpected_keys"]
     assert_same_model(theirs, model)
+    processor = AutoImageProcessor.from_pretrained(out)
+    pixels = processor(torch.rand(3, 70, 90), return_tensors="pt", do_rescale=False)["pixel_values"]
+    assert pixels.shape == (1, 3, SIZE, SIZE)
 
 
 def test_official_and_fd_get_their_own_names(tmp_path: Path) -> None:
@@ -318,9 +353,10 @@ def test_two_names_of_one_tensor_are_refused() -> None:
 )
 def test_windows_that_transformers_has_not(shape: dict[str, Any]) -> None:
     model = SwinTransformerV2(**({"img_size": SIZE} | SHAPE | shape))
-    assert model.layout_config("timm") == {}
+    config = ModelConfig(name="swin_v2_tiny", img_size=SIZE)
+    assert model.layout_config("official", config) == {}
     with pytest.raises(UserError, match="layout hf: Transformers cannot put windows of"):
-        model.layout_config("hf")
+        model.layout_config("hf", config)
 
 
 def test_the_command_line_offers_every_layout() -> None:
