@@ -34,7 +34,13 @@ from fd_scale.distill import DistillationTask
 from fd_scale.distributed import Preemption, World
 from fd_scale.engine import Engine, Partition
 from fd_scale.errors import UserError
-from fd_scale.evaluate import evaluate_task, find_checkpoint, recipe_of, restore
+from fd_scale.evaluate import (
+    evaluate_task,
+    find_checkpoint,
+    recipe_of,
+    restore,
+    saying_where_it_started,
+)
 from fd_scale.evaluation import EvaluationSet
 from fd_scale.export import convert, export, interpolate
 from fd_scale.fetch import fetch
@@ -102,16 +108,19 @@ def start(recipe: Recipe) -> Trainer:
     return build_trainer(recipe, world)
 
 
-def evaluate(path: str | Path, overrides: Sequence[str] = (), real: str | None = None) -> dict[str, Any]:
+def evaluate(
+    path: str | Path, overrides: Sequence[str] = (), real: str | None = None, out: str | Path | None = None
+) -> dict[str, Any]:
     """Measures a run's newest checkpoint, or the one that is named; all ranks call it and share the images.
 
     Args:
         path: folder of a run, or one of its checkpoints.
         overrides: `key=value` settings that replace the recipe's, e.g. `data.evaluation=imagefolder:PATH`.
         real: file of ImageNet's reassessed labels (`evaluation.reassessed_labels`); none: without.
+        out: folder of the results; none: RUN/evaluations.
 
     Returns:
-        What is in RUN/evaluations/CHECKPOINT.json too: `step`, `source`, the metrics, and `classes` of a classifier.
+        What is in OUT/CHECKPOINT.json too: `step`, `source`, the metrics, and `classes` of a classifier.
 
     Raises:
         UserError: there is no whole checkpoint, or the images do not fit it.
@@ -121,12 +130,17 @@ def evaluate(path: str | Path, overrides: Sequence[str] = (), real: str | None =
     recipe = recipe_of(run, checkpoint, list(overrides))
     if real is not None and recipe.classification is None:
         raise UserError(f"--real: labels are for a classifier, {run} is of task {recipe.task}; leave it out")
-    task, recipe, world = _to_evaluate(recipe)
-    return evaluate_task(task, recipe, run, checkpoint, world, real)
+    with saying_where_it_started(run, recipe):
+        task, recipe, world = _to_evaluate(recipe)
+    return evaluate_task(task, recipe, run, checkpoint, world, real, None if out is None else Path(out))
 
 
 def landscape(
-    path: str | Path, grid: Grid, overrides: Sequence[str] = (), num_images: int = 256
+    path: str | Path,
+    grid: Grid,
+    overrides: Sequence[str] = (),
+    num_images: int = 256,
+    out: str | Path | None = None,
 ) -> dict[str, Any]:
     """Measures the loss on a line or plane through a checkpoint's weights; all ranks call it and share the images.
 
@@ -137,9 +151,10 @@ def landscape(
         grid: the places.
         overrides: `key=value` settings that replace the recipe's, e.g. `data.evaluation=imagefolder:PATH`.
         num_images: evenly spread ones of `data.evaluation`.
+        out: folder of the results; none: RUN/diagnosis.
 
     Returns:
-        What is in RUN/diagnosis/landscape.json (of a line: landscape_line.json) too: `rows` of the metrics,
+        What is in OUT/landscape.json (of a line: landscape_line.json) too: `rows` of the metrics,
         `top_eigenvalue` over `eigenvalue_images` images, or none where not one fits in memory.
 
     Raises:
@@ -147,7 +162,9 @@ def landscape(
     """
     alone = World(rank=0, local_rank=0, size=1, device=torch.device("cpu"))
     run, checkpoint = find_checkpoint(Path(path), alone)
-    task, recipe, world = _to_evaluate(recipe_of(run, checkpoint, list(overrides)))
+    recipe = recipe_of(run, checkpoint, list(overrides))
+    with saying_where_it_started(run, recipe):
+        task, recipe, world = _to_evaluate(recipe)
     if not isinstance(task, DistillationTask | ClassificationTask | MaskedTask):
         raise UserError(
             f"{run}: no landscape of task {recipe.task}; expected a distillation, masked images or a classification"
@@ -155,7 +172,8 @@ def landscape(
     restore(task, recipe, checkpoint, world)
     from fd_scale.diagnose.landscape import landscape_of  # and plots: half a second of every rank's start
 
-    return landscape_of(task, recipe, checkpoint, grid, num_images, world)
+    folder = Path(out) if out is not None else run / "diagnosis"
+    return landscape_of(task, recipe, checkpoint, grid, num_images, world, folder)
 
 
 def features(recipe: Recipe) -> None:

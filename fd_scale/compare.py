@@ -143,7 +143,7 @@ def compare(
         write_atomically(root / "compare.json", json.dumps(result.to_json(), indent=1))
         _plot(root / "compare.png", root, result)
     except OSError as error:
-        raise not_writable(root, error) from None
+        raise not_writable(root, error, "--run-dir") from None
     return result
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -19,10 +21,12 @@ from fd_scale import log, run_folder
 from fd_scale.checkpoint import newest_checkpoint, read_manifest, verify, write_atomically
 from fd_scale.config import Recipe, to_dict
 from fd_scale.data import object_source
+from fd_scale.data.store import is_remote
 from fd_scale.distributed import World
 from fd_scale.engine import saved_weights
 from fd_scale.errors import UserError
 from fd_scale.evaluation import EvaluationSet, Progress, reassessed_labels, write_results
+from fd_scale.fetch import data_paths
 from fd_scale.finetune import ClassificationTask, DetectionTask, SegmentationTask, require_trained_classes
 from fd_scale.models import dtype_of
 from fd_scale.trainer import Task
@@ -47,6 +51,11 @@ def find_checkpoint(path: Path, world: World) -> tuple[Path, Path]:
         UserError: there is none.
     """
     path = path.resolve()
+    if path.parent.name == "checkpoints" and not path.exists():
+        kept = ", ".join(sorted(folder.name for folder in path.parent.glob("step_*"))) or "none"
+        raise UserError(
+            f"{path}: there is no such checkpoint, kept are {kept}; name one, or the run's folder"
+        )
     if not (path / "manifest.json").is_file():
         return path, newest_checkpoint(path)
     if problems := verify(path, world):
@@ -103,6 +112,26 @@ def recipe_of(run: Path, checkpoint: Path, overrides: list[str], images_needed: 
     return recipe
 
 
+@contextmanager
+def saying_where_it_started(run: Path, recipe: Recipe) -> Iterator[None]:
+    """Within it, an error tells of images that are not here because their paths are relative to another folder."""
+    try:
+        yield
+    except UserError as error:
+        started = run_folder.last_start(run).get("folder", str(Path.cwd()))
+        missing = [
+            path
+            for path in data_paths(recipe)
+            if not (is_remote(path) or Path(path).is_absolute() or glob.glob(path))
+            and glob.glob(path, root_dir=started)
+        ]
+        if missing:
+            raise UserError(
+                f"{error}; {missing[0]} is relative, and the run was started in {started}"
+            ) from None
+        raise
+
+
 def restore(task: Task, recipe: Recipe, checkpoint: Path, world: World) -> None:
     """Gives a task's module a checkpoint's weights, whole on each rank, in eval mode."""
     saved_weights(checkpoint).copy_into(task.module)
@@ -110,9 +139,9 @@ def restore(task: Task, recipe: Recipe, checkpoint: Path, world: World) -> None:
 
 
 def evaluate_task(
-    task: Task, recipe: Recipe, run: Path, checkpoint: Path, world: World, real: str | None
+    task: Task, recipe: Recipe, run: Path, checkpoint: Path, world: World, real: str | None, out: Path | None
 ) -> dict[str, Any]:
-    """Reads a checkpoint's weights into a task, measures it, prints a table and writes a file in RUN/evaluations.
+    """Reads a checkpoint's weights into a task, measures it, prints a table and writes a file.
 
     Args:
         task: built without weights, on the host.
@@ -121,6 +150,7 @@ def evaluate_task(
         checkpoint: a whole one.
         world: ranks, which share the images; each holds the model whole.
         real: as `reassessed_labels` takes it; none: without.
+        out: folder of the file; none: RUN/evaluations.
 
     Returns:
         The metrics, with `step`, `source` and, of what knows classes, `classes`.
@@ -137,7 +167,7 @@ def evaluate_task(
     step = read_manifest(checkpoint)["state"]["step"]
     logger.info("%s: step %d on %s", checkpoint, step, recipe.data.evaluation)
     found: dict[str, Any] = {"step": step, "source": str(recipe.data.evaluation)}
-    file = run / "evaluations" / _file_name(checkpoint, recipe, run)
+    file = (out or run / "evaluations") / _file_name(checkpoint, recipe, run)
     world.on_main(partial(_make, file.parent))
     with torch.no_grad():
         if isinstance(task, ClassificationTask):
@@ -153,10 +183,9 @@ def evaluate_task(
             write_atomically(file, json.dumps(found, indent=1))
             file.with_suffix(".progress").unlink(missing_ok=True)
         except OSError as error:
-            raise run_folder.not_writable(file.parent, error) from None
-        out = log.results()
-        out.print(table)
-        out.print(f"written to {file}", soft_wrap=True)
+            raise run_folder.not_writable(file.parent, error, "--out") from None
+        log.results().print(table)
+        log.results().print(f"written to {file}", soft_wrap=True)
     return found
 
 
@@ -227,16 +256,18 @@ def _measured_objects(
         try:
             write_results(target, source, found)
         except OSError as error:
-            raise run_folder.not_writable(file.parent, error) from None
+            raise run_folder.not_writable(file.parent, error, "--out") from None
         log.results().print(f"detections in COCO's format: {target}", soft_wrap=True)
     return results, _table(f"{len(source)} images", shown, worst, source.class_names)
 
 
 def _make(folder: Path) -> None:
     try:
-        folder.mkdir(exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / ".probe").touch()  # before minutes are spent
+        (folder / ".probe").unlink()
     except OSError as error:
-        raise run_folder.not_writable(folder, error) from None
+        raise run_folder.not_writable(folder, error, "--out") from None
 
 
 def _evaluated_as(recipe: Recipe) -> dict[str, Any]:

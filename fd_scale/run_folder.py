@@ -81,10 +81,11 @@ def class_names(run_dir: Path) -> list[str] | None:
     return names
 
 
-def not_writable(folder: Path, error: OSError) -> UserError:
-    """Returns the error that says so of a run folder."""
+def not_writable(folder: Path, error: OSError, setting: str = "run_dir") -> UserError:
+    """Returns the error that says so of a folder, and which setting names another, `run_dir` or an option."""
+    value = " DIR" if setting.startswith("--") else "=PATH"
     return UserError(
-        f"run_dir: {folder} cannot be written ({error.strerror}); choose another with run_dir=PATH"
+        f"{setting}: {folder} cannot be written ({error.strerror}); choose another with {setting}{value}"
     )
 
 
@@ -118,10 +119,11 @@ def last_start(run_dir: Path) -> dict[str, Any]:
 
 
 def environment() -> dict[str, Any]:
-    """Returns command, commit, versions and devices of this process."""
+    """Returns command, folder, commit, versions and devices of this process."""
     return {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": shlex.join(sys.argv),
+        "folder": str(Path.cwd()),
         "ranks": int(os.environ.get("WORLD_SIZE", 1)),
         "commit": pinned.commit(),
         "python": platform.python_version(),

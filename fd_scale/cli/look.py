@@ -47,6 +47,7 @@ def add_looking(verbs: Verbs) -> None:
     landscape.add_argument(
         "--directions", type=int, choices=(1, 2), default=2, help="a line or a plane (default: 2)"
     )
+    landscape.add_argument("--out", metavar="DIR", help="folder of the results (default: RUN/diagnosis)")
     landscape.add_argument("--points", type=int, default=11, help="along each direction, odd (default: 11)")
     landscape.add_argument(
         "--span", type=float, default=1.0, help="to the edge, in weights' lengths (default: 1)"
@@ -107,7 +108,7 @@ def _landscape(options: argparse.Namespace) -> None:
     from fd_scale.diagnose.landscape import Grid
 
     grid = Grid(directions=options.directions, points=options.points, span=options.span, seed=options.seed)
-    found = api.landscape(options.run_dir, grid, options.overrides, options.num_images)
+    found = api.landscape(options.run_dir, grid, options.overrides, options.num_images, options.out)
     rows = found["rows"]
     middle = rows[len(rows) // 2][grid.points // 2]
     value, images = found["top_eigenvalue"], found["eigenvalue_images"]

@@ -103,7 +103,7 @@ def _add_evaluate(verbs: Verbs) -> None:
         verbs, "evaluate", "metrics of a run's checkpoint, as a table and as JSON",
         "Measures the newest checkpoint of a run, or the one named, on data.evaluation: accuracy, by class too, and\n"
         "calibration of a classifier; mIoU of a segmentation; AP of a detection; the loss of a distillation.\n"
-        "Writes RUN/evaluations/CHECKPOINT.json, of a detection also its detections beside it.",
+        "Writes OUT/CHECKPOINT.json, of a detection also its detections beside it.",
         "  fd-scale evaluate runs/digits/finetune\n"
         "  fd-scale evaluate runs/mine/checkpoints/step_00005000 data.evaluation=imagefolder:imagenet-v2\n"
         "  torchrun --nproc-per-node 8 -m fd_scale evaluate runs/mine --real real.json",
@@ -113,6 +113,7 @@ def _add_evaluate(verbs: Verbs) -> None:
     evaluate.add_argument(
         "--real", metavar="FILE", help="reassessed labels of ImageNet's validation images (real.json)"
     )
+    evaluate.add_argument("--out", metavar="DIR", help="folder of the results (default: RUN/evaluations)")
     evaluate.set_defaults(run=_evaluate)
 
 
@@ -160,7 +161,7 @@ def _train(options: argparse.Namespace) -> None:
 def _evaluate(options: argparse.Namespace) -> None:
     from fd_scale import api
 
-    api.evaluate(options.run_dir, options.overrides, options.real)
+    api.evaluate(options.run_dir, options.overrides, options.real, options.out)
 
 
 def _check(options: argparse.Namespace) -> None:

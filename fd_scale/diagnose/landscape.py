@@ -190,17 +190,18 @@ class Evaluated(Protocol):
 
 
 def landscape_of(
-    task: Evaluated, recipe: Recipe, checkpoint: Path, grid: Grid, num_images: int, world: World
+    task: Evaluated, recipe: Recipe, checkpoint: Path, grid: Grid, num_images: int, world: World, folder: Path
 ) -> dict[str, Any]:
     """Measures a grid and the largest eigenvalue of a task at a checkpoint, and writes both as it goes.
 
     Args:
         task: with the checkpoint's weights, in eval mode on the device.
         recipe: the task's.
-        checkpoint: whose run gets the files.
+        checkpoint: a whole one.
         grid: the places.
         num_images: evenly spread ones of the evaluation source; the eigenvalue is of the first batch of them.
         world: ranks, which share the images.
+        folder: of the files.
 
     Returns:
         What landscape.json holds, or of a line landscape_line.json.
@@ -212,7 +213,6 @@ def landscape_of(
     if num_images < 1:
         raise UserError(f"--num-images: got {num_images}, expected at least 1")
     task.evaluation = replace(task.evaluation, source=spread(task.evaluation.source, num_images))
-    folder = checkpoint.parent.parent / "diagnosis"
     file = folder / f"{grid.name}.json"
     key = asdict(grid) | {
         "step": read_manifest(checkpoint)["state"]["step"], "images": str(recipe.data.evaluation),
@@ -229,13 +229,13 @@ def landscape_of(
             write_places(file, key, found, more)
 
     try:
-        folder.mkdir(exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
         found = measured(parameters, lambda: task.evaluate(task.module, world), grid, done, keep)
         keep(found)
         if world.is_main:
             draw(found, grid, folder)
     except OSError as error:
-        raise not_writable(folder, error) from None
+        raise not_writable(folder, error, "--out") from None
     return {"of": key, "rows": _rows(found, grid.points)} | more
 
 

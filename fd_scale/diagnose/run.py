@@ -146,7 +146,7 @@ def diagnose(names: Sequence[str], out: str | Path | None, options: Options) -> 
         write_atomically(folder / "diagnosis.html", _page(result, drawn))
         logger.info("written: %s", folder / "diagnosis.html")
     except OSError as error:
-        raise run_folder.not_writable(folder, error) from None
+        raise run_folder.not_writable(folder, error, "--out") from None
     return result
 
 

@@ -65,7 +65,7 @@ def write(root: Path, rows: Sequence[Row]) -> None:
         write_atomically(root / "results.json", json.dumps(values, indent=1))
         _plot(root / "results.png", rows)
     except OSError as error:
-        raise not_writable(root, error) from None
+        raise not_writable(root, error, "--run-dir") from None
 
 
 def _plot(path: Path, rows: Sequence[Row]) -> None:

@@ -53,6 +53,29 @@ def test_other_names_are_refused_and_numbers_are_places(run: Path, tmp_path: Pat
         api.evaluate(run, [f"data.evaluation=imagefolder:{renamed}"])
 
 
+def test_results_may_lie_elsewhere_and_the_run_too(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(
+        UserError, match=r"--out: .*file/x cannot be written \(Not a directory\); choose another with --out"
+    ):
+        api.evaluate(run, out=tmp_path / "file/x")
+    found = api.evaluate(run, out=tmp_path / "a/b")
+    assert json.loads((tmp_path / "a/b/step_00000040.json").read_text()) == found
+    with pytest.raises(UserError, match=r"no such checkpoint, kept are step_00000038, step_00000040; name one"):
+        api.evaluate(run / "checkpoints/step_00000007")
+    starts = json.loads((run / "environment.json").read_text())
+    starts[-1]["folder"] = str(run.parent)
+    (run / "environment.json").write_text(json.dumps(starts))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(
+        UserError,
+        match=rf"images is not a folder.*images is relative, and the run was started in {run.parent}$",
+    ):
+        api.evaluate(run, ["data.evaluation=imagefolder:images"])
+
+
 def test_shards_have_the_names_beside_them(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

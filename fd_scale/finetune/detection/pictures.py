@@ -8,13 +8,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 from pycocotools import mask as coco_mask
 from torch import Tensor
 
 from fd_scale.data.instances import Detections, Instances, unpacked
 from fd_scale.evaluation import compact
-from fd_scale.finetune.segmentation.pictures import colours
+from fd_scale.finetune.segmentation.pictures import colours, font
 
 _CROWD = "crowd"
 
@@ -74,10 +74,10 @@ def _drawn(
         for mask_HW, ink in zip(masks_NHW, inks, strict=True):
             picture[mask_HW] = 0.5 * picture[mask_HW] + 0.5 * ink
     page = Image.fromarray(picture.round().astype(np.uint8))
-    draw, font = ImageDraw.Draw(page), ImageFont.load_default()
+    draw = ImageDraw.Draw(page)
     for box, ink, caption in zip(boxes_N4.tolist(), inks, captions, strict=True):
         draw.rectangle(box, outline=tuple(ink.tolist()), width=2)
         corner = (max(box[0], 0), max(box[1] - 11, 0))
-        draw.rectangle(draw.textbbox(corner, caption, font=font), fill=tuple(ink.tolist()))
-        draw.text(corner, caption, fill="white" if ink.sum() < 384 else "black", font=font)
+        draw.rectangle(draw.textbbox(corner, caption, font=font()), fill=tuple(ink.tolist()))
+        draw.text(corner, caption, fill="white" if ink.sum() < 384 else "black", font=font())
     return page

@@ -5,7 +5,9 @@ Shape legend: H, W = pixels, K = classes; the last axis of a picture is RGB.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -42,6 +44,14 @@ def error_map(predicted_HW: np.ndarray, truth_HW: np.ndarray) -> np.ndarray:
     return picture
 
 
+@functools.cache
+def font() -> ImageFont.FreeTypeFont:
+    """Of what is written on pictures: matplotlib's, with Latin, Greek and Cyrillic letters; Pillow's own has few."""
+    import matplotlib  # half a second that other uses need not wait
+
+    return ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts/ttf/DejaVuSans.ttf", 10)
+
+
 def overlay(image: Image.Image, mask_HW: np.ndarray, class_names: Sequence[str]) -> Image.Image:
     """Returns an image half covered by the colours of its classes, and beside it their names and shares.
 
@@ -54,8 +64,7 @@ def overlay(image: Image.Image, mask_HW: np.ndarray, class_names: Sequence[str])
     counts = np.bincount(mask_HW.ravel(), minlength=IGNORED + 1)[:IGNORED]
     present = [label for label in np.argsort(-counts, kind="stable") if counts[label]]
     lines = [f"{class_names[label]}  {counts[label] / mask_HW.size:.1%}" for label in present]
-    font = ImageFont.load_default()
-    width = 30 + max(int(font.getlength(line)) for line in lines)
+    width = 30 + max(int(font().getlength(line)) for line in lines)
     page = Image.new("RGB", (image.width + width, max(image.height, _ROW_PX * len(lines))), "white")
     page.paste(covered, (0, 0))
     draw = ImageDraw.Draw(page)
@@ -64,5 +73,5 @@ def overlay(image: Image.Image, mask_HW: np.ndarray, class_names: Sequence[str])
         draw.rectangle(
             (left, top + 3, left + 12, top + 15), fill=tuple(colours()[label].tolist()), outline="black"
         )
-        draw.text((left + 18, top + 3), line, fill="black", font=font)
+        draw.text((left + 18, top + 3), line, fill="black", font=font())
     return page
