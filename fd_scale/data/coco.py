@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +18,8 @@ from fd_scale.data.decode import DecodeError, decode_mask
 from fd_scale.data.objects import Objects
 from fd_scale.data.picture import Picture
 from fd_scale.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 NUM_STUFF_CLASSES = 183
 """Of COCO-stuff's pixel maps: 91 of things, without pixels there, 91 of stuff, and `other`, where there are things."""
@@ -56,6 +59,8 @@ class CocoSource:
         )
         self.index = index_of(annotations)
         header = self.index.header
+        if header["doubt"]:
+            logger.warning("%s: %s", annotations, header["doubt"])
         self.class_names: list[str] | None = header["class_names"]
         self.num_classes = len(header["class_names"])
         self.category_ids: list[int] = header["category_ids"]

@@ -28,7 +28,9 @@ from fd_scale.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-VERSION = 1
+VERSION = 2
+_MOST_OUTSIDE = 0.1
+"""Share of boxes that may reach out of their images, by careless annotators, before it is taken for a mistake."""
 _POLYGONS, _RUNS = 1, 2
 _FARTHEST_PX = 10**6
 _WHOLE = ("id", "image_id", "category_id", "height", "width")  # keys of numbers that are whole
@@ -281,6 +283,7 @@ class _Table:
             "class_names": [self.categories[number] for number in categories.tolist()],
             "category_ids": categories.tolist(),
             "has_outlines": bool(kinds.any()),
+            "doubt": _doubt(boxes, height[image_N], width[image_N]),
             "left_out": {
                 "boxes without area in the image": int(_empty(boxes, height[image_N], width[image_N]).sum()),
                 "polygons of less than three points": self.short_polygons,
@@ -324,6 +327,26 @@ def _empty(
     first_N2 = np.maximum(boxes_N4[:, :2], 0)
     last_N2 = np.minimum(boxes_N4[:, :2] + boxes_N4[:, 2:], np.stack([width_N, height_N], axis=1))
     return np.asarray((last_N2 <= first_N2).any(axis=1))
+
+
+def _doubt(
+    boxes_N4: npt.NDArray[np.float64], height_N: npt.NDArray[np.int32], width_N: npt.NDArray[np.int32]
+) -> str:
+    """What speaks against boxes being COCO's, left, top, width and height in pixels; empty: nothing."""
+    if not len(boxes_N4):
+        return ""
+    if (boxes_N4 <= 1).all():
+        return f"all of its {len(boxes_N4)} boxes are within a pixel; COCO's are in pixels, not in shares of an image"
+    last_N2 = boxes_N4[:, :2] + boxes_N4[:, 2:]
+    outside_N = (last_N2 > np.stack([width_N, height_N], axis=1) + 1).any(axis=1) | (
+        boxes_N4[:, :2] < -1
+    ).any(axis=1)
+    if outside_N.mean() <= _MOST_OUTSIDE:
+        return ""
+    return (
+        f"{outside_N.sum()} of its {len(boxes_N4)} boxes reach out of their images; COCO's are left, top, width, "
+        "height, not left, top, right, bottom"
+    )
 
 
 def pixels_of_runs(counts: bytes) -> int:

@@ -63,7 +63,9 @@ def test_results_may_lie_elsewhere_and_the_run_too(
         api.evaluate(run, out=tmp_path / "file/x")
     found = api.evaluate(run, out=tmp_path / "a/b")
     assert json.loads((tmp_path / "a/b/step_00000040.json").read_text()) == found
-    with pytest.raises(UserError, match=r"no such checkpoint, kept are step_00000038, step_00000040; name one"):
+    with pytest.raises(
+        UserError, match=r"no such checkpoint, kept are step_00000038, step_00000040; name one"
+    ):
         api.evaluate(run / "checkpoints/step_00000007")
     starts = json.loads((run / "environment.json").read_text())
     starts[-1]["folder"] = str(run.parent)

@@ -361,6 +361,30 @@ def test_what_is_not_learned_is_counted(tmp_path: Path, write_objects: WriteObje
     assert len(source.objects(0).ids_N) == 2, "an evaluation has all of them"
 
 
+@pytest.mark.parametrize(
+    ("kind", "words"), [("corners", "out of their images"), ("shares", "within a pixel"), ("", "")]
+)
+def test_boxes_of_other_conventions(
+    tmp_path: Path, write_objects: WriteObjects, caplog: pytest.LogCaptureFixture, kind: str, words: str
+) -> None:
+    write_objects(tmp_path / "own")
+
+    def change(values: dict[str, Any]) -> None:
+        for each in values["annotations"]:
+            left, top, width, height = each["bbox"]
+            corners = [left, top, left + width + 40, top + height + 40]
+            shares = [left / 99, top / 99, width / 99, height / 99]
+            each["bbox"] = {"corners": corners, "shares": shares, "": each["bbox"]}[kind]
+
+    spec = changed(tmp_path / "own", change)
+    for _ in range(2):  # when it is indexed, and when the index is there
+        caplog.clear()
+        open_source(spec)
+        found = [record.message for record in caplog.records if record.levelname == "WARNING"]
+        assert len(found) == bool(kind)
+        assert not kind or words in found[0]
+
+
 def test_sources_that_do_not_go_together(tmp_path: Path, write_objects: WriteObjects) -> None:
     spec, other = write_objects(tmp_path / "own"), write_objects(tmp_path / "other", seed=1)
     both = open_source([SourceConfig(source=spec, weight=2), SourceConfig(source=other)])
