@@ -64,7 +64,7 @@ from fd_scale.plan import Choice, NotCountedError, Plan, memory_table, present_g
 from fd_scale.plan import plan as plan_recipe
 from fd_scale.plan.measure import Measured
 from fd_scale.plan.measure import measure as measure_trainer
-from fd_scale.predict import class_names_of, predict_classes, predict_images
+from fd_scale.predict import class_names_of, first_value_of_masks, predict_classes, predict_images
 from fd_scale.pretrain import ContrastiveTask, MaskedTask
 from fd_scale.randomness import initial_seed
 from fd_scale.trainer import Task, Trainer
@@ -223,7 +223,7 @@ def predict(
         images: an image file, or a folder of them.
         out: folder of the pictures, or of `predictions.csv`.
         overrides: `key=value` settings that replace the recipe's, e.g. `segmentation.flip_too=true`.
-        masks: whether a segmentation's masks are wanted in place of pictures, see `fd_scale.predict.predict_images`.
+        masks: whether a segmentation's masks are wanted in place of pictures, with the values of those it learned from.
 
     Returns:
         The files.
@@ -252,7 +252,8 @@ def predict(
     if isinstance(task, ClassificationTask):
         return [predict_classes(task, recipe, names, Path(images), Path(out), world.device)]
     assert isinstance(task, SegmentationTask | DetectionTask), "the recipe's task"
-    return predict_images(task, names, Path(images), Path(out), world.device, masks)
+    first_value = first_value_of_masks(recipe) if masks else None
+    return predict_images(task, names, Path(images), Path(out), world.device, first_value)
 
 
 def plan(recipe: Recipe, gpu: str, num_gpus: int, images: int | None = None) -> Plan:

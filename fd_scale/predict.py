@@ -120,7 +120,7 @@ def predict_images(
     path: Path,
     out: Path,
     device: torch.device,
-    masks: bool = False,
+    first_value: int | None = None,
 ) -> list[Path]:
     """Writes a PNG file for each image: it under the colours of its classes, with a legend; or its objects, or mask.
 
@@ -130,8 +130,8 @@ def predict_images(
         path: an image or a folder.
         out: folder of the pictures; those of sub-folders lie in sub-folders.
         device: of the module.
-        masks: whether a segmentation's masks are wanted, 8-bit grey, classes counted from 1, as the benchmark of ADE20K
-            takes them.
+        first_value: of the first class in masks, 8-bit grey, which are wanted of a segmentation in place of pictures;
+            none: pictures are.
 
     Returns:
         The pictures.
@@ -156,7 +156,7 @@ def predict_images(
         except (DecodeError, OSError) as error:
             raise UserError(f"{file}: cannot be decoded ({error}); repair or remove it") from None
         with torch.no_grad():
-            picture = _picture(task, image, names, device, masks)
+            picture = _picture(task, image, names, device, first_value)
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
             picture.save(target)
@@ -171,7 +171,7 @@ def _picture(
     image: Image.Image,
     names: list[str],
     device: torch.device,
-    masks: bool,
+    first_value: int | None,
 ) -> Image.Image:
     pixels_CHW = pil_to_tensor(image).to(device)
     if isinstance(task, DetectionTask):
@@ -182,7 +182,14 @@ def _picture(
         return task.module(images_BCHW=images_BCHW)["logits"]
 
     mask_HW = task.predictor(pixels_CHW, segment).cpu().numpy()
-    return Image.fromarray(mask_HW + np.uint8(1)) if masks else overlay(image, mask_HW, names)
+    if first_value is None:
+        return overlay(image, mask_HW, names)
+    return Image.fromarray(mask_HW + np.uint8(first_value))
+
+
+def first_value_of_masks(recipe: Recipe) -> int:
+    """Returns the value of a run's first class in masks, as in those that it learned from: of ADE20K 1."""
+    return int(as_list(recipe.data.train)[0].source.startswith("ade20k_"))
 
 
 def class_names_of(recipe: Recipe) -> list[str] | None:

@@ -89,7 +89,7 @@ def _add_predict(verbs: Verbs) -> None:
     predict.add_argument(
         "--masks",
         action="store_true",
-        help="of a segmentation: grey PNG files, classes from 1 on, as the benchmark of ADE20K takes them",
+        help="of a segmentation: grey PNG files, classes from 0 on, of ADE20K from 1, as its server takes them",
     )
     predict.set_defaults(run=_predict)
 

@@ -10,11 +10,12 @@ import pytest
 from PIL import Image
 
 from fd_scale import api, cli
-from fd_scale.config import build_recipe
+from fd_scale.config import build_recipe, load_recipe
 from fd_scale.diagnose.run import Options, diagnose
 from fd_scale.errors import UserError
 from fd_scale.finetune.segmentation.pictures import colours
 from fd_scale.metrics import read_metrics
+from fd_scale.predict import first_value_of_masks
 
 pytestmark = pytest.mark.slow
 
@@ -71,8 +72,10 @@ def test_predict_paints_what_evaluate_measures(
     assert one.read_bytes() == pictures[2].read_bytes()
     [mask] = api.predict(run, images / "2.png", tmp_path / "masks", masks=True)
     truth = np.asarray(Image.open(run.parent / "shapes/masks/2.png")).astype(int)
-    counted_from_1 = np.asarray(Image.open(mask)).astype(int)
-    assert (counted_from_1 == truth + 1)[truth != 255].mean() > 0.9
+    found = np.asarray(Image.open(mask)).astype(int)
+    assert (found == truth)[truth != 255].mean() > 0.9
+    recipe = load_recipe("ade20k/clip_vit_base")
+    assert first_value_of_masks(recipe) == 1, "ADE20K's 0 is no class"
     before = (images / "2.png").read_bytes()
     monkeypatch.chdir(images.parent)
     for out in (images, Path("images"), Path("masks/../images")):
