@@ -52,13 +52,12 @@ UNSERVED = {
     "tensor_parallel": "models are partitioned by ZeRO alone",
     "zero_optimization.elastic_checkpoint": "it lays checkpoints out in a way that this version does not read, and "
     "a run resumes on another number of ranks without it",
-    "zero_optimization.zero_hpz_partition_size": "a model that is built in parts asks for its groups twice, which "
-    "DeepSpeed refuses; train.mics_shard_size keeps what is gathered within a node",
 }  # fmt: skip
 """Keys of a JSON that are refused, unless they are off, and why."""
 _ONE_REPLICA = {
     "offload_optimizer": "gradients are on the host by the time that replicas exchange them",
     "zero_quantized_gradients": "DeepSpeed's groups for it are of all ranks",
+    "zero_hpz_partition_size": "replicas gather nothing from each other",
 }
 """Keys of `zero_optimization` that are refused where there are replicas, and why."""
 
@@ -256,7 +255,12 @@ def _of_replicas(zero: dict[str, Any], recipe: Recipe, world_size: int) -> Itera
         )
     for key, reason in _ONE_REPLICA.items():
         value = zero.get(key)
-        if value and (not isinstance(value, dict) or value.get("device", "none") != "none"):
+        on = (
+            value.get("device", "none") != "none"
+            if isinstance(value, dict)
+            else value not in (None, False, 0, 1)
+        )
+        if on or value is True:
             yield (
                 f"zero_optimization.{key} in {train.ds_config} does not go with train.mics_shard_size={wanted}: "
                 f"{reason}; remove one of them"

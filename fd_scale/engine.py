@@ -104,6 +104,7 @@ class _BuildInParts(TorchFunctionMode):
             if parameter is not None and parameter.is_floating_point():
                 parameter.ds_tensor.data = parameter.ds_tensor.to(self.dtype)
                 parameter.data = parameter.data.to(self.dtype)
+                parameter.ds_secondary_tensor = None  # hpZ's copy, which a forward pass makes anew
 
     def __torch_function__(
         self, function: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None

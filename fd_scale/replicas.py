@@ -17,6 +17,11 @@ from torch import Tensor, nn
 
 from fd_scale.distributed import World
 
+# hpZ's groups within a node: DeepSpeed forms them whenever a module is partitioned, and would refuse the second time.
+deepspeed.utils.groups._create_zero_param_parallel_group = functools.cache(
+    deepspeed.utils.groups._create_zero_param_parallel_group
+)
+
 
 class Replicas:
     """Ranks in a row that hold a model among them, a replica, and those in all replicas that hold the same part of it.

@@ -22,6 +22,7 @@ from fd_scale.plan.memory import (
     Memory,
     Recorded,
     frozen_in_parts,
+    hpz_ranks,
     memory,
     persistent_parameters,
     state,
@@ -358,6 +359,8 @@ class _Moved:
     """Most that go at once."""
     reduce_bucket: float
     settling_passes: int
+    nearby: float = 0.0
+    """Of `gathered`, from the ranks of hpZ's groups alone."""
 
     def passes(self, rounds: int) -> int:
         """Collectives before the optimizer step, in which gathers and reductions come `rounds` times."""
@@ -365,7 +368,9 @@ class _Moved:
         return rounds * (gathers + math.ceil(self.reduced / rounds / self.reduce_bucket))
 
 
-def _moved(parameters: Sequence[int], stage: str, accumulation: int, zero: dict[str, Any]) -> _Moved:
+def _moved(
+    parameters: Sequence[int], stage: str, num_gpus: int, accumulation: int, zero: dict[str, Any]
+) -> _Moved:
     total = sum(parameters)
     reduce_bucket = float(zero.get("reduce_bucket_size", _BUCKET))
     if stage in ("3", HIERARCHICAL):
@@ -373,8 +378,11 @@ def _moved(parameters: Sequence[int], stage: str, accumulation: int, zero: dict[
         moving = total - sum(whole)
         kept = min(moving, float(zero.get("stage3_max_reuse_distance", _REUSE_DISTANCE)) / 2)
         prefetched = float(zero.get("stage3_prefetch_bucket_size", _PREFETCH_BUCKET))
+        # Only the first forward pass of a step must gather what the optimizer has changed.
+        nearby = accumulation * (2 * moving - kept) - moving if hpz_ranks(zero, num_gpus) < num_gpus else 0.0
         return _Moved(
             accumulation * (2 * moving - kept), accumulation * total, sum(whole), prefetched, reduce_bucket, len(whole),
+            nearby,
         )  # fmt: skip
     reduced = total * (accumulation if stage == "2" else 1)
     # Stages 1 and 2 reduce a bucket that lies on several ranks for all of them: an all-reduce.
@@ -412,8 +420,9 @@ def traffic(
     forward and for the backward pass of each micro-batch, but does not let go in between of those that are read
     again within `stage3_max_reuse_distance` elements; the others gather them after the step. Recomputation gathers
     nothing more: DeepSpeed keeps what the backward pass is about to read. A teacher in parts is gathered once a
-    micro-batch, at any stage. Replicas do so each by itself; then the GPUs that hold the same part of each all-reduce
-    its gradients. Tests count what gloo ranks send.
+    micro-batch, at any stage. With hpZ all but the first pass of a step gather from few ranks. Replicas do all that
+    each by itself; then the GPUs that hold the same part of each all-reduce its gradients. Tests count what gloo ranks
+    send.
 
     Args:
         parameters: elements of each trained parameter.
@@ -441,14 +450,17 @@ def traffic(
             seconds=max(within.seconds, exchange_s) if other_links else within.seconds + exchange_s,
             exchanges=math.ceil(sum(parameters) / float(zero.get("reduce_bucket_size", _BUCKET))),
         )
-    moved = _moved(parameters, stage, accumulation, zero)
+    moved = _moved(parameters, stage, num_gpus, accumulation, zero)
     teacher = accumulation * teacher_bytes
     gathered, reduced = size * (moved.gathered + moved.settling) + teacher, size * moved.reduced
-    whole = gathered + reduced
-    num_nodes = -(-num_gpus // GPUS_PER_NODE)
+    num_nodes, near = -(-num_gpus // GPUS_PER_NODE), hpz_ranks(zero, num_gpus)
+    # With hpZ what is frozen is gathered from all ranks once in a run.
+    whole, nearby = gathered + reduced, size * moved.nearby + (teacher if near < num_gpus else 0)
     # Between nodes: a node takes in what its cards bring, and its GPUs share it.
-    between = whole * (num_nodes - 1) / num_nodes / min(num_gpus, GPUS_PER_NODE)
-    gathered, reduced = (volume * (num_gpus - 1) / num_gpus for volume in (gathered, reduced))
+    far = whole if near > GPUS_PER_NODE else whole - nearby
+    between = far * (num_nodes - 1) / num_nodes / min(num_gpus, GPUS_PER_NODE)
+    gathered = (gathered - nearby) * (num_gpus - 1) / num_gpus + nearby * (near - 1) / near
+    reduced *= (num_gpus - 1) / num_gpus
     prefetched = float(zero.get("stage3_prefetch_bucket_size", _PREFETCH_BUCKET))
     teacher_passes = accumulation * math.ceil(teacher_bytes / size / prefetched)
     return Traffic(

@@ -70,7 +70,8 @@ def state(
     ranks = min(num_gpus, replica) if stage == HIERARCHICAL else num_gpus
     in_parts = frozen_in_parts(counts, stage)
     whole = counts.teacher_bytes + counts.frozen_bytes + counts.partitioned_teacher_bytes - in_parts
-    teacher = whole + in_parts / ranks
+    near = hpz_ranks(zero, ranks)
+    teacher = whole + in_parts / ranks + (in_parts / near if near < ranks else 0)
     most_live = size * float(zero.get("stage3_max_live_parameters", _LIVE_PARAMETERS))
     teacher_live = min(in_parts, most_live) if num_gpus > 1 else 0
     if stage == "0":
@@ -93,15 +94,26 @@ def state(
             teacher=teacher, buffers=bucket * (2 if zero.get("overlap_comm", False) else 1) + teacher_live,
             step=4 * own * stays,
         )  # fmt: skip
+    # hpZ's second copy lives from the forward to the backward pass; of what is frozen for good.
+    copied = total / near if near < ranks else 0
     persistent = sum(persistent_parameters(counts.parameters, zero)) if ranks > 1 else 0
     parameters_stay = offload_device({"zero_optimization": zero}, "offload_param") == "none"
     live = min(most_live, size * (total - persistent)) if ranks > 1 or not parameters_stay else 0
     return State(
-        parameters=size * (own * parameters_stay + persistent), gradients=size * own * stays,
+        parameters=size * (own * parameters_stay + persistent + copied), gradients=size * own * stays,
         optimizer=(state_bytes + 4) * own * stays,
         teacher=teacher, buffers=bucket + max(live, teacher_live),  # teacher and student are gathered in turns
         step=4 * min(own, float(zero.get("sub_group_size", _SUB_GROUP))) * stays,
     )  # fmt: skip
+
+
+def hpz_ranks(zero: dict[str, Any], ranks: int) -> int:
+    """Returns among how many ranks hpZ keeps a second copy of the parameters of stage 3; as many as all: it does not.
+
+    Source: Wang et al. 2023 (ZeRO++, arXiv:2306.10209).
+    """
+    size = int(zero.get("zero_hpz_partition_size", 1))
+    return size if 1 < size < ranks else ranks
 
 
 def frozen_in_parts(counts: Counts, stage: str) -> int:

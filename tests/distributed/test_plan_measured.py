@@ -80,6 +80,7 @@ def test_states_are_as_predicted(
         (2, 4, 1, {"stage3_param_persistence_threshold": 0}, True, 0),
         (3, 4, 2, LET_GO, True, 2),  # two replicas exchange gradients once a step
         (3, 4, 1, {}, False, 2),
+        (3, 4, 2, LET_GO | {"zero_hpz_partition_size": 2}, True, 0),  # all but a step's first gather are nearby
     ],
 )  # fmt: skip
 def test_what_ranks_send_is_what_was_predicted(

@@ -1,5 +1,9 @@
-"""ZeRO-3 within groups of ranks, which are replicas of one another: the run of one group, and of a bare loop."""
+"""ZeRO-3 within groups of ranks, which are replicas of one another: the run of one group, and of a bare loop.
 
+And hpZ, DeepSpeed's own way to gather within a group.
+"""
+
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +20,11 @@ from fd_scale.config import build_recipe
 pytestmark = pytest.mark.slow
 
 Values = Callable[..., dict[str, Any]]
+
+# Let go between the forward and the backward pass: what is gathered for it comes from the second copy.
+LET_GO = {
+    "stage3_param_persistence_threshold": 0, "stage3_max_reuse_distance": 0, "stage3_max_live_parameters": 0,
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -77,3 +86,25 @@ def test_what_is_not_finite_in_one_replica_is_skipped_in_all(recipe_values: Valu
     )
     for skipped, error in run_ranks(cases.train_with_bad_losses, 4, values, [1, 2, 4], float("nan")):
         assert (skipped, error) == ([False, True, True, False, True, False], "")
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_hpz_changes_no_loss(recipe_values: Values, tmp_path: Path, precision: str) -> None:
+    """Its second copies are those of the same step and dtype: after an exchange with averages, and a resume, too."""
+    curves, evaluated = [], []
+    for zero in ({}, {"zero_hpz_partition_size": 2}):
+        file = tmp_path / f"{len(zero)}.json"
+        file.write_text(json.dumps({"zero_optimization": {"stage": 3} | LET_GO | zero}))
+        values = recipe_values(
+            run_dir=str(tmp_path / f"run_{len(zero)}"), train__ds_config=str(file), train__micro_batch=4,
+            train__precision=precision, optim__ema_decay=0.6, log__evaluate_every_steps=3,
+            data__evaluation="digits:test",
+        )  # fmt: skip
+        values["distill"]["teachers"][0]["partitioned"] = True
+        run_ranks(cases.train_until_preempted, 4, values, 4)
+        run_ranks(cases.train, 4, values)
+        curves.append(cases.curve(values["run_dir"]))
+        evaluated.append(cases.losses(values["run_dir"], "evaluation"))
+    assert len(curves[0]) == 6
+    assert curves[1] == curves[0]
+    assert evaluated[1] == evaluated[0]

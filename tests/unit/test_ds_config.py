@@ -167,6 +167,7 @@ def test_replicas(make_recipe: MakeRecipe) -> None:
         assert found(4, 8, {"zero_optimization": {"stage": 3, "mics_shard_size": given}}) == 4
     for off in (-1, 0, "auto"):
         assert found(0, 8, {"zero_optimization": {"stage": 3, "mics_shard_size": off}}) is None
+    assert found(4, 8, {"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 1}}) == 4
     host = {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu"}}}
     assert found(4, 4, host) is None
     for size, wrong, sentence in (

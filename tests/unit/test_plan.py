@@ -293,6 +293,23 @@ def test_replicas(planned: Callable[..., Plan]) -> None:
     )
 
 
+def test_hpz_holds_a_copy_in_a_node_and_gathers_from_there() -> None:
+    hpz = {"zero_hpz_partition_size": 8}
+    found, plain = (state(numbers(), "3", 64, "bf16", 1, zero) for zero in (hpz, {}))
+    assert found.parameters - plain.parameters == 2 * 10 * G / 8
+    assert (
+        state(numbers(), "3", 8, "bf16", 1, hpz).parameters
+        == state(numbers(), "3", 8, "bf16", 1, {}).parameters
+    )
+    zero = {"stage3_max_reuse_distance": 0}
+    sent = traffic([G // 2], 2, "3", GPUS["a100-80g"], 16, 2, zero | hpz)
+    assert sent.gathered == G * 15 / 16 + 3 * G * 7 / 8, "the first forward pass of two, and all else"
+    assert sent.reduced == 2 * G * 15 / 16
+    # Of six gigabytes the three that are not gathered nearby come half from the other node, over its eight cards.
+    slow = replace(GPUS["a100-80g"], infiniband=1e9)
+    assert traffic([G // 2], 2, "3", slow, 16, 2, zero | hpz).seconds == pytest.approx(3 / 8 / 2)
+
+
 def test_report_json_and_plot(planned: Callable[..., Plan], tmp_path: Path) -> None:
     found = planned(numbers(3 * G))
     console = Console(width=200, file=io.StringIO())
