@@ -324,7 +324,7 @@ class Engine:
         if stage == 0 and precise and world.size == 1:
             # Else all gradients are copied into a buffer and back, to be averaged over one rank.
             self.deepspeed.enable_backward_allreduce = False
-        self.host_copies = _HostCopies(wanted=self.replicas is None or self.replicas.index == 0)
+        self.host_copies = _HostCopies(wanted=self.replicas is None or self.replicas.writes)
         self.deepspeed.checkpoint_engine = self.host_copies
         self.traffic = traffic_of(deepspeed.comm.comm.cdb)
         self.statistics = _Statistics(module)

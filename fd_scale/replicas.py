@@ -42,6 +42,11 @@ class Replicas:
         across = [dist.new_group(range(first, world.size, size)) for first in range(size)]
         self.within, self.across = within[self.index], across[self.rank]
 
+    @property
+    def writes(self) -> bool:
+        """Whether this rank's part of a checkpoint is written here: replicas hold the same, and share the writing."""
+        return self.rank % self.count == self.index
+
     def get_data_parallel_group(self) -> dist.ProcessGroup:
         """The ranks of this replica."""
         return self.within

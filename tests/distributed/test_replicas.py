@@ -49,7 +49,7 @@ def test_equals_a_bare_loop(
     run_ranks(cases.train, 4, values)
     assert_same(cases.curve(values["run_dir"]), expected)
     files = list((Path(values["run_dir"]) / "checkpoints/step_00000005").glob("*optim_states.pt"))
-    assert len(files) == 2, "one replica writes"
+    assert len(files) == 2, "a file for each part, not for each rank"
 
 
 @pytest.mark.parametrize(
