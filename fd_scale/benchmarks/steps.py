@@ -30,7 +30,7 @@ from fd_scale.config import Recipe, load_recipe
 from fd_scale.data import Batch, Picture, Targets, TrainLoader, training_transform
 from fd_scale.data.base import UNLABELLED
 from fd_scale.distill import DistillationTask
-from fd_scale.distributed import World
+from fd_scale.distributed import World, micro_batch_of_a_rank
 from fd_scale.models import choose_kernels, dtype_of, resolved
 from fd_scale.randomness import hash64
 
@@ -132,13 +132,15 @@ def _peer(recipe: Recipe, way: str, world: World) -> tuple[Step, Phases, Sent]:
 
 
 def _batches(recipe: Recipe, world: World) -> list[list[Batch]]:
-    source = Noise()
+    source, train = Noise(), recipe.train
     loader = TrainLoader(
         source,
         training_transform(resolved(recipe), source),
         seed=recipe.seed,
-        global_batch=recipe.train.global_batch,
-        micro_batch=recipe.train.micro_batch,
+        global_batch=train.global_batch,
+        micro_batch=micro_batch_of_a_rank(
+            train.global_batch, train.micro_batch, world.size, recipe.crops_together
+        ),
         rank=world.rank,
         world_size=world.size,
         num_workers=0,
