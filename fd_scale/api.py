@@ -24,6 +24,7 @@ from fd_scale.cuda_graphs import record
 from fd_scale.data import (
     Source,
     TrainLoader,
+    mask_values,
     measuring_transform,
     open_source,
     require_targets,
@@ -64,7 +65,7 @@ from fd_scale.plan import Choice, NotCountedError, Plan, memory_table, present_g
 from fd_scale.plan import plan as plan_recipe
 from fd_scale.plan.measure import Measured
 from fd_scale.plan.measure import measure as measure_trainer
-from fd_scale.predict import class_names_of, first_value_of_masks, predict_classes, predict_images
+from fd_scale.predict import class_names_of, mask_values_of, predict_classes, predict_images
 from fd_scale.pretrain import ContrastiveTask, MaskedTask
 from fd_scale.randomness import initial_seed
 from fd_scale.trainer import Task, Trainer
@@ -248,12 +249,13 @@ def predict(
     recipe = replace(recipe, data=replace(recipe.data, evaluation=None))
     task, recipe, world = _to_evaluate(recipe)
     restore(task, recipe, checkpoint, world)
-    names = run_folder.class_names(run) or class_names_of(recipe)
+    names, values = run_folder.classes(run)
+    names = names or class_names_of(recipe)
     if isinstance(task, ClassificationTask):
         return [predict_classes(task, recipe, names, Path(images), Path(out), world.device)]
     assert isinstance(task, SegmentationTask | DetectionTask), "the recipe's task"
-    first_value = first_value_of_masks(recipe) if masks else None
-    return predict_images(task, names, Path(images), Path(out), world.device, first_value)
+    values = (values or mask_values_of(recipe, task.num_classes)) if masks else None
+    return predict_images(task, names, Path(images), Path(out), world.device, values)
 
 
 def plan(recipe: Recipe, gpu: str, num_gpus: int, images: int | None = None) -> Plan:
@@ -340,7 +342,7 @@ def build_trainer(
     lock = RunLock(run_dir)
     world.on_main(lock.acquire)
     named = source.class_names if recipe.task in ("classification", "segmentation", "detection") else None
-    world.on_main(lambda: run_folder.create(recipe, named))
+    world.on_main(lambda: run_folder.create(recipe, named, mask_values(source)))
     log.set_up(world.rank, run_dir)
     task.prepare(world, loader)
     engine = Engine(task.module, task.undecayed, task.lr_scales, engine_config, recipe.optim, world)

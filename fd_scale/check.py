@@ -54,7 +54,7 @@ from fd_scale.teacher_features import Part, evaluation_part, train_part
 from fd_scale.teachers import Teacher
 
 NUM_READ = 16
-"""Of the training images, the first ones: as many in a row that cannot be decoded end a run."""
+"""Of the training images, evenly spread."""
 
 
 class _Warning(str):
@@ -214,27 +214,27 @@ def _training_data(subject: _Subject) -> str:
     found = f"{_written(subject.recipe.data.train)}: {len(source)} images, {source.num_classes} classes"
     count = min(len(source), NUM_READ)
     bad, sizes, classes = [], [], set()
-    for sample_id in range(count):
+    for sample_id in np.linspace(0, len(source) - 1, count).round().astype(int).tolist():
         try:
             picture, target = source.read(sample_id)
             picture.pil()
         except DecodeError as error:
-            bad.append(f"{source.name(sample_id)} cannot be decoded: {error}")
+            bad.append(f"{source.name(sample_id)}: {error}")
             continue
         sizes.append(f"{picture.width}x{picture.height}")
         if source.targets == "masks":
             classes |= set(np.unique(np.asarray(target)).tolist()) - {IGNORED}
     if not sizes:
-        raise UserError(f"data.train: {found}, and of the first {count} none can be decoded: {bad[0]}")
+        raise UserError(f"data.train: {found}, and of {count} that were read none is whole: {bad[0]}")
     if bad:
-        return _Warning(f"{found}; {len(bad)} of the first {count} would be replaced: {bad[0]}")
+        return _Warning(f"{found}; {len(bad)} of {count} that were read would be replaced: {bad[0]}")
     if source.targets == "masks" and len(classes) < 2:
         names = [(source.class_names or [])[label] for label in classes]
         return _Warning(
-            f"{found}; all pixels of the first {count} masks are {' or '.join([*names, 'ignored'])}: classes count "
+            f"{found}; all pixels of {count} masks are {' or '.join([*names, 'ignored'])}: classes count "
             f"from 0, and {IGNORED} is ignored"
         )
-    return f"{found}, the first {sizes[0]} px"
+    return f"{found}, one of {sizes[0]} px"
 
 
 def _evaluation_data(subject: _Subject) -> str:

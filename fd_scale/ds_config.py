@@ -240,6 +240,12 @@ def _of_replicas(zero: dict[str, Any], recipe: Recipe, world_size: int) -> Itera
             f"zero_optimization.mics_shard_size is {json.dumps(given)} in {train.ds_config}, but train.mics_shard_size "
             f'is {wanted}; write "auto" there or change the recipe'
         )
+    near = int(zero.get("zero_hpz_partition_size", 1))
+    if 1 < near < world_size and world_size % near:
+        yield (
+            f"zero_optimization.zero_hpz_partition_size is {near} in {train.ds_config} and does not divide "
+            f"{world_size} ranks; take a divisor, as the GPUs of a node"
+        )
     size = shard_size(train, world_size)
     if size == world_size:
         return
@@ -253,18 +259,33 @@ def _of_replicas(zero: dict[str, Any], recipe: Recipe, world_size: int) -> Itera
         yield (
             f"train.mics_shard_size={wanted} does not divide {world_size} ranks; take a divisor, as the GPUs of a node"
         )
-    for key, reason in _ONE_REPLICA.items():
-        value = zero.get(key)
-        on = (
-            value.get("device", "none") != "none"
-            if isinstance(value, dict)
-            else value not in (None, False, 0, 1)
+    for key in against_replicas(zero):
+        yield (
+            f"zero_optimization.{key} in {train.ds_config} does not go with train.mics_shard_size={wanted}: "
+            f"{_ONE_REPLICA[key]}; remove one of them"
         )
-        if on or value is True:
-            yield (
-                f"zero_optimization.{key} in {train.ds_config} does not go with train.mics_shard_size={wanted}: "
-                f"{reason}; remove one of them"
-            )
+
+
+def against_replicas(zero: dict[str, Any]) -> list[str]:
+    """Returns the keys of a section `zero_optimization` that are on and do not go with replicas."""
+    return [key for key in _ONE_REPLICA if _is_on(zero.get(key))]
+
+
+def _is_on(value: Any) -> bool:
+    if isinstance(value, dict):
+        return bool(value.get("device", "none") != "none")
+    return value is True or value not in (None, False, 1)  # hpZ's 1 is off
+
+
+def require_replicas(ds_config: dict[str, Any], recipe: Recipe, world_size: int) -> None:
+    """Looks whether a recipe's replicas can be on so many ranks, as `resolve` does beside all else.
+
+    Raises:
+        UserError: they cannot.
+    """
+    problems = list(_of_replicas(dict(ds_config.get("zero_optimization", {})), recipe, world_size))
+    if problems:
+        raise UserError("train.ds_config: " + ";\n  and ".join(problems))
 
 
 def _unserved(ds_config: dict[str, Any], file: str) -> Iterator[str]:

@@ -35,6 +35,7 @@ from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus, is_zero
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3  # noqa: E402
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer  # noqa: E402
 from deepspeed.runtime.zero.utils import ZeRORuntimeException  # noqa: E402
+from deepspeed.utils import groups as deepspeed_groups  # noqa: E402
 from deepspeed.utils import set_z3_leaf_modules  # noqa: E402
 from pydantic import ValidationError  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
@@ -182,6 +183,7 @@ class Partition:
                 module=nn.Module(),
                 config_dict_or_path=self.config,
                 data_parallel_group=self.replicas and self.replicas.within,
+                zero_param_parallel_group=deepspeed_groups._get_zero_param_intra_parallel_group(),
             )
         quicken_zero3()
         return _BuildInParts(init, dtype)

@@ -122,7 +122,8 @@ def saying_where_it_started(run: Path, recipe: Recipe) -> Iterator[None]:
         missing = [
             path
             for path in data_paths(recipe)
-            if not (is_remote(path) or Path(path).is_absolute() or glob.glob(path))
+            if path in str(error)
+            and not (is_remote(path) or Path(path).is_absolute() or glob.glob(path))
             and glob.glob(path, root_dir=started)
         ]
         if missing:
@@ -158,11 +159,11 @@ def evaluate_task(
     Raises:
         UserError: the images do not fit the task.
     """
-    names = run_folder.class_names(run)
+    names, _ = run_folder.classes(run)
     if isinstance(task, ClassificationTask | SegmentationTask | DetectionTask):
         assert task.evaluation is not None, "the recipe names images"
         require_trained_classes(recipe, task.evaluation.source, names)
-        names = task.evaluation.source.class_names or names
+        names = names or task.evaluation.source.class_names
     restore(task, recipe, checkpoint, world)
     step = read_manifest(checkpoint)["state"]["step"]
     logger.info("%s: step %d on %s", checkpoint, step, recipe.data.evaluation)

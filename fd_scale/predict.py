@@ -94,7 +94,8 @@ def predict_classes(
             cells = [
                 cell for share, label in zip(*found, strict=True) for cell in (names[label], f"{share:.4f}")
             ]
-            rows.writerow([files[position], *cells])
+            name = files[position].encode(errors="backslashreplace").decode()  # names that are no UTF-8
+            rows.writerow([name, *cells])
     target = out / "predictions.csv"
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -120,7 +121,7 @@ def predict_images(
     path: Path,
     out: Path,
     device: torch.device,
-    first_value: int | None = None,
+    mask_values: list[int] | None = None,
 ) -> list[Path]:
     """Writes a PNG file for each image: it under the colours of its classes, with a legend; or its objects, or mask.
 
@@ -130,8 +131,8 @@ def predict_images(
         path: an image or a folder.
         out: folder of the pictures; those of sub-folders lie in sub-folders.
         device: of the module.
-        first_value: of the first class in masks, 8-bit grey, which are wanted of a segmentation in place of pictures;
-            none: pictures are.
+        mask_values: of the classes in masks, 8-bit grey, which are wanted of a segmentation in place of pictures; none:
+            pictures are.
 
     Returns:
         The pictures.
@@ -156,7 +157,7 @@ def predict_images(
         except (DecodeError, OSError) as error:
             raise UserError(f"{file}: cannot be decoded ({error}); repair or remove it") from None
         with torch.no_grad():
-            picture = _picture(task, image, names, device, first_value)
+            picture = _picture(task, image, names, device, mask_values)
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
             picture.save(target)
@@ -171,7 +172,7 @@ def _picture(
     image: Image.Image,
     names: list[str],
     device: torch.device,
-    first_value: int | None,
+    mask_values: list[int] | None,
 ) -> Image.Image:
     pixels_CHW = pil_to_tensor(image).to(device)
     if isinstance(task, DetectionTask):
@@ -182,14 +183,15 @@ def _picture(
         return task.module(images_BCHW=images_BCHW)["logits"]
 
     mask_HW = task.predictor(pixels_CHW, segment).cpu().numpy()
-    if first_value is None:
+    if mask_values is None:
         return overlay(image, mask_HW, names)
-    return Image.fromarray(mask_HW + np.uint8(first_value))
+    return Image.fromarray(np.array(mask_values, dtype=np.uint8)[mask_HW])
 
 
-def first_value_of_masks(recipe: Recipe) -> int:
-    """Returns the value of a run's first class in masks, as in those that it learned from: of ADE20K 1."""
-    return int(as_list(recipe.data.train)[0].source.startswith("ade20k_"))
+def mask_values_of(recipe: Recipe, num_classes: int) -> list[int]:
+    """Returns the classes' values in masks, where a run of an earlier version did not write them down."""
+    first = int(as_list(recipe.data.train)[0].source.startswith("ade20k_"))
+    return list(range(first, first + num_classes))
 
 
 def class_names_of(recipe: Recipe) -> list[str] | None:

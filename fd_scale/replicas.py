@@ -9,18 +9,13 @@ import functools
 from typing import Any
 
 import deepspeed
-import deepspeed.utils.groups
 import torch
 import torch.distributed as dist
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+from deepspeed.utils import groups
 from torch import Tensor, nn
 
 from fd_scale.distributed import World
-
-# hpZ's groups within a node: DeepSpeed forms them whenever a module is partitioned, and would refuse the second time.
-deepspeed.utils.groups._create_zero_param_parallel_group = functools.cache(
-    deepspeed.utils.groups._create_zero_param_parallel_group
-)
 
 
 class Replicas:
@@ -74,6 +69,9 @@ class Replicas:
 def replicas_of(ds_config: dict[str, Any], world: World) -> tuple[dict[str, Any], Replicas | None]:
     """Returns a configuration as DeepSpeed reads it, and the replicas that it asks for; none: there is but one.
 
+    DeepSpeed keeps groups in globals, and would stay with those of the engine before: they are set here, those of hpZ
+    too, which it would form whenever a module is partitioned, and refuse the second time.
+
     Args:
         ds_config: resolved (`fd_scale.ds_config.resolve`).
         world: ranks, which all call it.
@@ -84,7 +82,11 @@ def replicas_of(ds_config: dict[str, Any], world: World) -> tuple[dict[str, Any]
     found = _replicas(world, size) if size is not None else None
     if found is not None:
         ds_config["train_batch_size"] //= found.count
-    deepspeed.utils.groups.mpu = found  # DeepSpeed would stay with those of the engine before
+    near = int(zero.get("zero_hpz_partition_size", 1))
+    if near >= world.size:  # a second copy of each part beside the first
+        near = zero["zero_hpz_partition_size"] = 1
+    groups.mpu = found
+    groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = _replicas(world, near).within if near > 1 else None
     return ds_config, found
 
 
@@ -109,7 +111,7 @@ def average_over(replicas: Replicas, optimizer: DeepSpeedZeroOptimizer_Stage3) -
     def partition_and_average(parameters: list[nn.Parameter], gradients: list[Tensor]) -> list[Tensor]:
         parts: list[Tensor] = partition(parameters, gradients)
         if parts and optimizer.is_gradient_accumulation_boundary():
-            flat = torch.cat(parts).div_(replicas.count)
+            flat = torch.cat(parts).to(optimizer.communication_data_type).div_(replicas.count)
             deepspeed.comm.all_reduce(flat, group=replicas.across)
             torch._foreach_copy_(parts, flat.split([part.numel() for part in parts]))
         return parts

@@ -44,7 +44,9 @@ _FREE_SETTINGS = (
 )  # fmt: skip
 
 
-def create(recipe: Recipe, class_names: list[str] | None = None) -> Path:
+def create(
+    recipe: Recipe, class_names: list[str] | None = None, mask_values: list[int] | None = None
+) -> Path:
     """Makes the run folder and writes `recipe.yaml` and `environment.json` into it, and `classes.json` with names.
 
     Each start appends to the environment's list: a resumed run may have moved to other hardware.
@@ -52,6 +54,7 @@ def create(recipe: Recipe, class_names: list[str] | None = None) -> Path:
     Args:
         recipe: of the run.
         class_names: what it learns to tell apart; none: nothing, or they have no names.
+        mask_values: what each class is in the masks that it learns from; none: it learns from none.
 
     Raises:
         UserError: the folder cannot be written.
@@ -61,7 +64,8 @@ def create(recipe: Recipe, class_names: list[str] | None = None) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         write_atomically(folder / "recipe.yaml", to_yaml(recipe))
         if class_names is not None:
-            write_atomically(folder / _CLASSES, json.dumps(class_names, indent=1, ensure_ascii=False))
+            classes = {"names": class_names, "mask_values": mask_values}
+            write_atomically(folder / _CLASSES, json.dumps(classes, indent=1, ensure_ascii=False))
         file = folder / "environment.json"
         starts = json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
         write_atomically(
@@ -72,13 +76,13 @@ def create(recipe: Recipe, class_names: list[str] | None = None) -> Path:
     return folder
 
 
-def class_names(run_dir: Path) -> list[str] | None:
-    """Returns the names of the classes that a run learns; none where it learns none, or did not know their names."""
+def classes(run_dir: Path) -> tuple[list[str] | None, list[int] | None]:
+    """Returns `class_names` and `mask_values` as `create` was given them; none where the run says nothing of them."""
     try:
-        names: list[str] = json.loads((run_dir / _CLASSES).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return names
+        found = json.loads((run_dir / _CLASSES).read_text(encoding="utf-8"))
+        return found["names"], found["mask_values"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None, None
 
 
 def not_writable(folder: Path, error: OSError, setting: str = "run_dir") -> UserError:

@@ -31,9 +31,8 @@ def require_shape(hint: Any, given: Any, where: str, key: str = "") -> None:
     if not fitting:
         wanted = " or ".join(dict.fromkeys(_kind(option) for option in options if option is not NoneType))
         how = ", each item after a dash" if (wanted, kind) == (_LIST, _MAPPING) else ""
-        raise UserError(
-            f"{where}: {key}: expected {wanted}{how}, got {repr(given) if kind == _VALUE else kind}"
-        )
+        got = repr(given) if kind == _VALUE else kind
+        raise UserError(f"{where}: {key or 'the recipe'}: expected {wanted}{how}, got {got}")
     within = f"{key}." if key else ""
     if is_dataclass(fitting[0]):
         for name, hint_of_field in get_type_hints(fitting[0]).items():
@@ -47,6 +46,17 @@ def require_shape(hint: Any, given: Any, where: str, key: str = "") -> None:
             items = (items[0],) * len(given)
         for index, (item, value) in enumerate(zip(items, given, strict=True)):
             require_shape(item, value, where, f"{within}{index}")
+            # Of a list OmegaConf does not say which one it is.
+            if item in (int, float) and not _is_number(value):
+                raise UserError(f"{where}: {key}: expected numbers, got {value!r}")
+
+
+def _is_number(value: Any) -> bool:
+    try:
+        float(value)
+    except (TypeError, ValueError):
+        return False
+    return True
 
 
 def _kind(hint: Any) -> str:

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from fd_scale.data.base import IGNORED, IMAGE_SUFFIXES, UNLABELLED, Targets, content_hash
+from fd_scale.data.base import IGNORED, IMAGE_SUFFIXES, UNLABELLED, Source, Targets, content_hash
 from fd_scale.data.decode import DecodeError, decode_mask
 from fd_scale.data.folders import file_size, walk_images
 from fd_scale.data.picture import Picture
@@ -45,6 +45,13 @@ class MaskValues:
         classes = iter(range(num_classes))
         for value, name in enumerate(values):
             self.class_of_value[value] = IGNORED if name == NO_CLASS else next(classes)
+
+    @property
+    def value_of_class(self) -> list[int]:
+        """The pixel value of each class."""
+        return [
+            int(np.flatnonzero(self.class_of_value == label)[0]) for label in range(len(self.class_names))
+        ]
 
     @property
     def identity(self) -> list[str]:
@@ -79,6 +86,17 @@ class MaskValues:
                 f"not {IGNORED}, ignored"
             )
         return Image.fromarray(classes_HW)
+
+
+def mask_values(source: Source) -> list[int] | None:
+    """Returns the pixel value of each class in a source's masks, of several sources the first's; none: it has none."""
+    if source.targets != "masks":
+        return None
+    parts = [getattr(source, "source", None), *getattr(source, "sources", [])]
+    if inner := [part for part in parts if part is not None and part.targets == "masks"]:
+        return mask_values(inner[0])
+    values = getattr(source, "values", None)
+    return values.value_of_class if isinstance(values, MaskValues) else list(range(source.num_classes))
 
 
 class MaskSource:

@@ -156,10 +156,15 @@ def _class_names(paths: list[str], num_classes: int) -> list[str] | None:
     file = Path(min(folders)) / "classes.txt"
     if not num_classes or len(folders) > 1 or not file.is_file():
         return None
-    names = file.read_text(encoding="utf-8").removesuffix("\n").split("\n")
-    if len(names) < num_classes:
+    try:
+        names = file.read_text(encoding="utf-8-sig").rstrip("\n").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        logger.warning("%s cannot be read (%s): classes have numbers", file, error)
+        return None
+    if len(names) < num_classes or not all(names):
+        count = len([name for name in names if name])
         logger.warning(
-            "%s names %d classes, the shards there have %d: it is not read", file, len(names), num_classes
+            "%s names %d classes, the shards there have %d: it is not read", file, count, num_classes
         )
         return None
     return names

@@ -161,7 +161,7 @@ def _map_of(
     num_tokens, prefix, heads = probs.shape[-1], model.num_prefix_tokens, probs.shape[-3]
     shaped = [x.detach().float().reshape(batch, -1, heads, num_tokens, num_tokens) for x in (probs, logits)]
     windows = shaped[0].shape[1]
-    if windows == 1 and num_tokens == prefix + grid[0] * grid[1]:
+    if state.window is None and windows == 1 and num_tokens == prefix + grid[0] * grid[1]:
         stride = (image_px[0] / grid[0], image_px[1] / grid[1])
         return AttentionMap(shaped[0], shaped[1], state.bias, prefix, grid, stride), 1
     # Without windows, all tokens of a stage: others may be channels, or lie apart.

@@ -168,9 +168,11 @@ class LayerStatistics:
             self.bias += count * float(bias_share(attention.logits, attention.bias))
         few = probs.shape[-1] <= FEW_TOKENS
         if len(self.ranks) < (NUM_RANKED if few else 1):
-            heads = slice(None) if few else slice(None, None, -(-probs.shape[2] // NUM_RANKED))
             # On the host: GPUs take singular values of small matrices one after the other.
-            maps = probs.flatten(0, 1)[: NUM_RANKED - len(self.ranks) if few else 1, heads].cpu()
+            maps = probs.flatten(0, 1)[: NUM_RANKED - len(self.ranks) if few else 1].cpu()
+            if not few:
+                heads = maps.shape[1]
+                maps = maps[:, torch.linspace(0, heads - 1, min(NUM_RANKED, heads)).round().long()]
             self.ranks += effective_rank(torch.linalg.svdvals(maps)).mean(-1).tolist()
         self.num_images += count
 

@@ -101,6 +101,7 @@ class TimmBackbone(Backbone):
         super().__init__()
         timm_model: Any = model
         self.target = target
+        pools = getattr(timm_model, "attn_pool", None) is not None
         try:
             if target == "feature_map":
                 timm_model.reset_classifier(0, "")
@@ -111,6 +112,8 @@ class TimmBackbone(Backbone):
                 f"timm's {type(model).__name__} cannot do without its pooling ({error}): it has no token grid; "
                 "as a teacher it can give target pooled"
             ) from None
+        # Attention pooling has weights, which timm would miss.
+        self.lost_pool = pools and getattr(timm_model, "attn_pool", None) is None
         self.model = timm_model
         self.num_features = timm_model.num_features
         self.has_cls = (
@@ -129,7 +132,8 @@ class TimmBackbone(Backbone):
         if layout != "timm":
             return {}
         size = {"img_size": config.size} if takes_img_size(config.name) else {}
-        return timm_config(config, config.name.partition(".")[0], config.overrides | size)
+        pool = {"global_pool": ""} if self.lost_pool else {}
+        return timm_config(config, config.name.partition(".")[0], config.overrides | size | pool)
 
     def layer_ids(self) -> dict[str, int]:
         """See `Backbone.layer_ids`; the groups are timm's."""

@@ -217,6 +217,7 @@ def plan(
     train = recipe.train
     largest = micro_batch_of_a_rank(train.global_batch, train.micro_batch, num_gpus, recipe.crops_together)
     zero = ds_config.read(train.ds_config)
+    ds_config.require_replicas(zero, recipe, num_gpus)
     if source is None and (images is None or recipe.task in ("classification", "segmentation", "detection")):
         source = _source(recipe)
     counts = counts or count(recipe, source)
@@ -267,8 +268,10 @@ def present_gpu(device: torch.device) -> Gpu:
 
 def _section(stage: str, zero: dict[str, Any]) -> dict[str, Any]:
     """`zero_optimization` of the recipe's JSON where it is of this stage, else that of the shipped one."""
+    given = zero.get("zero_optimization", {})
+    other = stage == HIERARCHICAL and ds_config.against_replicas(given)
     stage = "3" if stage == HIERARCHICAL else stage
-    if stage != str(ds_config.zero_stage(zero)):
+    if other or stage != str(ds_config.zero_stage(zero)):
         zero = ds_config.read(f"zero{stage}")
     section: dict[str, Any] = zero.get("zero_optimization", {})
     return {key: value for key, value in section.items() if value != "auto"}

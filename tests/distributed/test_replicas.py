@@ -88,6 +88,25 @@ def test_what_is_not_finite_in_one_replica_is_skipped_in_all(recipe_values: Valu
         assert (skipped, error) == ([False, True, True, False, True, False], "")
 
 
+def test_other_runs_in_the_same_process(recipe_values: Values, tmp_path: Path) -> None:
+    """DeepSpeed keeps the groups of the last engine in globals: each run has its own."""
+    runs = []
+    for name, stage, replica, near in (
+        ("replicas", 3, 2, 1), ("whole", 3, 0, 1), ("near", 3, 0, 2), ("none_near", 3, 0, 4), ("again", 3, 2, 1),
+        ("not_in_parts", 1, 0, 1),
+    ):  # fmt: skip
+        file = tmp_path / f"{name}.json"
+        zero = {"stage": stage, "zero_hpz_partition_size": near} | LET_GO
+        file.write_text(json.dumps({"zero_optimization": zero}))
+        runs.append(recipe_values(
+            run_dir=str(tmp_path / name), train__ds_config=str(file), train__micro_batch=4, train__steps=4,
+            train__mics_shard_size=replica,
+        ))  # fmt: skip
+    run_ranks(cases.train_all, 4, runs)
+    for values in runs[1:]:
+        assert_same(cases.curve(values["run_dir"]), cases.curve(runs[0]["run_dir"]))
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_hpz_changes_no_loss(recipe_values: Values, tmp_path: Path, precision: str) -> None:
     """Its second copies are those of the same step and dtype: after an exchange with averages, and a resume, too."""

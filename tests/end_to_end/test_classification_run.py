@@ -39,14 +39,16 @@ def run(tmp_path_factory: Any, values_in: Callable[..., dict[str, Any]]) -> Path
 
 
 def test_other_names_are_refused_and_numbers_are_places(run: Path, tmp_path: Path) -> None:
-    assert json.loads((run / "classes.json").read_text()) == NAMES
+    assert json.loads((run / "classes.json").read_text()) == {"names": NAMES, "mask_values": None}
     right = api.evaluate(run)
     assert right["top1"] > 0.9
     numbers, renamed = tmp_path / "numbers", tmp_path / "renamed"
     for place, name in enumerate(NAMES):
         shutil.copytree(run.parent / "images" / name, numbers / str(place))
         shutil.copytree(run.parent / "images" / name, renamed / name.replace("Hund & Katze", "zHund"))
-    assert api.evaluate(run, [f"data.evaluation=imagefolder:{numbers}"])["top1"] == right["top1"]
+    found = api.evaluate(run, [f"data.evaluation=imagefolder:{numbers}"])
+    assert found["top1"] == right["top1"]
+    assert [each["name"] for each in found["classes"]] == NAMES
     with pytest.raises(
         UserError, match=r"other classes than the run was trained on \(only in one: \['Hund & Katze', "
     ):

@@ -15,7 +15,7 @@ from fd_scale.diagnose.run import Options, diagnose
 from fd_scale.errors import UserError
 from fd_scale.finetune.segmentation.pictures import colours
 from fd_scale.metrics import read_metrics
-from fd_scale.predict import first_value_of_masks
+from fd_scale.predict import mask_values_of
 
 pytestmark = pytest.mark.slow
 
@@ -74,8 +74,15 @@ def test_predict_paints_what_evaluate_measures(
     truth = np.asarray(Image.open(run.parent / "shapes/masks/2.png")).astype(int)
     found = np.asarray(Image.open(mask)).astype(int)
     assert (found == truth)[truth != 255].mean() > 0.9
-    recipe = load_recipe("ade20k/clip_vit_base")
-    assert first_value_of_masks(recipe) == 1, "ADE20K's 0 is no class"
+    file = run / "classes.json"
+    assert json.loads(file.read_text()) == {"names": ["ground", "disc", "square"], "mask_values": [0, 1, 2]}
+    file.write_text(file.read_text().replace("    2\n", "    7\n").replace("  2\n", "  7\n"))
+    [other] = api.predict(run, images / "2.png", tmp_path / "others", masks=True)
+    assert np.array_equal(np.asarray(Image.open(other)) == 7, found == 2)
+    file.unlink()  # a run of an earlier version
+    assert mask_values_of(load_recipe("ade20k/clip_vit_base"), 2) == [1, 2], "0 is no class"
+    [again] = api.predict(run, images / "2.png", tmp_path / "again", masks=True)
+    assert np.array_equal(np.asarray(Image.open(again)), found)
     before = (images / "2.png").read_bytes()
     monkeypatch.chdir(images.parent)
     for out in (images, Path("images"), Path("masks/../images")):

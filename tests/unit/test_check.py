@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from omegaconf import OmegaConf
@@ -70,7 +71,7 @@ def test_a_good_recipe(recipe_values: Values, check: Check, tmp_path: Path) -> N
     assert {verdict for verdict, _ in rows.values()} <= {"ok", "warning"}
     assert "48 images a step = 2 ranks x 3 micro-batches x 8" in rows["DeepSpeed JSON"][1]
     assert "ZeRO-0" in rows["DeepSpeed JSON"][1]
-    assert rows["training data"] == ("ok", "digits:train: 1497 images, 10 classes, the first 8x8 px")
+    assert rows["training data"] == ("ok", "digits:train: 1497 images, 10 classes, one of 8x8 px")
     assert "300 images, 10 classes" in rows["evaluation data"][1]
     assert rows["epoch"] == ("ok", "31 steps an epoch")
     assert "24 px make 3x3 tokens" in rows["student"][1]
@@ -177,9 +178,30 @@ def test_images_that_do_not_decode(recipe_values: Values, check: Check, tmp_path
     spec = f"imagefolder:{tmp_path / 'images'}"
     rows = check(recipe_values(), f"data.train={spec}", f"data.evaluation={spec}")
     assert rows["training data"][0] == "warning", "training replaces it"
-    assert "00.png cannot be decoded" in rows["training data"][1]
+    assert "1 of 16 that were read would be replaced: " in rows["training data"][1]
+    assert "00.png: it is no image file" in rows["training data"][1]
     assert rows["evaluation data"][0] == "fails", "an evaluation does not"
     assert "00.png cannot be decoded" in rows["evaluation data"][1]
+
+
+def test_masks_of_one_class_are_doubted(
+    recipe_values: Values, check: Check, tmp_path: Path, write_shapes: Callable[..., str]
+) -> None:
+    """As masks of 0 and 255 are, 255 being ignored."""
+    spec = write_shapes(tmp_path / "shapes", count=3)
+    values = recipe_values("segmentation", data__train=spec)
+    assert check(values)["training data"][0] == "ok"
+    for file in (tmp_path / "shapes/masks").iterdir():
+        mask_HW = np.asarray(Image.open(file))
+        Image.fromarray(np.where(mask_HW == 1, 255, 0).astype(np.uint8)).save(file)
+    verdict, detail = check(values)["training data"]
+    assert verdict == "warning"
+    assert "all pixels of 3 masks are ground or ignored: classes count from 0, and 255 is ignored" in detail
+    for file in (tmp_path / "shapes/images").iterdir():
+        file.write_bytes(b"no image")
+    verdict, detail = check(values)["training data"]
+    assert verdict == "fails"
+    assert "of 3 that were read none is whole" in detail
 
 
 def test_weights_are_compared_by_their_header_alone(

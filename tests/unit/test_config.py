@@ -208,6 +208,8 @@ def test_every_limit_is_in_the_table_above() -> None:
         ({"model__overrides": ["depth", 4]}, "model.overrides: expected a mapping of settings, got a list"),
         ({"optim__betas": [0.9, 0.95, 0.99]}, "optim.betas: expected 2 values, got 3"),
         ({"optim__lr": [1e-3]}, "optim.lr: expected a value, got a list"),
+        ({"optim__betas": [0.9, "abc"]}, "optim.betas: expected numbers, got 'abc'"),
+        ({"data__crop_scale": [0.08, None]}, "data.crop_scale: expected numbers, got None"),
         (
             {"distill__teachers": [{"model": {"name": "swin_v2_tiny", "weights": "teacher"}}]},
             "distill.teachers.0.model.weights: `teacher` is for a student",

@@ -250,6 +250,16 @@ def test_large_windows_are_seen_one_after_the_other(monkeypatch: pytest.MonkeyPa
                 assert one_by_one[key] == pytest.approx(value, rel=1e-5), key
 
 
+def test_a_window_as_large_as_the_last_grid_is_no_image(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As Swin's usually are: one of the four windows of the first stage has as many tokens as the second stage."""
+    monkeypatch.setattr(reference, "LARGEST_TOGETHER", 24)
+    overrides = {"depths": [1, 1], "num_heads": [1, 2], "embed_dim": 16, "patch_size": 4, "window_size": 5}
+    model = build_model(ModelConfig(name="swin_v2_tiny", img_size=40, overrides=overrides)).eval()
+    maps = seen(model, torch.randn(2, 3, 40, 40))
+    found = [(attention.is_image, attention.stride_px, attention.probs.shape[1]) for attention in maps]
+    assert found == [(False, (4.0, 4.0), 1)] * 4 + [(True, (8.0, 8.0), 1)]
+
+
 def test_the_rank_of_large_windows_is_of_a_few_heads(monkeypatch: pytest.MonkeyPatch) -> None:
     taken = []
     values = torch.linalg.svdvals
@@ -260,6 +270,10 @@ def test_the_rank_of_large_windows_is_of_a_few_heads(monkeypatch: pytest.MonkeyP
         probs = torch.rand(3, 2, 10, 4, 4)
         layer.add(AttentionMap(probs, probs.log(), None, 0, (2, 2), STRIDE_PX))
     assert taken == [(1, 4, 4, 4)]
+    six = LayerStatistics((2, 2))
+    probs = torch.rand(3, 2, 6, 4, 4)
+    six.add(AttentionMap(probs, probs.log(), None, 0, (2, 2), STRIDE_PX))
+    assert taken[1:] == [(1, 4, 4, 4)], "of six heads four, too"
 
 
 @pytest.mark.slow

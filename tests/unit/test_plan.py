@@ -272,8 +272,8 @@ def test_replicas(planned: Callable[..., Plan]) -> None:
 
     assert stages(16) == {"0", "1", "2", "3", "hierarchical"}
     assert stages(8) == stages(12) == {"0", "1", "2", "3"}
-    assert "hierarchical" in stages(12, train__mics_shard_size=4)
     settings = {"train__ds_config": "zero3", "train__mics_shard_size": 2}
+    assert "hierarchical" in stages(12, **settings)
     found = planned(numbers(6 * G), 4, train__micro_batch=1, **settings)
     assert found.own.stage == "hierarchical"
     assert found.own.memory.state.parameters == 6 * G + 2 * 10_000, (

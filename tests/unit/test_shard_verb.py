@@ -181,3 +181,26 @@ def test_a_store_is_no_folder(images: Path, tmp_path: Path, monkeypatch: pytest.
     with pytest.raises(UserError, match="s3://bucket/out is no folder; write to one on a disk"):
         next(shard(f"imagefolder:{images}", "s3://bucket/out", "1MB"))
     assert set(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    ("text", "names"),
+    [
+        (b"cat\ndog\n", ["cat", "dog"]),
+        ("\ufeffcat\ndog\nfox\n\n\n".encode(), ["cat", "dog", "fox"]),  # the last has no image
+        (b"cat\n", None),
+        (b"cat\n\ndog\n", None),
+        ("größe\ndog\n".encode("latin-1"), None),
+    ],
+)
+def test_names_beside_shards(
+    images: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, text: bytes, names: list[str] | None
+) -> None:
+    list(shard(f"imagefolder:{images}", str(tmp_path / "out"), "1MB"))
+    num_classes = open_source(f"tar:{tmp_path / 'out'}").num_classes
+    assert num_classes == 2
+    (tmp_path / "out/classes.txt").write_bytes(text)
+    source = open_source(f"tar:{tmp_path / 'out'}")
+    assert source.class_names == names
+    assert source.num_classes == len(names or "ab")
+    assert ("classes.txt" in caplog.text) == (names is None)
