@@ -54,7 +54,7 @@ from fd_scale.teacher_features import Part, evaluation_part, train_part
 from fd_scale.teachers import Teacher
 
 NUM_READ = 16
-"""Of the training images, evenly spread."""
+"""Of the training images."""
 
 
 class _Warning(str):
@@ -214,7 +214,9 @@ def _training_data(subject: _Subject) -> str:
     found = f"{_written(subject.recipe.data.train)}: {len(source)} images, {source.num_classes} classes"
     count = min(len(source), NUM_READ)
     bad, sizes, classes = [], [], set()
-    for sample_id in np.linspace(0, len(source) - 1, count).round().astype(int).tolist():
+    # Of a store the first ones, which lie in one shard: each might be downloaded whole.
+    last = count - 1 if any(map(is_remote, data_paths(subject.recipe))) else len(source) - 1
+    for sample_id in np.linspace(0, last, count).round().astype(int).tolist():
         try:
             picture, target = source.read(sample_id)
             picture.pil()
