@@ -83,7 +83,7 @@ def replicas_of(ds_config: dict[str, Any], world: World) -> tuple[dict[str, Any]
     if found is not None:
         ds_config["train_batch_size"] //= found.count
     near = int(zero.get("zero_hpz_partition_size", 1))
-    if near >= world.size:  # a second copy of each part beside the first
+    if 1 < near >= world.size:  # a second copy of each part beside the first
         near = zero["zero_hpz_partition_size"] = 1
     groups.mpu = found
     groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = _replicas(world, near).within if near > 1 else None

@@ -383,11 +383,7 @@ def _needed_images_per_s(recipe: Recipe, world: World) -> float | None:
         if not named_like(torch.cuda.get_device_name(world.device)):
             return None
         planned = plan(recipe.run_dir, recipe, present_gpu(world.device), world.size, images=0)
-    except (
-        UserError,
-        NotCountedError,
-        RuntimeError,
-    ):  # the last of a GPU that fails, as the network's row says
+    except (UserError, NotCountedError, RuntimeError):  # of a GPU that fails, too: the network's row says so
         return None
     return recipe.train.global_batch / planned.own.step_seconds / world.size
 
