@@ -22,7 +22,7 @@ class Replicas:
     """Ranks in a row that hold a model among them, a replica, and those in all replicas that hold the same part of it.
 
     To DeepSpeed the replica is all there is: it asks this as it would ask Megatron's model parallel unit. All ranks
-    make it.
+    make it, in the same order.
 
     Args:
         world: ranks.
@@ -32,10 +32,12 @@ class Replicas:
     def __init__(self, world: World, size: int) -> None:
         self.size, self.rank = size, world.rank % size
         self.index, self.count = world.rank // size, world.size // size
-        # Each rank takes part in making every group.
-        within = [dist.new_group(range(first, first + size)) for first in range(0, world.size, size)]
-        across = [dist.new_group(range(first, world.size, size)) for first in range(size)]
-        self.within, self.across = within[self.index], across[self.rank]
+        first = self.index * size
+        # Only members meet: at thousands of ranks each would wait for hundreds of groups of others.
+        self.within, self.across = (
+            dist.new_group(list(members), use_local_synchronization=True)
+            for members in (range(first, first + size), range(self.rank, world.size, size))
+        )
 
     @property
     def writes(self) -> bool:
