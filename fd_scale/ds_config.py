@@ -109,6 +109,12 @@ def read(name: str) -> dict[str, Any]:
                 f"train.ds_config: zero_optimization.{key} is {json.dumps(offload)} in {path}, expected an object, "
                 'as {"device": "cpu"}'
             )
+    near = values.get("zero_optimization", {}).get("zero_hpz_partition_size", 1)
+    if type(near) is not int or near < 1:
+        raise UserError(
+            f"train.ds_config: zero_optimization.zero_hpz_partition_size is {json.dumps(near)} in {path}, expected a "
+            "whole number, 1 or more"
+        )
     if zero_stage(values) not in range(4) or isinstance(zero_stage(values), bool):
         raise UserError(
             f"train.ds_config: zero_optimization.stage is {json.dumps(zero_stage(values))} in {path}, "
@@ -240,7 +246,7 @@ def _of_replicas(zero: dict[str, Any], recipe: Recipe, world_size: int) -> Itera
             f"zero_optimization.mics_shard_size is {json.dumps(given)} in {train.ds_config}, but train.mics_shard_size "
             f'is {wanted}; write "auto" there or change the recipe'
         )
-    near = int(zero.get("zero_hpz_partition_size", 1))
+    near = zero.get("zero_hpz_partition_size", 1)
     if 1 < near < world_size and world_size % near:
         yield (
             f"zero_optimization.zero_hpz_partition_size is {near} in {train.ds_config} and does not divide "

@@ -84,7 +84,7 @@ def replicas_of(ds_config: dict[str, Any], world: World) -> tuple[dict[str, Any]
     found = _replicas(world, size) if size is not None else None
     if found is not None:
         ds_config["train_batch_size"] //= found.count
-    near = int(zero.get("zero_hpz_partition_size", 1))
+    near = zero.get("zero_hpz_partition_size", 1)
     if 1 < near >= world.size:  # a second copy of each part beside the first
         near = zero["zero_hpz_partition_size"] = 1
     groups.mpu = found

@@ -112,7 +112,7 @@ def hpz_ranks(zero: dict[str, Any], ranks: int) -> int:
 
     Source: Wang et al. 2023 (ZeRO++, arXiv:2306.10209).
     """
-    size = int(zero.get("zero_hpz_partition_size", 1))
+    size: int = zero.get("zero_hpz_partition_size", 1)
     return size if 1 < size < ranks else ranks
 
 

@@ -245,6 +245,7 @@ def test_run_folder_that_cannot_be_written(
         ({"scheduler": {"type": "WarmupLR"}}, ["has a scheduler", "remove the scheduler"]),
         ({"torch_autocast": {"enabled": True}}, ["torch_autocast in", "train.precision says", "remove it"]),
         ({"zero_optimization": {"mics_shard_size": 2}}, ["mics_shard_size is 2 in", "train.mics_shard_size is 0"]),
+        ({"zero_optimization": {"zero_hpz_partition_size": "auto"}}, ['size is "auto"', "expected a whole number"]),
         ({"zero_optimization": 3}, ["zero_optimization is 3", "expected an object"]),
         ({"bf16": True}, ["bf16 is true", "expected an object"]),
         ({"zero_optimization": {"stage": 4}}, ["zero_optimization.stage is 4", "expected 0, 1, 2 or 3"]),
