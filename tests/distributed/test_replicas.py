@@ -127,3 +127,19 @@ def test_hpz_changes_no_loss(recipe_values: Values, tmp_path: Path, precision: s
     assert len(curves[0]) == 6
     assert curves[1] == curves[0]
     assert evaluated[1] == evaluated[0]
+
+
+def test_a_run_of_replicas_goes_back(recipe_values: Values) -> None:
+    """To its checkpoint, in the middle of a process, and takes other samples from there."""
+    values = recipe_values(
+        watch={"max_bad_steps": 2, "max_rollbacks": 1}, train__ds_config="zero3", train__micro_batch=4,
+        train__mics_shard_size=2,
+    )  # fmt: skip
+    for skipped, error in run_ranks(cases.train_with_bad_losses, 4, values, [2, 3], float("nan")):
+        assert (skipped, error) == ([False, False, True, True, False, False, False, False], "")
+    undisturbed = recipe_values(run_dir=values["run_dir"] + "_undisturbed", train__ds_config="zero3")
+    run_ranks(cases.train, 2, undisturbed)
+    after, before = cases.losses(values["run_dir"]), cases.losses(undisturbed["run_dir"])
+    np.testing.assert_allclose(after[:2], before[:2], rtol=1e-5)
+    assert len(after) == 6
+    assert abs(after[2] / before[2] - 1) > 1e-3, "other samples"
