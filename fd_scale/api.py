@@ -24,7 +24,6 @@ from fd_scale.cuda_graphs import record
 from fd_scale.data import (
     Source,
     TrainLoader,
-    mask_values,
     measuring_transform,
     open_source,
     require_targets,
@@ -341,8 +340,7 @@ def build_trainer(
     refuse_other_identity(run_dir, identity)
     lock = RunLock(run_dir)
     world.on_main(lock.acquire)
-    named = source.class_names if recipe.task in ("classification", "segmentation", "detection") else None
-    world.on_main(lambda: run_folder.create(recipe, named, mask_values(source)))
+    world.on_main(lambda: run_folder.create(recipe, source))
     log.set_up(world.rank, run_dir)
     task.prepare(world, loader)
     engine = Engine(task.module, task.undecayed, task.lr_scales, engine_config, recipe.optim, world)

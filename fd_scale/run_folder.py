@@ -17,6 +17,7 @@ import torch
 from fd_scale.checkpoint import write_atomically
 from fd_scale.cluster import pinned
 from fd_scale.config import Recipe, load_recipe, to_dict, to_yaml
+from fd_scale.data import Source, pixel_source
 from fd_scale.errors import UserError
 from fd_scale.models import model_identity, weights_path, weights_sha256
 
@@ -27,6 +28,7 @@ _PACKAGES = (
 
 
 _CLASSES = "classes.json"
+_WITH_CLASSES = ("classification", "segmentation", "detection")
 
 # How a trained model is measured: not what it is.
 PREDICTION_SETTINGS = (
@@ -44,17 +46,15 @@ _FREE_SETTINGS = (
 )  # fmt: skip
 
 
-def create(
-    recipe: Recipe, class_names: list[str] | None = None, mask_values: list[int] | None = None
-) -> Path:
-    """Makes the run folder and writes `recipe.yaml` and `environment.json` into it, and `classes.json` with names.
+def create(recipe: Recipe, source: Source) -> Path:
+    """Makes the run folder and writes `recipe.yaml` and `environment.json` into it, and `classes.json`.
 
     Each start appends to the environment's list: a resumed run may have moved to other hardware.
 
     Args:
         recipe: of the run.
-        class_names: what it learns to tell apart; none: nothing, or they have no names.
-        mask_values: what each class is in the masks that it learns from; none: it learns from none.
+        source: what it learns from; `classes.json` has its classes, where the task is to tell them apart and they
+            have names.
 
     Raises:
         UserError: the folder cannot be written.
@@ -63,8 +63,9 @@ def create(
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_atomically(folder / "recipe.yaml", to_yaml(recipe))
-        if class_names is not None:
-            classes = {"names": class_names, "mask_values": mask_values}
+        if recipe.task in _WITH_CLASSES and source.class_names is not None:
+            values = pixel_source(source).mask_values if source.targets == "masks" else None
+            classes = {"names": source.class_names, "mask_values": values}
             write_atomically(folder / _CLASSES, json.dumps(classes, indent=1, ensure_ascii=False))
         file = folder / "environment.json"
         starts = json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
@@ -77,7 +78,7 @@ def create(
 
 
 def classes(run_dir: Path) -> tuple[list[str] | None, list[int] | None]:
-    """Returns `class_names` and `mask_values` as `create` was given them; none where the run says nothing of them."""
+    """Returns the names of a run's classes, and their values in masks; none where it says nothing of them."""
     try:
         found = json.loads((run_dir / _CLASSES).read_text(encoding="utf-8"))
         return found["names"], found["mask_values"]

@@ -1,11 +1,19 @@
 """Images from disk to batches: sources, decoding, transforms, and a loader that resumes exactly."""
 
-from fd_scale.data.base import IGNORED, UNLABELLED, Labels, ObjectSource, Source, Targets, object_source
+from fd_scale.data.base import (
+    IGNORED,
+    UNLABELLED,
+    Labels,
+    ObjectSource,
+    Source,
+    Targets,
+    object_source,
+    pixel_source,
+)
 from fd_scale.data.feature_files import FeatureFiles
 from fd_scale.data.instances import Detections, Instances
 from fd_scale.data.loader import Batch, TrainLoader, evaluation_batches, view_batches
 from fd_scale.data.mask_transforms import fill_colour
-from fd_scale.data.masks import mask_values
 from fd_scale.data.mixture import spread, subset
 from fd_scale.data.objects import Objects
 from fd_scale.data.picture import Picture
@@ -42,10 +50,10 @@ __all__ = [
     "evaluation_batches",
     "evaluation_transform",
     "fill_colour",
-    "mask_values",
     "measuring_transform",
     "object_source",
     "open_source",
+    "pixel_source",
     "require_targets",
     "spread",
     "subset",

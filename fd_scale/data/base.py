@@ -77,6 +77,14 @@ class Source(Protocol):
         """
 
 
+class PixelSource(Source, Protocol):
+    """A source whose targets are masks."""
+
+    @property
+    def mask_values(self) -> list[int]:
+        """Of each label, the value of its pixels in the data set's own files."""
+
+
 class ObjectSource(Source, Protocol):
     """A source whose targets are instances."""
 
@@ -148,6 +156,12 @@ def sharded(source: object) -> Sharded:
             "data.train is another; set data.shard_window=0"
         )
     return source
+
+
+def pixel_source(source: Source) -> PixelSource:
+    """Returns a source of masks, or of parts of such, by its own type."""
+    assert source.targets == "masks", source.targets
+    return cast(PixelSource, source)
 
 
 def object_source(source: Source) -> ObjectSource:

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from fd_scale.data.base import IGNORED, IMAGE_SUFFIXES, UNLABELLED, Source, Targets, content_hash
+from fd_scale.data.base import IGNORED, IMAGE_SUFFIXES, UNLABELLED, Targets, content_hash
 from fd_scale.data.decode import DecodeError, decode_mask
 from fd_scale.data.folders import file_size, walk_images
 from fd_scale.data.picture import Picture
@@ -88,17 +88,6 @@ class MaskValues:
         return Image.fromarray(classes_HW)
 
 
-def mask_values(source: Source) -> list[int] | None:
-    """Returns the pixel value of each class in a source's masks, of several sources the first's; none: it has none."""
-    if source.targets != "masks":
-        return None
-    parts = [getattr(source, "source", None), *getattr(source, "sources", [])]
-    if inner := [part for part in parts if part is not None and part.targets == "masks"]:
-        return mask_values(inner[0])
-    values = getattr(source, "values", None)
-    return values.value_of_class if isinstance(values, MaskValues) else list(range(source.num_classes))
-
-
 class MaskSource:
     """Image files below a folder and, below another one, their masks as PNG files of the same names.
 
@@ -122,6 +111,7 @@ class MaskSource:
         self.class_names = self.values.class_names
         self.num_classes = len(self.class_names)
         self.images, self.masks = images, masks
+        self.mask_values = self.values.value_of_class
         names = sorted(walk_images(images))
         if not names:
             raise UserError(

@@ -17,6 +17,7 @@ from fd_scale.data.base import (
     content_hash,
     expect,
     object_source,
+    pixel_source,
     sharded,
 )
 from fd_scale.data.objects import Objects
@@ -84,6 +85,11 @@ class Subset:
 
     def read(self, sample_id: int) -> tuple[Picture, Target]:
         return self.source.read(int(self.sample_ids_N[sample_id]))
+
+    @property
+    def mask_values(self) -> list[int]:
+        """See `PixelSource`."""
+        return pixel_source(self.source).mask_values
 
     @property
     def category_ids(self) -> list[int]:
@@ -244,6 +250,11 @@ class Mixture:
         source, inner_id = self._find(sample_id)
         image, label = source.read(inner_id)
         return image, label if self.labels_agree else UNLABELLED
+
+    @property
+    def mask_values(self) -> list[int]:
+        """See `PixelSource`: those of the first source."""
+        return pixel_source(self.sources[0]).mask_values
 
     @property
     def category_ids(self) -> list[int]:

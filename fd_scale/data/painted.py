@@ -39,7 +39,8 @@ class PaintedSource:
         names: Sequence[str] = source.class_names or []
         if NO_CLASS in names:
             raise UserError(f"{kind}: a category is called {NO_CLASS!r}, which means no class; rename it")
-        self.class_names = MaskValues(kind, [BACKGROUND, *names]).class_names
+        values = MaskValues(kind, [BACKGROUND, *names])
+        self.class_names, self.mask_values = values.class_names, values.value_of_class
         self.num_classes = len(self.class_names)
 
     @property

@@ -218,6 +218,7 @@ class ParquetMaskSource:
         self.rows, self.values = Rows(path, [IMAGE_COLUMNS, MASK_COLUMNS]), values
         self.class_names: list[str] | None = values.class_names
         self.num_classes = len(values.class_names)
+        self.mask_values = values.value_of_class
 
     @property
     def fingerprint(self) -> str:

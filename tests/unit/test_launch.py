@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from fd_scale.config import load_recipe, to_yaml
+from fd_scale.data import open_source
 from fd_scale.errors import UserError
 from fd_scale.launch import Launcher, OutOfTimeError, is_evaluated, is_of
 from fd_scale.models import resolved
@@ -87,5 +88,6 @@ def test_other_weights_of_one_name_make_another_run(tmp_path: Path) -> None:
     for number in (0.0, 1.0):
         save_file({"x": torch.full((1,), number)}, weights)
         assert not is_of(run, "digits/finetune", settings)
-        create(resolved(load_recipe("digits/finetune", [*settings, f"run_dir={run}"])))
+        recipe = resolved(load_recipe("digits/finetune", [*settings, f"run_dir={run}"]))
+        create(recipe, open_source(recipe.data.train))
         assert is_of(run, "digits/finetune", settings)

@@ -13,7 +13,7 @@ from PIL import Image
 from pycocotools.coco import COCO
 
 from fd_scale.config import SourceConfig
-from fd_scale.data import mask_values, open_source, spread
+from fd_scale.data import open_source, pixel_source, spread
 from fd_scale.data.decode import DecodeError
 from fd_scale.data.masks import ade20k_names
 from fd_scale.data.picture import Picture
@@ -74,11 +74,11 @@ def test_values_of_classes(shapes: Path, tmp_path: Path, write_objects: Write) -
     """Where some are no class; in a mixture, a part of a source, painted objects."""
     (shapes / "classes.txt").write_text("-\nground\n-\ndisc\nsquare\n")
     source = open_source(f"masks:{shapes}")
-    assert mask_values(source) == [1, 3, 4]
-    assert mask_values(open_source([SourceConfig(source=f"masks:{shapes}", weight=2)])) == [1, 3, 4]
-    assert mask_values(spread(source, 2)) == [1, 3, 4]
-    assert mask_values(open_source(f"painted:{write_objects(tmp_path / 'objects')}")) == [0, 1, 2]
-    assert mask_values(open_source("digits:train")) is None
+    mixed = open_source([SourceConfig(source=f"masks:{shapes}", weight=2)])
+    for each in (source, mixed, spread(source, 2)):
+        assert pixel_source(each).mask_values == [1, 3, 4]
+    painted = open_source(f"painted:{write_objects(tmp_path / 'objects')}")
+    assert pixel_source(painted).mask_values == [0, 1, 2]
 
 
 def test_ade20k_as_on_the_hub(tmp_path: Path) -> None:
