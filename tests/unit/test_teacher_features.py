@@ -376,7 +376,7 @@ def test_what_cannot_be_kept_is_refused(keeping: Callable[..., Recipe]) -> None:
 
 def test_an_evaluation_asks_the_teacher_itself(keeping: Callable[..., Recipe], tmp_path: Path) -> None:
     recipe = keeping()
-    create(recipe)
+    create(recipe, open_source(recipe.data.train))
     found = recipe_of(Path(recipe.run_dir), tmp_path, ["data.evaluation=digits:test"])
     assert found.distill is not None
     assert found.distill.features is None
