@@ -61,7 +61,9 @@ class Traffic:
     settling_passes: int
     """Those behind it; at stage 3 one for each of the small parameters that stay whole."""
     exchanges: int = 0
-    """All-reduces between replicas, before the optimizer step."""
+    """All-reduces between replicas, before the optimizer step, behind the last backward pass alone."""
+    exchange_seconds: float = 0.0
+    """What they take of `seconds`, or beside the rest over other links."""
 
 
 @dataclass(frozen=True)
@@ -452,6 +454,7 @@ def traffic(
             reduced=within.reduced + exchanged / 2,
             seconds=max(within.seconds, exchange_s) if other_links else within.seconds + exchange_s,
             exchanges=math.ceil(sum(parameters) / float(zero.get("reduce_bucket_size", _BUCKET))),
+            exchange_seconds=exchange_s,
         )
     moved = _moved(parameters, stage, num_gpus, accumulation, zero)
     teacher = accumulation * teacher_bytes

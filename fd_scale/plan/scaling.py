@@ -308,10 +308,16 @@ def predict(planned: Plan, assumed: Assumptions, stage: str | None = None) -> Po
     counts, sent, train = planned.counts, choice.traffic, planned.recipe.train
     launch_s = launch_seconds(planned.recipe, counts, choice.stage, choice.accumulation, assumed.launch_us)
     compute_s = max(choice.compute_seconds, launch_s)
+    exchanging = _exchange_latency(choice, planned.num_gpus, assumed)
     during, after = _latency(choice, planned.num_gpus, assumed)
     links_s = sent.seconds / assumed.link_efficiency
-    hideable = links_s * (1 - sent.settling) + during
-    room = assumed.overlap * _room(planned, choice) * compute_s
+    hideable = links_s * (1 - sent.settling) + during + exchanging
+    exchange_s = sent.exchange_seconds / assumed.link_efficiency + exchanging
+    room, room_for_exchange = (
+        assumed.overlap * _room(planned, choice, behind) * compute_s
+        for behind in (sent.behind, "last backward" if sent.behind == "step" else sent.behind)
+    )
+    too_much = max(0.0, hideable - room, exchange_s - room_for_exchange)
     nodes = -(-planned.num_gpus // GPUS_PER_NODE)
     workers = min(planned.num_gpus, GPUS_PER_NODE) * max(planned.recipe.data.num_workers, 1)
     point = Point(
@@ -322,9 +328,9 @@ def predict(planned: Plan, assumed: Assumptions, stage: str | None = None) -> Po
         flops_s=choice.compute_seconds,
         launch_s=launch_s,
         links_s=links_s,
-        latency_s=during + after,
-        exposed_s=max(0.0, hideable - room) + links_s * sent.settling + after,
-        overflows=hideable > room,
+        latency_s=during + exchanging + after,
+        exposed_s=too_much + links_s * sent.settling + after,
+        overflows=too_much > 0,
         waiting_s=compute_s * assumed.jitter * expected_maximum(planned.num_gpus),
         input_s=train.global_batch / (nodes * workers * assumed.worker_images_per_s),
         checkpoint_s=0.0,
@@ -340,8 +346,8 @@ def expected_maximum(count: int) -> float:
     return NormalDist().inv_cdf((count - 0.375) / (count + 0.25))
 
 
-def _room(planned: Plan, choice: Choice) -> float:
-    """Share of a step's computation behind which its communication may hide."""
+def _room(planned: Plan, choice: Choice, behind: str) -> float:
+    """Share of a step's computation that `behind`, as in `Traffic`, stands for."""
     if recorded_by(planned.recipe, choice.stage, choice.accumulation) == "all":
         return 0.0  # a recorded backbone gives its gradients all at once, in the end
     counts = planned.counts
@@ -354,7 +360,7 @@ def _room(planned: Plan, choice: Choice) -> float:
         "backward": backward,
         "last backward": backward / choice.accumulation,
         "nothing": 0.0,
-    }[choice.traffic.behind]
+    }[behind]
     return room / (3 * counts.student_flops + counts.teacher_flops + recomputed)
 
 
@@ -363,12 +369,8 @@ def _latency(choice: Choice, num_gpus: int, assumed: Assumptions) -> tuple[float
     if num_gpus == 1:
         return 0.0, 0.0
     sent: Traffic = choice.traffic
-    if choice.stage == HIERARCHICAL and num_gpus > choice.replica:
-        during, after = _latency(replace(choice, stage="3"), choice.replica, assumed)
-        count = num_gpus / choice.replica
-        hop = assumed.nvlink_hop_us if num_gpus <= GPUS_PER_NODE else assumed.network_hop_us
-        hops = hop * (math.ceil(math.log2(count)) if assumed.tree else count - 1)
-        return during + 2e-6 * sent.exchanges * (assumed.start_us + hops), after  # there and back
+    if choice.stage == HIERARCHICAL:
+        num_gpus = min(num_gpus, choice.replica)
     nodes = -(-num_gpus // GPUS_PER_NODE)
     rings = 1 if assumed.tree else nodes  # a tree of nodes, a chain in each; or one ring through all
     within = assumed.nvlink_hop_us * (num_gpus - nodes) / nodes
@@ -377,6 +379,16 @@ def _latency(choice: Choice, num_gpus: int, assumed: Assumptions) -> tuple[float
     share = assumed.small if choice.stage in ("3", HIERARCHICAL) else 1.0
     during = sent.passes * (assumed.start_us + hops)
     return 1e-6 * during, 1e-6 * sent.settling_passes * (assumed.start_us + share * hops)
+
+
+def _exchange_latency(choice: Choice, num_gpus: int, assumed: Assumptions) -> float:
+    """Seconds of hops between replicas."""
+    count = num_gpus / choice.replica
+    if not choice.traffic.exchanges:
+        return 0.0
+    hop = assumed.nvlink_hop_us if num_gpus <= GPUS_PER_NODE else assumed.network_hop_us
+    hops = hop * (math.ceil(math.log2(count)) if assumed.tree else count - 1)
+    return 2e-6 * choice.traffic.exchanges * (assumed.start_us + hops)  # there and back
 
 
 def _checkpoint(planned: Plan, point: Point, assumed: Assumptions) -> float:
