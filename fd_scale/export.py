@@ -24,6 +24,7 @@ from fd_scale.errors import UserError
 from fd_scale.metrics import read_metrics
 from fd_scale.models import (
     BACKBONE,
+    WEIGHTS_FILES,
     Backbone,
     build_model,
     read_weights,
@@ -52,7 +53,7 @@ def export(run_dir: str | Path, out: str | Path, layout: str = "ours") -> Path:
 
     Raises:
         UserError: `run_dir` is no run, has no whole checkpoint, the layout has no place for a part of the
-            model, or `out` cannot be written.
+            model, or `out` cannot be written or holds weights in a file of another name.
     """
     run = Path(run_dir)
     recipe = resolved(run_folder.read_recipe(run))
@@ -154,6 +155,11 @@ def _write_whole(file: Path, weights: dict[str, Tensor]) -> None:
 
 def _write(target: Path, file: str, write: Callable[[Path], None], texts: dict[str, str]) -> Path:
     """Writes a folder, its weights by `write`; each of its files is seen whole or not at all."""
+    if others := [name for name in WEIGHTS_FILES if name != file and (target / name).is_file()]:
+        raise UserError(
+            f"{target} holds {others[0]}, which whoever loads the folder could take for these weights; remove it, or "
+            "name another folder"
+        )
     temporary = target / f"{file}.tmp"
     try:
         target.mkdir(parents=True, exist_ok=True)

@@ -14,10 +14,18 @@ from fd_scale.models.build import (
 from fd_scale.models.pretrained import hub_files, model_identity, resolved, resolved_model, weights_path
 from fd_scale.models.registry import create_model
 from fd_scale.models.swin_v2 import SwinTransformerV2
-from fd_scale.models.weights import interpolate, load_tensors, load_weights, read_weights, weights_sha256
+from fd_scale.models.weights import (
+    WEIGHTS_FILES,
+    interpolate,
+    load_tensors,
+    load_weights,
+    read_weights,
+    weights_sha256,
+)
 
 __all__ = [
     "BACKBONE",
+    "WEIGHTS_FILES",
     "Backbone",
     "SwinTransformerV2",
     "build_model",

@@ -24,7 +24,8 @@ from fd_scale.models.backbone import Backbone
 from fd_scale.models.huggingface import HuggingFaceBackbone, is_published
 from fd_scale.models.layouts import recognise
 
-_IN_A_FOLDER = ("model.safetensors", "model.safetensors.index.json", "model.pth", "pytorch_model.bin")
+WEIGHTS_FILES = ("model.safetensors", "model.safetensors.index.json", "model.pth", "pytorch_model.bin")
+"""Names by which weights are found in a folder, the first that is there."""
 _PICKLES = (".pth", ".pt", ".bin")
 _WRAPPERS = ("model", "state_dict", "student", "teacher")
 
@@ -41,8 +42,8 @@ def weights_files(path: str) -> list[Path]:
     """
     found = Path(path)
     if found.is_dir():
-        there = [found / name for name in _IN_A_FOLDER if (found / name).is_file()]
-        found = there[0] if there else found / _IN_A_FOLDER[0]
+        there = [found / name for name in WEIGHTS_FILES if (found / name).is_file()]
+        found = there[0] if there else found / WEIGHTS_FILES[0]
     if not found.is_file():
         raise UserError(
             f"weights: {found} does not exist; give a .safetensors or .pth file, or a folder of `fd-scale export` or "

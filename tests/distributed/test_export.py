@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from transformers import Swinv2Model
 
 from fd_scale.api import export
+from fd_scale.errors import UserError
 from fd_scale.models import build_model, create_model, load_weights
 
 pytestmark = pytest.mark.slow
@@ -94,3 +95,7 @@ def test_a_run_is_exported_by_other_names(recipe_values: Values, tmp_path: Path)
         load_weights(again, str(export(values["run_dir"], tmp_path / layout, layout)))
         state = again.state_dict()
         assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+    assert export(values["run_dir"], out, "timm") == out, "over a file of the same name"
+    # Beside a model.safetensors a model.pth would never be read.
+    with pytest.raises(UserError, match=r"hf holds model\.safetensors, .* remove it"):
+        export(values["run_dir"], out, "official")
