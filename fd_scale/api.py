@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from fd_scale import distributed, ds_config, log, run_folder, teacher_features
+from fd_scale import distributed, ds_config, log, run_folder
 from fd_scale.checkpoint import Checkpoints, TrainState, refuse_other_identity
 from fd_scale.config import DistillConfig, Recipe, load_recipe
 from fd_scale.cuda_graphs import record
@@ -34,16 +34,7 @@ from fd_scale.distill import DistillationTask
 from fd_scale.distributed import Preemption, World
 from fd_scale.engine import Engine, Partition
 from fd_scale.errors import UserError
-from fd_scale.evaluate import (
-    evaluate_task,
-    find_checkpoint,
-    recipe_of,
-    restore,
-    saying_where_it_started,
-)
 from fd_scale.evaluation import EvaluationSet
-from fd_scale.export import convert, export, interpolate
-from fd_scale.fetch import fetch
 from fd_scale.finetune import (
     ClassificationTask,
     DetectionTask,
@@ -53,7 +44,6 @@ from fd_scale.finetune import (
     fine_tuning_task,
 )
 from fd_scale.hardware import find_gpu
-from fd_scale.index import index
 from fd_scale.lock import RunLock
 from fd_scale.log import console
 from fd_scale.metrics import Recorder
@@ -64,10 +54,21 @@ from fd_scale.plan import Choice, NotCountedError, Plan, memory_table, present_g
 from fd_scale.plan import plan as plan_recipe
 from fd_scale.plan.measure import Measured
 from fd_scale.plan.measure import measure as measure_trainer
-from fd_scale.predict import class_names_of, mask_values_of, predict_classes, predict_images
 from fd_scale.pretrain import ContrastiveTask, MaskedTask
 from fd_scale.randomness import initial_seed
 from fd_scale.trainer import Task, Trainer
+from fd_scale.verbs import features as teacher_features
+from fd_scale.verbs.evaluate import (
+    evaluate_task,
+    find_checkpoint,
+    recipe_of,
+    restore,
+    saying_where_it_started,
+)
+from fd_scale.verbs.export import convert, export, interpolate
+from fd_scale.verbs.fetch import fetch
+from fd_scale.verbs.index import index
+from fd_scale.verbs.predict import class_names_of, mask_values_of, predict_classes, predict_images
 
 if TYPE_CHECKING:
     from fd_scale.diagnose.landscape import Grid

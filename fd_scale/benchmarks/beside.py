@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from fd_scale import api, distributed, log
-from fd_scale.bench import WARM_UP_STEPS, Bare, BareLoop, TakingTurns
 from fd_scale.benchmarks.finetune import settings_alone
+from fd_scale.benchmarks.step import WARM_UP_STEPS, Bare, BareLoop, TakingTurns
 from fd_scale.config import Recipe, load_recipe
 from fd_scale.data import Batch
 from fd_scale.errors import UserError

@@ -22,10 +22,10 @@ from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
 from torchvision.ops import MultiScaleRoIAlign
 
 from fd_scale import api
-from fd_scale.bench import WARM_UP_STEPS
 from fd_scale.benchmarks.beside import Peer, beside
 from fd_scale.benchmarks.finetune import show
 from fd_scale.benchmarks.records import write_json
+from fd_scale.benchmarks.step import WARM_UP_STEPS
 from fd_scale.config import Recipe
 from fd_scale.data import Batch, open_source
 from fd_scale.data.instances import Instances, unpacked

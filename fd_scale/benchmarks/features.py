@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from rich.table import Table
 from torch import Tensor
 
-from fd_scale import api, distributed, log, teacher_features
+from fd_scale import api, distributed, log
 from fd_scale.benchmarks.finetune import WARM_UP_STEPS, settings_alone, show
 from fd_scale.benchmarks.records import write_json
 from fd_scale.config import FeaturesConfig, load_recipe
@@ -28,6 +28,7 @@ from fd_scale.log import console
 from fd_scale.models import resolved
 from fd_scale.run_folder import environment
 from fd_scale.trainer import Trainer
+from fd_scale.verbs import features as teacher_features
 
 PRECISIONS = ("bf16", "int8")
 

@@ -26,7 +26,7 @@ from fd_scale.plan import Counts, count, plan, present_gpu
 
 logger = logging.getLogger(__name__)
 
-PROGRAM = (sys.executable, "-m", "fd_scale.benchmarks.steps")
+PROGRAM = (sys.executable, "-m", "fd_scale.benchmarks.one_cell")
 CELL_TIMEOUT_S = 300.0
 NUM_STEPS = 10
 LAST_WORDS = 30

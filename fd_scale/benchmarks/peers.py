@@ -73,7 +73,7 @@ class _Regression(nn.Module):
 
 
 class TimmPair:
-    """Student and teacher of timm's Swin V2: what a `fd_scale.bench.Bare` loop trains.
+    """Student and teacher of timm's Swin V2: what a `fd_scale.benchmarks.step.Bare` loop trains.
 
     Args:
         recipe: a distillation with one teacher; its student and teacher are ours, the twins are of their shapes.

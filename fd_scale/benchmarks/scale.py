@@ -32,7 +32,7 @@ from fd_scale.plan.scaling import Assumptions
 
 logger = logging.getLogger(__name__)
 
-PROGRAM = (sys.executable, "-m", "fd_scale.benchmarks.steps")
+PROGRAM = (sys.executable, "-m", "fd_scale.benchmarks.one_cell")
 SIZE_TIMEOUT_S = 900.0
 POLL_S = 0.5
 LAST_WORDS = 30

@@ -252,7 +252,7 @@ def _add_bench_scale(subjects: Verbs) -> None:
 
 
 def _bench(options: argparse.Namespace) -> None:
-    from fd_scale.bench import bench_step
+    from fd_scale.benchmarks.step import bench_step
 
     bench_step(options.recipe, options.overrides, options.steps, options.json)
 

@@ -124,6 +124,6 @@ def _predict(options: argparse.Namespace) -> None:
 
 
 def _report(options: argparse.Namespace) -> None:
-    from fd_scale.report import report
+    from fd_scale.report.run import report
 
     print(report(options.run_dirs, options.out))

@@ -70,8 +70,8 @@ def add_studies(verbs: Verbs) -> None:
 
 
 def _compare(options: argparse.Namespace) -> None:
-    from fd_scale.compare import compare
     from fd_scale.launch import Launcher
+    from fd_scale.verbs.compare import compare
 
     starts = {name: settings for name, *settings in options.start}
     if len(starts) < len(options.start):
@@ -95,6 +95,6 @@ def _miniature(options: argparse.Namespace) -> None:
 
 
 def _demo(options: argparse.Namespace) -> None:
-    from fd_scale.demo import demo
+    from fd_scale.verbs.demo import demo
 
     demo(options.run_dir, options.seeds)

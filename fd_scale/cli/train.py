@@ -170,14 +170,14 @@ def _check(options: argparse.Namespace) -> None:
 
         check_cluster(load_recipe(options.recipe, options.overrides), [options.recipe, *options.overrides])
         return
-    from fd_scale.check import check
+    from fd_scale.verbs.check import check
 
     check(options.recipe, options.overrides, options.ranks, options.gpu)
 
 
 def _fetch(options: argparse.Namespace) -> None:
     recipe = load_recipe(options.recipe, options.overrides)
-    from fd_scale.fetch import fetch
+    from fd_scale.verbs.fetch import fetch
 
     for line in fetch(recipe):
         print(line)
@@ -190,14 +190,14 @@ def _features(options: argparse.Namespace) -> None:
 
 
 def _shard(options: argparse.Namespace) -> None:
-    from fd_scale.shard import shard
+    from fd_scale.verbs.shard import shard
 
     for line in shard(options.source, options.out, options.size, options.decode):
         print(line)
 
 
 def _index(options: argparse.Namespace) -> None:
-    from fd_scale.index import index
+    from fd_scale.verbs.index import index
 
     for line in index(options.source, options.processes, options.out):
         print(line)

@@ -64,7 +64,7 @@ def _export(options: argparse.Namespace) -> None:
 
 
 def _convert(options: argparse.Namespace) -> None:
-    from fd_scale.export import convert
+    from fd_scale.verbs.export import convert
 
     config = ModelConfig(name=options.model, img_size=options.img_size, overrides=_values(options.set))
     print(convert(options.source, options.out, config, options.format))
@@ -84,6 +84,6 @@ def _values(items: list[str]) -> dict[str, Any]:
 
 
 def _interpolate(options: argparse.Namespace) -> None:
-    from fd_scale.export import interpolate
+    from fd_scale.verbs.export import interpolate
 
     print(interpolate(options.first, options.second, options.out, options.alpha))

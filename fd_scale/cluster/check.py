@@ -22,18 +22,18 @@ from rich.table import Table
 from rich.text import Text
 
 from fd_scale import ds_config, hub, log
-from fd_scale.check import driver_cuda_version
 from fd_scale.cluster import pinned
 from fd_scale.config import Recipe
 from fd_scale.data import TrainLoader, open_source, training_transform
 from fd_scale.distributed import World, start
 from fd_scale.errors import UserError
-from fd_scale.fetch import named_files
 from fd_scale.hardware import named_like
 from fd_scale.log import results
 from fd_scale.models import resolved, weights_path
 from fd_scale.plan import NotCountedError, plan, present_gpu
 from fd_scale.run_folder import environment
+from fd_scale.verbs.check import driver_cuda_version
+from fd_scale.verbs.fetch import named_files
 
 T = TypeVar("T")
 

@@ -43,7 +43,7 @@ from fd_scale.errors import UserError
 from fd_scale.log import results
 from fd_scale.metrics import memory_gib
 from fd_scale.models import BACKBONE, Backbone, build_model, dtype_of, normalize, resolved_model
-from fd_scale.page import document, grid, picture, table
+from fd_scale.report.page import document, grid, picture, table
 
 logger = logging.getLogger(__name__)
 

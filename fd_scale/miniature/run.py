@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from fd_scale import api
-from fd_scale.compare import compare
 from fd_scale.errors import UserError
 from fd_scale.launch import Launcher, is_of
 from fd_scale.log import console
 from fd_scale.miniature.results import SCRATCH, TEACHER, Row, table, write
 from fd_scale.miniature.studies import DROP_PATH, STUDIES, VARIANTS, Architecture, Model, Study, Variant
+from fd_scale.verbs.compare import compare
 
 TRAIN, FEWER, TEST = "train-*.parquet", "train-00000-*.parquet", "test-*.parquet"
 

@@ -9,8 +9,8 @@ from typing import Any
 from torch import nn
 
 from fd_scale import distributed
+from fd_scale.benchmarks import one_cell
 from fd_scale.benchmarks import scale as scaled
-from fd_scale.benchmarks import steps
 from fd_scale.benchmarks.cells import RECIPE, Cell
 from fd_scale.benchmarks.records import Record
 from fd_scale.plan.scaling import Assumptions
@@ -49,7 +49,7 @@ def cells(folder: str, given: list[Cell]) -> list[dict[str, Any]]:
     found = []
     for number, cell in enumerate(given):
         file = Path(folder) / f"{number}.json"
-        steps.main(str(file), RECIPE, cell.way, 2, [*cell.overrides, "train.device=cpu"])
+        one_cell.main(str(file), RECIPE, cell.way, 2, [*cell.overrides, "train.device=cpu"])
         found.append(json.loads(file.read_text()) | {"compiled": len(compiled)})
         compiled.clear()
     return found

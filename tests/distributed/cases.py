@@ -13,13 +13,13 @@ import torch
 from cpu_graphs import STAND_INS
 from torch import Tensor, nn
 
-from fd_scale import api, checkpoint, distributed, ds_config, log, traffic
+from fd_scale import api, checkpoint, distributed, ds_config, log
 from fd_scale.checkpoint import Checkpoints, TrainState
 from fd_scale.cluster import check as cluster_check
 from fd_scale.config import Recipe, build_recipe, load_recipe, to_dict
 from fd_scale.data import Batch, open_source
 from fd_scale.diagnose.landscape import Grid
-from fd_scale.engine import Engine
+from fd_scale.engine import Engine, traffic
 from fd_scale.errors import UserError
 from fd_scale.finetune.linear_probe import probed_backbone
 from fd_scale.metrics import read_metrics

@@ -13,9 +13,9 @@ from fd_scale import api, distributed
 from fd_scale.config import ModelConfig, build_recipe
 from fd_scale.data import open_source
 from fd_scale.engine import Engine, Partition
+from fd_scale.engine.traffic import traffic_of
 from fd_scale.models import build_model
 from fd_scale.placement import WHOLE
-from fd_scale.traffic import traffic_of
 
 MIB = 2**20
 

@@ -15,8 +15,8 @@ from test_equality import assert_same
 from test_students import CONVNEXT, EVA, SWIN_TEACHER, TIMM_TEACHER, VIT
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fd_scale import quicker_deepspeed
 from fd_scale.config import ModelConfig
+from fd_scale.engine import quicker_deepspeed
 from fd_scale.models import build_model
 
 Values = Callable[..., dict[str, Any]]

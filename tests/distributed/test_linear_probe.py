@@ -16,8 +16,8 @@ from sklearn.linear_model import LogisticRegression
 from fd_scale.config import build_recipe
 from fd_scale.data import ImageAlone, evaluation_transform, open_source
 from fd_scale.errors import UserError
-from fd_scale.export import export
 from fd_scale.models import build_model, normalize, resolved
+from fd_scale.verbs.export import export
 
 Values = Callable[..., dict[str, Any]]
 pytestmark = pytest.mark.slow

@@ -14,7 +14,7 @@ from PIL import Image
 from fd_scale import api, cli
 from fd_scale.config import build_recipe
 from fd_scale.errors import UserError
-from fd_scale.shard import shard
+from fd_scale.verbs.shard import shard
 
 NAMES = ["Hund & Katze", "größe", "z.b. bird"]
 

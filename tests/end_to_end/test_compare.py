@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 
-from fd_scale import cli, compare
-from fd_scale.compare import Comparison
+from fd_scale import cli
 from fd_scale.config import build_recipe, to_yaml
 from fd_scale.errors import UserError
+from fd_scale.verbs import compare
+from fd_scale.verbs.compare import Comparison
 
 Values = Callable[..., dict[str, Any]]
 

@@ -18,7 +18,7 @@ from playwright.sync_api import sync_playwright
 
 from fd_scale.config import build_recipe, to_yaml
 from fd_scale.errors import UserError
-from fd_scale.report import report
+from fd_scale.report.run import report
 
 pytestmark = pytest.mark.slow
 

@@ -15,7 +15,7 @@ from fd_scale.diagnose.run import Options, diagnose
 from fd_scale.errors import UserError
 from fd_scale.finetune.segmentation.pictures import colours
 from fd_scale.metrics import read_metrics
-from fd_scale.predict import mask_values_of
+from fd_scale.verbs.predict import mask_values_of
 
 pytestmark = pytest.mark.slow
 

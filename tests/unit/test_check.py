@@ -17,7 +17,6 @@ from omegaconf import OmegaConf
 from PIL import Image
 from safetensors.torch import save_file
 
-from fd_scale import check as check_module
 from fd_scale import cli, run_folder
 from fd_scale.checkpoint import Checkpoints, TrainState
 from fd_scale.config import ModelConfig, build_recipe
@@ -25,6 +24,7 @@ from fd_scale.data import open_source
 from fd_scale.distributed import World
 from fd_scale.finetune import ClassificationTask
 from fd_scale.models import build_model, weights
+from fd_scale.verbs import check as check_module
 
 Values = Callable[..., dict[str, Any]]
 Check = Callable[..., dict[str, tuple[str, str]]]
@@ -350,5 +350,5 @@ def test_no_ranks_at_all(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.slow
 def test_it_does_not_import_deepspeed() -> None:
-    code = "import sys, fd_scale.check; sys.exit('deepspeed' in sys.modules)"
+    code = "import sys, fd_scale.verbs.check; sys.exit('deepspeed' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -9,12 +9,13 @@ from local_hub import LocalHub
 from omegaconf import OmegaConf
 from shard_files import level, numbered, write_tar
 
-from fd_scale import cli, fetch
-from fd_scale.check import check
+from fd_scale import cli
 from fd_scale.config import ModelConfig, build_recipe
 from fd_scale.data import open_source
 from fd_scale.errors import UserError
 from fd_scale.hub import HubFiles
+from fd_scale.verbs import fetch
+from fd_scale.verbs.check import check
 
 Values = Callable[..., dict[str, Any]]
 SHARDS = "tar:hf://datasets/org/set/train-{0..1}.tar"

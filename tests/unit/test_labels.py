@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fd_scale.check import check
 from fd_scale.config import Recipe, to_yaml
 from fd_scale.data import open_source, spread
 from fd_scale.errors import UserError
 from fd_scale.finetune import ClassificationTask
 from fd_scale.finetune.labels import doubts_of_labels
+from fd_scale.verbs.check import check
 
 
 def digits(labels: Callable[[np.ndarray], np.ndarray]) -> Any:

@@ -21,9 +21,9 @@ from fd_scale.cli import parts
 from fd_scale.config import ModelConfig
 from fd_scale.data.transforms import CROP_FRACTION
 from fd_scale.errors import UserError
-from fd_scale.export import convert
 from fd_scale.models import SwinTransformerV2, build_model, load_weights, resolved_model
 from fd_scale.models.layouts import LAYOUTS, from_layout, recognise, to_layout
+from fd_scale.verbs.export import convert
 
 State = dict[str, Tensor]
 

@@ -13,7 +13,7 @@ import torch
 from omegaconf import OmegaConf
 from rich.console import Console
 
-from fd_scale import api, check, cli
+from fd_scale import api, cli
 from fd_scale.config import Recipe, load_recipe
 from fd_scale.data import open_source
 from fd_scale.errors import UserError
@@ -22,6 +22,7 @@ from fd_scale.plan import Plan, Policy, count, plan, plot, present_gpu, require_
 from fd_scale.plan.counts import Activations, Counts, Line, NotCountedError
 from fd_scale.plan.estimate import Traffic, traffic
 from fd_scale.plan.memory import Memory, Recorded, State, memory, state
+from fd_scale.verbs import check
 
 G = 10**9
 

@@ -11,7 +11,7 @@ from fd_scale.cli import main
 from fd_scale.data import Source, open_source
 from fd_scale.data.decode import FORMATS
 from fd_scale.errors import UserError
-from fd_scale.shard import shard
+from fd_scale.verbs.shard import shard
 
 
 def members(folder: Path) -> dict[str, bytes]:
@@ -170,7 +170,7 @@ def test_what_is_refused(
         def all_labels(self) -> object:
             return self.opened.all_labels()[1:]
 
-    monkeypatch.setattr("fd_scale.shard.TarSource", Fewer)
+    monkeypatch.setattr("fd_scale.verbs.shard.TarSource", Fewer)
     refused(spec, tmp_path / "lost", "1MB", "does not hold the labels that were written")
 
 

@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 from shard_files import level, numbered, write_tar
 
-from fd_scale import index as index_verb
 from fd_scale.benchmarks.tar_index import bench_index
 from fd_scale.cli import main
 from fd_scale.data import open_source, tar_index
 from fd_scale.data.shards import TarSource
 from fd_scale.data.tar_index import TarIndex, index_of
 from fd_scale.errors import UserError
+from fd_scale.verbs import index as index_verb
 
 
 @pytest.fixture(autouse=True)

@@ -13,17 +13,18 @@ import pytest
 import torch
 from PIL import Image
 
-from fd_scale import api, distributed, teacher_features
-from fd_scale.check import check
+from fd_scale import api, distributed
 from fd_scale.config import Recipe, build_recipe, to_yaml
 from fd_scale.data import FeatureFiles, Source, TrainLoader, open_source, training_transform
 from fd_scale.distill import DistillationTask
 from fd_scale.distill.features import FeatureCodec
 from fd_scale.errors import UserError
-from fd_scale.evaluate import recipe_of
 from fd_scale.models import resolved
 from fd_scale.run_folder import create
 from fd_scale.teachers import Target
+from fd_scale.verbs import features as teacher_features
+from fd_scale.verbs.check import check
+from fd_scale.verbs.evaluate import recipe_of
 
 TARGETS = (
     Target(num_features=40, grid=(2, 3), has_cls=True),

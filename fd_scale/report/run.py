@@ -24,7 +24,7 @@ from fd_scale.checkpoint import write_atomically
 from fd_scale.config import to_dict
 from fd_scale.errors import UserError
 from fd_scale.metrics import read_metrics
-from fd_scale.page import document, grid, picture, table
+from fd_scale.report.page import document, grid, picture, table
 
 SMOOTHED_LINES = 10
 """Lines of metrics, at most, over which a training curve's mean goes: a tenth of all."""

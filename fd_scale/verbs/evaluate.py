@@ -26,10 +26,10 @@ from fd_scale.distributed import World
 from fd_scale.engine import saved_weights
 from fd_scale.errors import UserError
 from fd_scale.evaluation import EvaluationSet, Progress, reassessed_labels, write_results
-from fd_scale.fetch import data_paths
 from fd_scale.finetune import ClassificationTask, DetectionTask, SegmentationTask, require_trained_classes
 from fd_scale.models import dtype_of
 from fd_scale.trainer import Task
+from fd_scale.verbs.fetch import data_paths
 
 logger = logging.getLogger(__name__)
 

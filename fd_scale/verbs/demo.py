@@ -12,11 +12,11 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 from fd_scale import api
-from fd_scale.compare import Comparison, compare
 from fd_scale.errors import UserError
 from fd_scale.launch import Launcher
 from fd_scale.log import console
 from fd_scale.metrics import read_metrics
+from fd_scale.verbs.compare import Comparison, compare
 
 NUM_RANKS = 2
 

@@ -64,7 +64,7 @@ def _in_ranks(num_ranks: int, arguments: list[str]) -> dict[str, Any]:
     threads = max(1, (os.cpu_count() or 1) // num_ranks)
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_ranks}"]
     done = subprocess.run(
-        [sys.executable, *launcher, "-m", "fd_scale.bench", *arguments],
+        [sys.executable, *launcher, "-m", "fd_scale.benchmarks.step", *arguments],
         env=os.environ | {"OMP_NUM_THREADS": str(threads)},
         check=False,
     )

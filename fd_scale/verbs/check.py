@@ -41,7 +41,6 @@ from fd_scale.distill import DistillationTask
 from fd_scale.distributed import choose_device
 from fd_scale.errors import UserError
 from fd_scale.evaluation import EvaluationSet
-from fd_scale.fetch import data_paths, named_files
 from fd_scale.finetune import FineTuningTask, fine_tuning_task
 from fd_scale.finetune.labels import doubts_of_labels
 from fd_scale.hardware import find_gpu
@@ -50,8 +49,9 @@ from fd_scale.models import Backbone, build_model, resolved
 from fd_scale.optim import apex_is_importable, refuse_average_of_statistics
 from fd_scale.plan import NotCountedError, memory_table, plan, present_gpu, require_fit
 from fd_scale.pretrain import ContrastiveTask, MaskedTask
-from fd_scale.teacher_features import Part, evaluation_part, train_part
 from fd_scale.teachers import Teacher
+from fd_scale.verbs.features import Part, evaluation_part, train_part
+from fd_scale.verbs.fetch import data_paths, named_files
 
 NUM_READ = 16
 """Of the training images."""

@@ -1,6 +1,6 @@
 """One cell in a process of its own: it builds, warms up, measures, and writes what it found as JSON.
 
-python -m fd_scale.benchmarks.steps FILE RECIPE WAY STEPS key=value ...
+python -m fd_scale.benchmarks.one_cell FILE RECIPE WAY STEPS key=value ...
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ import torch
 from PIL import Image
 
 from fd_scale import api, distributed, log
-from fd_scale.bench import Bare, BareLoop
 from fd_scale.benchmarks.cells import FSDP2, PEERS, TIMM_COMPILED
 from fd_scale.benchmarks.peers import TimmPair, shard_and_compile
+from fd_scale.benchmarks.step import Bare, BareLoop
 from fd_scale.checkpoint import write_atomically
 from fd_scale.config import Recipe, load_recipe
 from fd_scale.data import Batch, Picture, Targets, TrainLoader, training_transform

@@ -1,0 +1,1 @@
+"""Pages that people look at: of runs, and what they are made of."""

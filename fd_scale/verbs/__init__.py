@@ -1,0 +1,1 @@
+"""What verbs do that are no training: a module for each, called by `api` and `cli`."""
