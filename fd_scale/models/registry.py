@@ -108,7 +108,7 @@ def create_model(
 
     Args:
         name: one of ours (`swin_v2_base`, `fd_vit_base_patch16`), any timm model
-            (`vit_base_patch16_clip_224.openai`), or `hf:FOLDER` with a `config.json` of Transformers.
+            (`vit_base_patch16_clip_quickgelu_224.openai`), or `hf:FOLDER` with a `config.json` of Transformers.
         img_size: side of the images in pixels; None takes the model's own.
         target: `pooled` or `logits` keep what a timm model needs for them, see `TimmBackbone`.
         overrides: arguments of the model's constructor that replace or add to the named configuration.

@@ -51,7 +51,7 @@ TIMM: dict[str, tuple[int, dict[str, Any], int, bool, Expected]] = {
     "vit_base_patch16_224.dino": (32, VIT, 1, True, as_it_is),
     "vit_base_patch16_224.mae": (32, VIT, 1, True, as_it_is),
     "deit_base_distilled_patch16_224.fb_in1k": (32, VIT, 2, True, as_it_is),
-    "vit_base_patch16_clip_224.openai": (32, VIT, 1, True, as_it_is),
+    "vit_base_patch16_clip_quickgelu_224.openai": (32, VIT, 1, True, as_it_is),
     "vit_base_patch16_siglip_256.v2_webli": (32, VIT, 0, False, as_it_is),
     "vit_base_patch14_reg4_dinov2.lvd142m": (28, VIT, 5, True, as_it_is),
     "vit_base_patch16_dinov3.lvd1689m": (32, VIT, 5, True, as_it_is),
@@ -94,12 +94,12 @@ def test_tokens_are_timms_after_its_final_norm(name: str) -> None:
 
 
 def test_own_input_of_published_weights() -> None:
-    clip = resolved_model(ModelConfig(name="vit_base_patch16_clip_224.openai"))
+    clip = resolved_model(ModelConfig(name="vit_base_patch16_clip_quickgelu_224.openai"))
     assert clip.img_size == 224
     assert clip.mean == pytest.approx((0.48145466, 0.4578275, 0.40821073))
     assert clip.license == "apache-2.0"
     given = ModelConfig(
-        name="vit_base_patch16_clip_224.openai", img_size=64, mean=(0.1, 0.2, 0.3), license="mine"
+        name="vit_base_patch16_clip_quickgelu_224.openai", img_size=64, mean=(0.1, 0.2, 0.3), license="mine"
     )
     assert resolved_model(given).mean == (0.1, 0.2, 0.3)
     assert (resolved_model(given).img_size, resolved_model(given).license) == (64, "mine")
@@ -115,7 +115,11 @@ def test_own_input_of_published_weights() -> None:
             {},
             "unknown model 'vit_base_patch16_cilp_224'.*vit_base_patch16_clip_224",
         ),
-        ("vit_base_patch16_clip_224.opneai", {}, "vit_base_patch16_clip_224.openai"),
+        (
+            "vit_base_patch16_clip_quickgelu_224.opneai",
+            {},
+            "vit_base_patch16_clip_quickgelu_224.openai",
+        ),
         ("fd_vit_bsae_patch16", {}, "fd_vit_base_patch16"),
         ("vit_tiny_patch16_224", {"depht": 2}, "timm does not build vit_tiny_patch16_224.*depht"),
         ("vit_tiny_patch16_224", {"img_size": 32}, "the input size is model.img_size"),

@@ -135,7 +135,7 @@ def test_a_shared_table_is_copied_into_blocks_that_have_their_own() -> None:
 
 
 def test_what_does_not_fit_is_refused() -> None:
-    clip = timm.create_model("vit_base_patch16_clip_224.openai", **SMALL, num_classes=0)
+    clip = timm.create_model("vit_base_patch16_clip_quickgelu_224.openai", **SMALL, num_classes=0)
     with pytest.raises(UserError, match=r"norm_pre\.weight is unknown"):
         load_tensors(build(), clip.state_dict(), "CLIP")
     with pytest.raises(UserError, match=r"rel_pos_bias.relative_position_bias_table is missing"):
