@@ -108,7 +108,7 @@ class TimmLoop:
             with torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32):
                 tokens_BLD = module.backbone(images_BCHW, scale_RB)
                 pooled_BD = tokens_BLD[:, module.backbone.num_prefix_tokens :].mean(1)
-                logits_BK = module.head(module.norm(pooled_BD))
+                logits_BK = module.head(module.normed(pooled_BD))
             (self.loss(logits_BK.float(), labels) / accumulated).backward()
         dispatch_clip_grad(module.parameters(), self.recipe.optim.grad_clip)
         self.optimizer.step()

@@ -27,7 +27,7 @@ class ModelConfig:
     """A backbone: its shape, its input, and where its weights come from."""
 
     name: str
-    """`swin_v2_*` or `fd_vit_*` (ours), any timm model, e.g. `vit_base_patch16_clip_quickgelu_224.openai`, or `hf:` and a
+    """`swin_v2_*` or `fd_vit_*` (ours), any timm model, e.g. `vit_base_patch16_dinov3.lvd1689m`, or `hf:` and a
     folder or repository of Hugging Face."""
     img_size: int | None = None
     """Side of the square input, in pixels; none: the model's own."""

@@ -148,14 +148,17 @@ class MaskedConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ClassificationConfig:
-    """Fine-tuning on labels: mean of the tokens, LayerNorm, linear head."""
+    """Fine-tuning on labels: mean of the patch tokens, LayerNorm, linear head."""
 
     num_classes: int | None = None
     """Classes that the source must have; none: as many as it has. `plan` needs it where the data are elsewhere."""
     label_smoothing: float = 0.1
     """Share of the target spread over all classes."""
+    norm: Literal["own", "fresh", "both"] = "both"
+    """The model's `own` at its end, on each token, and none behind their mean (Swin); a `fresh` one behind the mean, in
+    its place (BEiT, the FD authors' ViT); or `both`, which any model can have."""
     head_init_scale: float = 0.001
-    """Factor on the head's initial weights."""
+    """Factor on the head's initial weights, of standard deviation 0.02 (BEiT, the FD authors' ViT: 0.001; Swin: 1)."""
     mixup: float = 0.0
     """Both parameters of the beta distribution of Mixup's weights; 0: no Mixup."""
     cutmix: float = 0.0

@@ -1,4 +1,4 @@
-"""Image classification: mean over patch tokens, a fresh LayerNorm, a linear head.
+"""Image classification: mean over patch tokens, a LayerNorm before or behind it, a linear head.
 
 Shape legend: B = images, L = tokens, D = channels, K = classes.
 """
@@ -21,6 +21,7 @@ from fd_scale.finetune.classes import agreed_classes
 from fd_scale.finetune.labels import doubts_of_labels
 from fd_scale.finetune.mixing import Mixing
 from fd_scale.models import (
+    Fp32Linear,
     build_model,
     drop_path_scale,
     dtype_of,
@@ -35,7 +36,8 @@ logger = logging.getLogger(__name__)
 class ClassificationModule(nn.Module):
     """Backbone, head and loss.
 
-    Source: head and its initialisation as in the fine-tuning code of arXiv 2205.14141.
+    Source: the fine-tuning code of arXiv 2205.14141: its ViT has `norm: fresh` and `head_init_scale: 0.001`, its Swin
+    `norm: own` and `head_init_scale: 1`.
     """
 
     def __init__(
@@ -43,10 +45,15 @@ class ClassificationModule(nn.Module):
     ) -> None:
         super().__init__()
         self.label_smoothing = config.label_smoothing
+        self.norm_of_backbone = config.norm == "fresh"
         self.dtype = dtype
         self.backbone = build_model(model)
-        self.norm = nn.LayerNorm(self.backbone.num_features)
-        self.head = nn.Linear(self.backbone.num_features, num_classes)
+        self.norm: nn.Module = nn.Identity()
+        if config.norm == "fresh":
+            self.backbone.norm_behind_pooling()
+        elif config.norm == "both":
+            self.norm = nn.LayerNorm(self.backbone.num_features)
+        self.head = Fp32Linear(self.backbone.num_features, num_classes)
         nn.init.trunc_normal_(self.head.weight, std=0.02)
         nn.init.zeros_(self.head.bias)
         with torch.no_grad():
@@ -75,12 +82,18 @@ class ClassificationModule(nn.Module):
         """
         pixels_BCHW = normalize(images_BCHW, self.backbone.mean, self.backbone.std).to(self.dtype)
         tokens_BLD = self.backbone(pixels_BCHW, drop_path_scale_RB)
-        logits_BK = self.head(self.norm(tokens_BLD[:, self.backbone.num_prefix_tokens :].mean(1))).float()
+        logits_BK = self.head(self.normed(tokens_BLD[:, self.backbone.num_prefix_tokens :].mean(1)))
         loss_B = self._losses(logits_BK, labels_B)
         if partner_labels_B is not None and weight_B is not None:
             # Cross entropy is linear in the target: that of the mixed one.
             loss_B = weight_B * loss_B + (1 - weight_B) * self._losses(logits_BK, partner_labels_B)
         return {"loss": loss_B.sum(), "logits": logits_BK.detach()}
+
+    def normed(self, pooled_BD: Tensor) -> Tensor:
+        """What the head reads, of the mean of the patch tokens."""
+        norm = self.backbone.final_norm() if self.norm_of_backbone else self.norm
+        pooled: Tensor = norm(pooled_BD)
+        return pooled
 
     def _losses(self, logits_BK: Tensor, labels_B: Tensor) -> Tensor:
         return F.cross_entropy(

@@ -29,6 +29,7 @@ from fd_scale.finetune.classes import require_same_classes
 from fd_scale.finetune.labels import doubts_of_labels
 from fd_scale.models import (
     Backbone,
+    Fp32Linear,
     build_model,
     dtype_of,
     model_identity,
@@ -187,7 +188,7 @@ class LinearProbeModule(nn.Module):
         super().__init__()
         self.register_buffer("mean", torch.zeros(num_features))
         self.register_buffer("std", torch.ones(num_features))
-        self.heads = nn.ModuleList(nn.Linear(num_features, num_classes) for _ in range(num_heads))
+        self.heads = nn.ModuleList(Fp32Linear(num_features, num_classes) for _ in range(num_heads))
         for head in self.heads:
             assert isinstance(head, nn.Linear)
             nn.init.normal_(head.weight, std=0.01)
@@ -203,10 +204,8 @@ class LinearProbeModule(nn.Module):
         Returns:
             `loss`: cross entropy summed over images and heads; `logits`: (R, B, K), fp32, without gradient.
         """
-        dtype = self.heads[0].weight.dtype
-        assert isinstance(dtype, torch.dtype)
-        x_BD = ((features_BD - self.mean.float()) / self.std.float()).to(dtype)
-        logits_RBK = torch.stack([head(x_BD) for head in self.heads]).float()
+        x_BD = (features_BD - self.mean.float()) / self.std.float()
+        logits_RBK = torch.stack([head(x_BD) for head in self.heads])
         loss = sum(
             F.cross_entropy(logits_BK, labels_B, ignore_index=UNLABELLED, reduction="sum")
             for logits_BK in logits_RBK

@@ -11,6 +11,7 @@ from fd_scale.models.build import (
     normalize,
     undecayed_parameters,
 )
+from fd_scale.models.layers import Fp32Linear
 from fd_scale.models.pretrained import hub_files, model_identity, resolved, resolved_model, weights_path
 from fd_scale.models.registry import create_model
 from fd_scale.models.swin_v2 import SwinTransformerV2
@@ -27,6 +28,7 @@ __all__ = [
     "BACKBONE",
     "WEIGHTS_FILES",
     "Backbone",
+    "Fp32Linear",
     "SwinTransformerV2",
     "build_model",
     "choose_kernels",

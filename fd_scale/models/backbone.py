@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fd_scale.config import ModelConfig
 from fd_scale.errors import UserError
-from fd_scale.models.layers import CheckpointingMode, ResidualBlock
+from fd_scale.models.layers import CheckpointingMode, PooledNorm, ResidualBlock
 
 
 class Backbone(nn.Module, ABC):
@@ -169,6 +169,19 @@ class Backbone(nn.Module, ABC):
         raise UserError(
             f"{type(self).__name__} has no LayerNorm at its end; take a swin_v2_* or fd_vit_* model"
         )
+
+    def norm_behind_pooling(self) -> None:
+        """Puts a fresh norm in the place of `final_norm`, under its name, that means of tokens can be given to.
+
+        `forward` then gives tokens before any final norm.
+
+        Raises:
+            UserError: as `final_norm`.
+        """
+        own = self.final_norm()
+        name = next(name for name, module in self.named_modules() if module is own)
+        parent, _, child = name.rpartition(".")
+        setattr(self.get_submodule(parent), child, PooledNorm(self.num_features, eps=own.eps))
 
     @abstractmethod
     def translate(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:

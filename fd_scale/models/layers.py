@@ -23,6 +23,22 @@ def at_least_fp32(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
+class Fp32Linear(nn.Linear):
+    """A linear layer that computes in fp32 whatever its weights are, for results that are compared with each other."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Of any float dtype -> fp32."""
+        return F.linear(x.float(), self.weight.float(), None if self.bias is None else self.bias.float())
+
+
+class PooledNorm(nn.LayerNorm):
+    """A final norm behind the pooling: tokens, (B, L, D), it lets through, and their mean, (B, D), it normalises."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """See the class."""
+        return super().forward(x) if x.dim() == 2 else x
+
+
 class ResidualBlock(nn.Module, ABC):
     """A transformer block in two parts, either of which the backward pass may compute again.
 

@@ -83,7 +83,8 @@ def hub_files(config: ModelConfig) -> hub.HubFiles | None:
     """Returns what a model section needs from the Hugging Face hub; none where all is local.
 
     Raises:
-        UserError: `weights: pretrained` for a name of which no weights are published, or whose activation is not theirs.
+        UserError: `weights: pretrained` for a name of which no weights are published, or with another activation than
+            they have.
     """
     if config.name.startswith(HUGGING_FACE):
         place = config.name.removeprefix(HUGGING_FACE)
@@ -102,11 +103,10 @@ def hub_files(config: ModelConfig) -> hub.HubFiles | None:
         raise UserError(
             f"model.weights: timm has no weights of {config.name} on the hub; names that have: {known}"
         )
-    quick = config.name.replace("_clip_", "_clip_quickgelu_")
     if any("QuickGELU" in note for note in published.notes or ()) and "quickgelu" not in config.name:
         raise UserError(
-            f"model.weights: those of {config.name} were trained with QuickGELU, and timm computes GELU under this name; "
-            f"use {quick}"
+            f"model.weights: those of {config.name} were trained with QuickGELU, and under this name timm computes "
+            f"GELU; use {config.name.replace('_clip_', '_clip_quickgelu_')}"
         )
     file = published.hf_hub_filename or "model.safetensors"
     return hub.HubFiles(repo=published.hf_hub_id, kind="model", patterns=(file,))

@@ -177,7 +177,7 @@ def test_every_limit_is_in_the_table_above() -> None:
         "distill.teachers.0.target", "distill.teachers.0.projector", "distill.teachers.0.partitioned",
         "distill.teachers.0.drop_path", "distill.features.folder", "distill.features.precision",
         "distill.loss", "contrastive.jitter",
-        "classification.head_init_scale", "log.profile", "train.compile", "train.cuda_graphs",
+        "classification.norm", "classification.head_init_scale", "log.profile", "train.compile", "train.cuda_graphs",
         "data.interpolation", "data.rand_augment",
         "optim.schedule", "segmentation.head", "segmentation.frozen", "segmentation.norm",
         "segmentation.photometric",

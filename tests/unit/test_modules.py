@@ -3,9 +3,11 @@
 import math
 from collections.abc import Callable
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
+import timm
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -33,6 +35,9 @@ from fd_scale.pretrain.contrastive import ContrastiveModule, nt_xent_sum
 
 OVERRIDES = {"patch_size": 4, "embed_dim": 16, "depths": [1, 1], "num_heads": [1, 2], "window_size": 4}
 MODEL = ModelConfig(name="swin_v2_tiny", img_size=16, overrides=OVERRIDES)
+VIT = ModelConfig(
+    name="fd_vit_tiny_patch16", img_size=32, overrides={"embed_dim": 16, "depth": 1, "num_heads": 1}
+)
 
 
 def test_normalize_equals_torchvision() -> None:
@@ -112,24 +117,70 @@ def test_classification_ignores_the_unlabelled_and_keeps_logits_whole() -> None:
 
 def test_tasks_take_the_mean_of_the_patches_alone() -> None:
     """Without the CLS token, which a model may have or not."""
-    vit = ModelConfig(
-        name="fd_vit_tiny_patch16", img_size=32, overrides={"embed_dim": 16, "depth": 1, "num_heads": 1}
-    )
     torch.manual_seed(0)
     images = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8)
-    module = ClassificationModule(vit, ClassificationConfig(head_init_scale=1.0), 7, torch.float32)
+    module = ClassificationModule(VIT, ClassificationConfig(head_init_scale=1.0), 7, torch.float32)
     patches = module.backbone(normalize(images, IMAGENET_MEAN, IMAGENET_STD))[:, 1:]
     assert patches.shape == (3, 4, 16)
     logits = module(images, torch.zeros(3, dtype=torch.int64))["logits"]
     torch.testing.assert_close(logits, module.head(module.norm(patches.mean(1))).detach())
     distributed.start("cpu", 60)
-    contrastive = ContrastiveModule(vit, ContrastiveConfig(projection_dim=4), torch.float32)
+    contrastive = ContrastiveModule(VIT, ContrastiveConfig(projection_dim=4), torch.float32)
     loss = contrastive(torch.stack([images, images.flip(-1)], 1))["loss"]
     views = [normalize(view, IMAGENET_MEAN, IMAGENET_STD) for view in (images, images.flip(-1))]
     projected = torch.stack(
         [contrastive.projection(contrastive.backbone(view)[:, 1:].mean(1)) for view in views]
     )
     torch.testing.assert_close(loss, nt_xent_sum(projected, 0.2))
+
+
+@pytest.mark.parametrize(
+    ("norm", "name", "overrides"),
+    [  # timm's Beit with average pooling is the FD authors' ViT, and its Swin V2 ends as Microsoft's does
+        ("fresh", "beit_base_patch16_224", {"embed_dim": 32, "depth": 2, "num_heads": 2}),
+        ("own", "swinv2_tiny_window8_256", {"embed_dim": 16, "depths": (2, 2), "num_heads": (1, 2)}),
+    ],
+)
+def test_heads_are_those_of_timm(norm: Any, name: str, overrides: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    model = ModelConfig(name=name, img_size=64, overrides=overrides)
+    ours = ClassificationModule(model, ClassificationConfig(norm=norm, head_init_scale=1.0), 7, torch.float32)
+    pool = {"global_pool": "avg"} if norm == "fresh" else {}
+    theirs = timm.create_model(name, img_size=64, num_classes=7, **overrides, **pool).eval()
+    for parameter in ours.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    state = {key.removeprefix("backbone.model."): value for key, value in ours.state_dict().items()}
+    names = {"fresh": {"norm.": "fc_norm."}, "own": {"head.": "head.fc."}}[norm]
+    renamed = {
+        next((new + key.removeprefix(old) for old, new in names.items() if key.startswith(old)), key): value
+        for key, value in state.items()
+    }
+    theirs.load_state_dict(renamed)
+    images = torch.randint(0, 256, (3, 3, 64, 64), dtype=torch.uint8)
+    found = ours(images, torch.zeros(3, dtype=torch.int64))
+    expected = theirs(normalize(images, ours.backbone.mean, ours.backbone.std))
+    torch.testing.assert_close(found["logits"], expected, rtol=1e-4, atol=1e-4)  # fp32, sums in another order
+    found["loss"].backward()
+    assert all(parameter.grad is not None for parameter in ours.parameters())
+
+
+def test_a_fresh_norm_is_the_final_one_of_an_export() -> None:
+    module = ClassificationModule(VIT, ClassificationConfig(norm="fresh"), 7, torch.bfloat16)
+    assert module.backbone.state_dict().keys() == build_model(VIT).state_dict().keys()
+    assert module.backbone.final_norm().eps == build_model(VIT).final_norm().eps == 1e-6
+    with pytest.raises(UserError, match="has no LayerNorm at its end"):
+        build_model(ModelConfig(name="resnet18")).norm_behind_pooling()
+
+
+def test_class_scores_are_computed_in_fp32() -> None:
+    """In bf16 the two best of 1000 scores are often one number, and the first of them would win."""
+    module = ClassificationModule(
+        VIT, ClassificationConfig(head_init_scale=1.0), 1000, torch.bfloat16
+    ).bfloat16()
+    logits = module(
+        torch.randint(0, 256, (8, 3, 32, 32), dtype=torch.uint8), torch.zeros(8, dtype=torch.int64)
+    )["logits"]
+    assert not torch.equal(logits, logits.bfloat16().float())
 
 
 def test_an_evaluation_source_with_other_classes_is_refused(make_recipe: Callable[..., Recipe]) -> None:
