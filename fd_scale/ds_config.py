@@ -198,6 +198,10 @@ def resolve(ds_config: dict[str, Any], recipe: Recipe, world_size: int, device_t
             f"{world_size} ranks are fewer than train.global_batch={train.global_batch}; raise train.micro_batch "
             "or lower train.global_batch"
         )
+    if train.precision == "bf16" and accumulation > 1 and zero_stage(resolved) > 0:
+        # In bf16, as DeepSpeed sums where nothing is said, 8 micro-batches double the rounding of a gradient.
+        types = resolved.setdefault("data_types", {})
+        types["grad_accum_dtype"] = types.get("grad_accum_dtype") or "fp32"
     # torch's fused AdamW steps on the host too; DeepSpeed's own would be compiled at the first run.
     resolved.setdefault("zero_force_ds_cpu_optimizer", False)
     # The trainer measures without waiting for the device, for which DeepSpeed's timer waits twice a micro-batch.

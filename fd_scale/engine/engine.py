@@ -11,6 +11,7 @@ from typing import Any
 import deepspeed
 import torch
 from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointEngine
+from deepspeed.runtime.engine import BFLOAT16, ZERO_OPTIMIZATION, DeepSpeedEngine
 from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
@@ -145,7 +146,7 @@ class Engine:
             on_host = world.device.type == "cpu" or offload_device(ds_config, "offload_optimizer") == "cpu"
             optimizer = build_adamw(groups, optim, with_apex=stage > 0 and not on_host)
         self.optimizer_name = type(optimizer).__name__
-        with naming_refusals():
+        with naming_refusals(), _one_optimizer_of_zero1():
             self.deepspeed, self.optimizer, *_ = deepspeed.initialize(
                 model=module,
                 optimizer=optimizer,
@@ -268,8 +269,15 @@ class Engine:
             held += [parameter.ds_tensor for parameter in parameters]
             gradients.append(optimizer.grad_partitions_flat_buffer)
         elif isinstance(optimizer, DeepSpeedZeroOptimizer):
-            gradients += [optimizer.averaged_gradients, optimizer.all_grad_tensors]
-            gradients += [optimizer.get_param_gradient_attribute(parameter) for parameter in parameters]
+            parts = [*optimizer.averaged_gradients.values(), *optimizer.all_grad_tensors.values()]
+            gradients += [list(part) for part in parts if part is not None]
+            of_parameters = [optimizer.get_param_gradient_attribute(parameter) for parameter in parameters]
+            # Those that were reduced lie in a bucket.
+            gradients += [
+                each
+                for each in of_parameters
+                if each is not None and each.nbytes == each.untyped_storage().nbytes()
+            ]
         seen: set[int] = set()
         return {
             "parameters": _new_bytes(tree_leaves(held), seen),
@@ -364,6 +372,22 @@ class Engine:
             setattr(engine, counter, model[counter])
         if stage == 3:
             optimizer.checkpoint_event_epilogue()
+
+
+@contextmanager
+def _one_optimizer_of_zero1() -> Iterator[None]:
+    """Keeps DeepSpeed from its other optimizer of ZeRO-1, which it takes where bf16 gradients are summed in fp32."""
+    choose = DeepSpeedEngine._do_optimizer_sanity_check
+
+    def chosen(*given: Any) -> Any:
+        found = choose(*given)
+        return ZERO_OPTIMIZATION if found == BFLOAT16 else found
+
+    DeepSpeedEngine._do_optimizer_sanity_check = chosen
+    try:
+        yield
+    finally:
+        DeepSpeedEngine._do_optimizer_sanity_check = choose
 
 
 def _new_bytes(leaves: Iterable[Any], seen: set[int]) -> int:

@@ -32,6 +32,9 @@ from fd_scale.engine.replicas import replicas_of
 from fd_scale.errors import UserError
 from fd_scale.models import Backbone
 
+_REFUSALS = (
+    ValidationError, ZeRORuntimeException, DeepSpeedConfigError, AssertionError, ValueError, NotImplementedError,
+)  # fmt: skip
 _TRIM_BYTES = 32 * 2**20
 _SHAPE = torch.Tensor.shape.__get__  # type: ignore[attr-defined]
 
@@ -120,7 +123,7 @@ def naming_refusals() -> Iterator[None]:
     """Makes a sentence of DeepSpeed's errors of many kinds, some without a word, where it reads a configuration."""
     try:
         yield
-    except (ValidationError, ZeRORuntimeException, DeepSpeedConfigError, AssertionError, ValueError) as error:
+    except _REFUSALS as error:
         frame = traceback.extract_tb(error.__traceback__)[-1]
         reason = " ".join(str(error).split()) or f"{frame.line} ({Path(frame.filename).name}:{frame.lineno})"
         raise UserError(f"train.ds_config: DeepSpeed refuses it: {reason}") from error

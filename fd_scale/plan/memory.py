@@ -65,6 +65,7 @@ def state(
         replica: GPUs that hold the model among them, at stage `HIERARCHICAL`.
     """
     size = 4 if precision == "fp32" else 2
+    summed = 4 if precision == "bf16" and accumulation > 1 else size  # as `ds_config.resolve` has it
     total = counts.num_parameters
     bucket = size * float(zero.get("reduce_bucket_size", _REDUCE_BUCKET))
     ranks = min(num_gpus, replica) if stage == HIERARCHICAL else num_gpus
@@ -87,9 +88,10 @@ def state(
         # Stage 1 accumulates whole gradients; where it does not accumulate, they go as they are reduced. A graph writes
         # them where they stay.
         all_gradients = stage == "1" and accumulation > 1
+        bucket *= summed / size if stage == "1" else 1
         written = size * total if recorded == "all" else 0
         return State(
-            parameters=size * total, gradients=written + size * (total if all_gradients else own * stays),
+            parameters=size * total, gradients=written + summed * (total if all_gradients else own * stays),
             optimizer=(state_bytes + 4) * own * stays,
             teacher=teacher, buffers=bucket * (2 if zero.get("overlap_comm", False) else 1) + teacher_live,
             step=4 * own * stays,
@@ -100,7 +102,7 @@ def state(
     parameters_stay = offload_device({"zero_optimization": zero}, "offload_param") == "none"
     live = min(most_live, size * (total - persistent)) if ranks > 1 or not parameters_stay else 0
     return State(
-        parameters=size * (own * parameters_stay + persistent + copied), gradients=size * own * stays,
+        parameters=size * (own * parameters_stay + persistent + copied), gradients=summed * own * stays,
         optimizer=(state_bytes + 4) * own * stays,
         teacher=teacher, buffers=bucket + max(live, teacher_live),  # teacher and student are gathered in turns
         step=4 * min(own, float(zero.get("sub_group_size", _SUB_GROUP))) * stays,

@@ -39,6 +39,30 @@ def test_shipped_files_are_filled(make_recipe: MakeRecipe, name: str, precision:
     assert {key: resolved[key] for key in expected} == expected
 
 
+@pytest.mark.parametrize(
+    ("name", "precision", "micro_batch", "given", "expected"),
+    [
+        ("zero1", "bf16", 8, {}, "fp32"),
+        ("zero3", "bf16", 8, {"data_types": {}}, "fp32"),
+        ("zero2", "bf16", 8, {"data_types": {"grad_accum_dtype": "bf16"}}, "bf16"),
+        ("zero1", "bf16", 24, {}, None),  # one micro-batch: there is nothing to sum
+        ("zero1", "fp32", 8, {}, None),
+        ("zero0", "bf16", 8, {}, None),  # DeepSpeed does not know it there
+    ],
+)
+def test_gradients_of_bf16_micro_batches_are_summed_in_fp32(
+    make_recipe: MakeRecipe,
+    name: str,
+    precision: str,
+    micro_batch: int,
+    given: dict[str, Any],
+    expected: str | None,
+) -> None:
+    recipe = make_recipe(train__precision=precision, train__global_batch=48, train__micro_batch=micro_batch)
+    resolved = resolve(read(name) | given, recipe, 2, "cpu")
+    assert resolved.get("data_types", {}).get("grad_accum_dtype") == expected
+
+
 @pytest.mark.parametrize("world_size", [1, 2, 4, 8])
 @pytest.mark.parametrize("largest_micro_batch", [1, 3, 8, 100])
 def test_the_batch_is_the_same_on_any_number_of_ranks(
