@@ -79,7 +79,7 @@ class Grid:
 
 
 def filter_normalised(parameters: Sequence[Tensor], generator: torch.Generator) -> list[Tensor]:
-    """Draws a direction whose filters are as long as the weights' own; parameters of one dimension stay fixed.
+    """Draws a direction whose filters are as long as the weights' own; parameters whose filters are numbers stay fixed.
 
     Args:
         parameters: floating point, any shapes.
@@ -93,7 +93,7 @@ def filter_normalised(parameters: Sequence[Tensor], generator: torch.Generator) 
     direction = []
     for weight in parameters:
         drawn = torch.randn(weight.shape, generator=generator).to(weight)
-        if weight.dim() < 2:
+        if weight.numel() <= len(weight):  # of one dimension, or a scale for each head
             direction.append(torch.zeros_like(weight))
             continue
         filters = (drawn.flatten(1), weight.detach().flatten(1))

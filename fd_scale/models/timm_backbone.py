@@ -9,6 +9,7 @@ import contextlib
 import difflib
 import inspect
 import logging
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -46,6 +47,7 @@ _NOT_OVERRIDES = frozenset(
     | {"pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "pretrained_strict", "checkpoint_path"}
     | {"drop_rate", "pos_drop_rate", "patch_drop_rate", "proj_drop_rate", "attn_drop_rate"}
 )
+_POSITIONS = re.compile("pos_embed|rel_pos|relative_position")
 _BUFFERS = ("relative_position_index", "attn_mask", "relative_coords_table")
 
 
@@ -293,7 +295,8 @@ class TimmBackbone(Backbone):
             with contextlib.suppress(AttributeError, KeyError, RuntimeError):
                 fitted = filter_fn(found, self.model)
                 for name in fitted.keys() & found.keys():
-                    if fitted[name].shape != found[name].shape:
+                    # Others have changed names: what was Swin's `layers.0.downsample` is that of layer 1 in timm.
+                    if _POSITIONS.search(name) and fitted[name].shape != found[name].shape:
                         before, after = tuple(found[name].shape), tuple(fitted[name].shape)
                         logger.warning("weights: %s is resampled from %s to %s", name, before, after)
                 found = fitted

@@ -108,7 +108,7 @@ def test_one_and_two_ranks_under_torchrun(job: Job, tmp_path: Path) -> None:
     ]
     done = subprocess.run(
         [sys.executable, *command, job.recipe, "--steps", "2", "--out", str(tmp_path / "out")],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        env=os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "200"},  # on a busy machine numbers are long
         capture_output=True, text=True, timeout=280, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

@@ -233,21 +233,23 @@ def test_published_positions_are_resampled_by_timm(caplog: pytest.LogCaptureFixt
     load_tensors(small, small.to_layout(small.state_dict(), "timm"), "again")
 
 
-def test_official_swin_v1_keys() -> None:
+def test_official_swin_v1_keys(caplog: pytest.LogCaptureFixture) -> None:
     """EsViT and SimMIM: patch merging at the end of a stage, buffers, heads, a prefix."""
-    shape = {"embed_dim": 8, "depths": [1, 1], "num_heads": [1, 2]}
-    source: Any = create_model("swin_base_patch4_window7_224", img_size=56, **shape)
+    shape = {"embed_dim": 8, "depths": [1, 1, 1], "num_heads": [1, 2, 4]}
+    source: Any = create_model("swin_base_patch4_window7_224", img_size=112, **shape)
     shake(source)
     official = {}
     for name, tensor in source.model.state_dict().items():
-        name = name.replace("layers.1.downsample", "layers.0.downsample")
+        for stage in (1, 2):
+            name = name.replace(f"layers.{stage}.downsample", f"layers.{stage - 1}.downsample")
         official[f"encoder.{name}"] = tensor
     official |= {"encoder.mask_token": torch.zeros(1), "decoder.0.weight": torch.zeros(1)}
     official["encoder.layers.0.blocks.0.attn.relative_position_index"] = torch.zeros(49, 49)
     official["encoder.head.weight"] = torch.zeros(10, 16)
-    target = create_model("swin_base_patch4_window7_224", img_size=56, **shape)
+    target = create_model("swin_base_patch4_window7_224", img_size=112, **shape)
     load_tensors(target, official, "official")
-    torch.testing.assert_close(target(images(56)), source(images(56)))
+    torch.testing.assert_close(target(images(112)), source(images(112)))
+    assert "resampled" not in caplog.text, "of the two patch mergings one took the other's name"
 
 
 def transformers_models() -> dict[str, Callable[[Any], tuple[Any, int, bool]]]:
