@@ -58,9 +58,10 @@ def find_gpu(name: str) -> Gpu:
         UserError: it is not in the table.
     """
     if name not in GPUS:
-        nearest = difflib.get_close_matches(name.lower(), GPUS, n=1, cutoff=0)
+        kinds = [known for known in GPUS if known.split("-")[0] == name.lower()]  # of several sizes of memory
+        nearest = kinds or difflib.get_close_matches(name.lower(), GPUS, n=1, cutoff=0)
         raise UserError(
-            f"--gpu: got {name}, expected one of {', '.join(GPUS)}; the nearest is {', '.join(nearest)}"
+            f"--gpu: got {name}, expected one of {', '.join(GPUS)}; did you mean {' or '.join(nearest)}"
         )
     return GPUS[name]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import shlex
@@ -15,7 +16,7 @@ from pathlib import Path
 from fd_scale.cli import TRAINING_VERBS
 from fd_scale.cluster import pinned
 from fd_scale.cluster.job import lead_s
-from fd_scale.config import Recipe, load_recipe
+from fd_scale.config import PRETRAINED, Recipe, load_recipe
 from fd_scale.errors import UserError
 from fd_scale.hardware import find_gpu
 
@@ -49,6 +50,8 @@ class _Stage:
     """A DeepSpeed JSON file of the user's own."""
     elements: tuple[tuple[str, ...], ...] = ()
     """Settings of each element of an array."""
+    starts_from: str = ""
+    """In a chain, the setting that names its first weights."""
     export: Path | None = None
     """Where its weights go, for the next stage."""
 
@@ -99,7 +102,7 @@ def _chain(stages: list[list[str]]) -> list[_Stage]:
     """Checks all recipes before the first job is submitted, and hands weights from each run to the next."""
     planned: list[_Stage] = []
     for recipe_name, *settings in stages:
-        before = planned[-1] if planned else None
+        before, starts_from = planned[-1] if planned else None, ""
         if recipe_name in _VERBS_OF_RUNS:
             planned.append(_of_run(recipe_name, settings, before))
             continue
@@ -108,11 +111,15 @@ def _chain(stages: list[list[str]]) -> list[_Stage]:
         if before is not None and before.recipe_file is not None:
             export = before.run_dir / "export"
             key, given = _weights(recipe)
-            if given is None:
+            if given != PRETRAINED and not any(setting.startswith(f"{key}=") for setting in settings):
+                given = str(export)
                 settings.append(f"{key}={export}")
                 load_recipe(recipe_name, settings)
-            if given in (None, str(export)):
+            starts_from = f"{key}={given}"
+            if given == str(export):
                 planned[-1] = replace(before, export=export)
+            else:
+                starts_from += f", not from the run before: {key} is given"
         run_dir = Path(recipe.run_dir).absolute()
         if any(run_dir == stage.run_dir for stage in planned):
             raise UserError(
@@ -126,7 +133,7 @@ def _chain(stages: list[list[str]]) -> list[_Stage]:
         planned.append(
             _Stage(
                 verb=verb, run_dir=run_dir, recipe_file=recipe_name, settings=tuple(settings),
-                ds_config=ds_config if ds_config.is_file() else None,
+                ds_config=ds_config if ds_config.is_file() else None, starts_from=starts_from,
             )
         )  # fmt: skip
     return planned
@@ -210,8 +217,12 @@ def _command(
         f"--signal=B:USR1@{lead_s(stage.run_dir)}",
     ]
     if wanted.time is not None:
-        if not re.fullmatch(r"(\d+-)?\d+(:\d+){0,2}|infinite|UNLIMITED", wanted.time, re.IGNORECASE):
-            raise UserError(f"--time: got {wanted.time}, expected minutes, HH:MM:SS or DAYS-HH:MM:SS")
+        limit_s, lead = _seconds(wanted.time), lead_s(stage.run_dir)
+        if limit_s < 2 * lead:
+            raise UserError(
+                f"--time: {wanted.time} is {limit_s:.0f} s, and {lead} s before its end a job saves and is queued again: "
+                f"it would do little else; give {-(-2 * lead // 60)} minutes or more"
+            )
         options.append(f"--time={wanted.time}")
     if stage.elements:
         options.append(f"--array=0-{len(stage.elements) - 1}")
@@ -226,6 +237,18 @@ def _command(
     if stage.ds_config is not None:
         settings.append(f"train.ds_config={copy / 'ds_config.json'}")
     return ["sbatch", "--parsable", *options, *wanted.sbatch, str(script), subject, *settings]
+
+
+def _seconds(limit: str) -> float:
+    """Returns what a time limit as sbatch takes it means."""
+    if limit.lower() in ("infinite", "unlimited"):
+        return math.inf
+    if not re.fullmatch(r"(\d+-)?\d+(:\d+){0,2}", limit):
+        raise UserError(f"--time: got {limit}, expected minutes, HH:MM:SS or DAYS-HH:MM:SS")
+    days, _, rest = limit.rpartition("-")
+    parts = [int(part) for part in rest.split(":")]
+    units = (3600, 60, 1) if days or len(parts) == 3 else (60, 1)  # minutes alone, or minutes:seconds
+    return 86400 * int(days or 0) + sum(part * unit for part, unit in zip(parts, units, strict=False))
 
 
 def _submitted_env(stage: _Stage, wanted: Wanted, copy: Path, cluster_env: Path | None) -> str:
@@ -276,6 +299,8 @@ def _sbatch(command: list[str], copy: Path) -> str:
 def _shown(stage: _Stage, command: list[str], environment: str, copy: Path) -> Iterator[str]:
     yield f"# {stage.verb} in {stage.run_dir}; code of {pinned.origin()} would be copied to {copy}"
     yield shlex.join(command)
+    if stage.starts_from:
+        yield f"#   starts from {stage.starts_from}"
     for settings in stage.elements:
         yield f"#   element: {shlex.join(settings)}"
     yield f"# {copy}/fd_slurm/submitted.env:"
@@ -288,6 +313,8 @@ def _shown(stage: _Stage, command: list[str], environment: str, copy: Path) -> I
 
 def _told(stage: _Stage, job: str, copy: Path) -> Iterator[str]:
     yield f"job {job}: {stage.verb} in {stage.run_dir}, code {(copy / 'COMMIT').read_text(encoding='utf-8').strip()}"
+    if stage.starts_from:
+        yield f"  starts from {stage.starts_from}"
     if stage.elements:
         for index, settings in enumerate(stage.elements):
             yield f"  {index}: {shlex.join(settings)}"

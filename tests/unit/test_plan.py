@@ -352,7 +352,7 @@ def test_the_verb(recipe_file: Callable[..., str], capsys: pytest.CaptureFixture
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["--gpus", "2", "--gpu", "H-100"], "got H-100, expected one of a100-40g, .*; the nearest is h100"),
+        (["--gpus", "2", "--gpu", "H-100"], "got H-100, expected one of a100-40g, .*; did you mean h100"),
         (["--gpus", "2"], "--gpus N and --gpu NAME are needed"),
         (["--gpus", "0", "--gpu", "h100"], "--gpus: got 0, expected at least 1"),
         (["--gpus", "2", "--gpu", "h100", "--images", "0"], "--images: got 0, expected at least 1"),

@@ -1,6 +1,7 @@
 """`fd-scale submit` without a SLURM: what it shows, what it copies, what it refuses."""
 
 import json
+import math
 import os
 import shlex
 import subprocess
@@ -13,6 +14,7 @@ import pytest
 
 from fd_scale import cli
 from fd_scale.cluster import job, pinned
+from fd_scale.cluster.submit import _seconds
 from fd_scale.errors import UserError
 
 
@@ -88,8 +90,23 @@ def test_a_chain_hands_weights_on(show: Callable[..., str], tmp_path: Path) -> N
     assert teacher[-2].endswith("distill.sbatch")
     assert "    FD_VERB=pretrain" in shown
     assert f"    FD_EXPORT={runs}/teacher/export" in shown
-    own = commands(show("digits/distill", "--nodes", "1", "--then", "digits/finetune", "model.weights=/mine"))
-    assert own[1][-1] == "model.weights=/mine", "what the user gives stays"
+    assert f"#   starts from distill.teachers.0.model.weights={runs}/teacher/export" in shown
+    shown = show("digits/distill", "--nodes", "1", "--then", "digits/finetune", "model.weights=/mine")
+    assert commands(shown)[1][-1] == "model.weights=/mine", "what the user gives stays"
+    assert "starts from model.weights=/mine, not from the run before" in shown
+    assert "FD_EXPORT=''" in shown
+
+
+def test_a_chain_goes_on_from_its_own_runs_whatever_recipes_name(
+    show: Callable[..., str], tmp_path: Path
+) -> None:
+    after = ("--then", "imagenet/finetune_clip_vit_base", "--then", "imagenet/clip_vit_large")
+    _, tuned, other = commands(
+        shown := show("imagenet/clip_vit_base", "run_dir=mine", "--nodes", "1", *after)
+    )
+    assert tuned[-1] == f"model.weights={tmp_path}/mine/export", "the recipe names another place"
+    assert not any("weights" in word for word in other)
+    assert "starts from distill.teachers.0.model.weights=pretrained, not from the run before" in shown
 
 
 def test_an_array(show: Callable[..., str], tmp_path: Path) -> None:
@@ -107,7 +124,9 @@ def test_an_array(show: Callable[..., str], tmp_path: Path) -> None:
     [
         (["--nodes", "0"], ["--nodes: got 0"]),
         (["--nodes", "1", "--time", "banana"], ["--time: got banana", "HH:MM:SS"]),
-        (["--nodes", "1", "--gpu", "h10"], ["--gpu: got h10", "nearest is h100"]),
+        (["--nodes", "1", "--time", "9:59"], ["9:59 is 599 s, and 300 s before", "give 10 minutes or more"]),
+        (["--nodes", "1", "--gpu", "h10"], ["--gpu: got h10", "did you mean h100"]),
+        (["--nodes", "1", "--gpu", "a100"], ["--gpu: got a100", "did you mean a100-40g or a100-80g"]),
         (["--nodes", "1", "train.global_bach=1"], ["Did you mean: 'global_batch'"]),
         (["--nodes", "1", "--then", "digits/finetune", "model.depth=1"], ["model", "depth"]),
         (["--nodes", "1", "--then", "digits/distill"], ["two jobs would work in", "run_dir=PATH"]),
@@ -125,6 +144,12 @@ def test_an_array(show: Callable[..., str], tmp_path: Path) -> None:
 def test_what_is_refused(show: Callable[..., str], arguments: list[str], facts: list[str]) -> None:
     sentence = show("digits/distill", *arguments, refused=True)
     assert all(fact in sentence for fact in facts), sentence
+
+
+def test_time_limits_are_read_as_sbatch_reads_them() -> None:
+    seconds = {"90": 5400, "9:30": 570, "2:00:01": 7201, "1-0": 86400, "1-2:30": 95400, "1-0:0:5": 86405}
+    assert {text: _seconds(text) for text in seconds} == seconds
+    assert _seconds("UNLIMITED") == math.inf
 
 
 def test_a_verb_of_a_run_follows_one(show: Callable[..., str], tmp_path: Path) -> None:
