@@ -221,7 +221,7 @@ class Checkpoints:
                 passed_over.append(folder)
                 continue
             engine.load(folder)
-            self._adopt(folder, refused + passed_over)
+            self._adopt(folder, state, refused + passed_over)
             logger.info("resumed %s", folder)
             return state
         if refused:
@@ -231,14 +231,18 @@ class Checkpoints:
             )
         return TrainState()
 
-    def _adopt(self, folder: Path, others: list[Path]) -> None:
-        """Makes a checkpoint the newest: the others must not be taken for one when their step comes."""
+    def _adopt(self, folder: Path, state: TrainState, others: list[Path]) -> None:
+        """Makes a checkpoint the newest: the others must not be taken for one when their step comes.
+
+        What is more than `keep_last` goes now: on a full disk, for which it was lowered, the next one has no room else.
+        """
 
         def move() -> None:
             for other in others:
                 (other / MANIFEST).unlink(missing_ok=True)
             # A kill before the last move of `latest`, or a refusal, left it wrong.
             write_atomically(self.root / "latest", folder.name + "\n")
+            self._retain(state)
 
         self.world.on_main(lambda: self._told(folder, move))
 

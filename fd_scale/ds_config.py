@@ -6,6 +6,7 @@ import difflib
 import json
 from collections.abc import Iterator
 from importlib import resources
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -46,8 +47,12 @@ UNSERVED = {
         "progressive_layer_drop", "quantize_training", "sparse_attention", "sparse_gradients",
         "zero_optimization.mics_hierarchical_params_gather", "zero_optimization.zeropp_loco_param",
     ), _REMOVED),
-    "amp": _PRECISION, "torch_autocast": _PRECISION,
+    "amp": _REMOVED, "torch_autocast": _PRECISION,
     "activation_checkpointing": "train.activation_checkpointing says what is recomputed",
+    **dict.fromkeys(("comms_logger", "dump_state"), "its lines are for a log that this program keeps quiet"),
+    "zero_force_ds_cpu_optimizer": "the optimizer on the host is torch's fused AdamW",
+    "hybrid_engine": "there is no inference between steps",
+    "autotuning": "fd-scale plan chooses, and micro-batches are the recipe's",
     "data_efficiency": "the recipe's data section says what is shown and when",
     "tensor_parallel": "models are partitioned by ZeRO alone",
     "zero_optimization.elastic_checkpoint": "it lays checkpoints out in a way that this version does not read, and "
@@ -83,9 +88,13 @@ def read(name: str) -> dict[str, Any]:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"train.ds_config: {path} is not JSON: {error}") from None
+        raise UserError(
+            f"train.ds_config: {path} is not JSON, which has no comments and no comma behind the last value: {error}"
+        ) from None
     if not isinstance(values, dict):
         raise UserError(f"train.ds_config: {path} holds a {type(values).__name__}, expected an object")
+    if "bfloat16" in values and "bf16" not in values:
+        values["bf16"] = values.pop("bfloat16")  # its name in older versions
     for section in _SECTIONS:
         if not isinstance(values.get(section, {}), dict):
             raise UserError(
@@ -97,6 +106,8 @@ def read(name: str) -> dict[str, Any]:
         ("zero_optimization.", values.get("zero_optimization", {}), (*ZERO_KEYS, "mics_shard_size")),
     ):
         for key in given:
+            if prefix + key in UNSERVED:
+                continue  # `resolve` says why
             nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.8)
             if nearest and key not in known:
                 raise UserError(
@@ -310,6 +321,10 @@ def _unserved(ds_config: dict[str, Any], file: str) -> Iterator[str]:
         )
         if value is not None and (not off or why == _REMOVED):
             yield f"{key} in {file} is not served: {why}; remove it"
+    for package, module in (("wandb", "wandb"), ("comet", "comet_ml")):
+        monitor = ds_config.get(package)
+        if isinstance(monitor, dict) and monitor.get("enabled") and find_spec(module) is None:
+            yield f"{package} in {file} needs the package {module}, which is not here; install it, or remove {package}"
     if "scheduler" in ds_config:
         yield (
             f"{file} has a scheduler, but the recipe's optim section holds the schedule; remove the scheduler from the "

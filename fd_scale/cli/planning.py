@@ -73,8 +73,8 @@ def _add_submit(verbs: Verbs) -> None:
         verbs, "submit", "a recipe as a SLURM job, or as a chain or an array of them",
         "Copies code, recipe and slurm/cluster.env beside the run, so that a job in the queue stays as it is, shows\n"
         "the sbatch command and runs it. The job saves before its time limit and is requeued until it is done.\n"
-        "In a chain, each run starts from the weights of the run before, whatever its recipe says; name model.weights here\n"
-        "for others.",
+        "In a chain, each run starts from the weights of the run before, whatever its recipe says;\n"
+        "name model.weights here for others.",
         "  fd-scale submit my.yaml --nodes 8 --gpu h100 --dry-run\n"
         "  fd-scale submit digits/teacher --nodes 1 --then digits/distill --then digits/finetune optim.lr=1e-3\n"
         "  fd-scale submit my.yaml --nodes 2 --array optim.lr=1e-3,5e-4,2e-4",

@@ -220,8 +220,8 @@ def _command(
         limit_s, lead = _seconds(wanted.time), lead_s(stage.run_dir)
         if limit_s < 2 * lead:
             raise UserError(
-                f"--time: {wanted.time} is {limit_s:.0f} s, and {lead} s before its end a job saves and is queued again: "
-                f"it would do little else; give {-(-2 * lead // 60)} minutes or more"
+                f"--time: {wanted.time} is {limit_s:.0f} s, and {lead} s before its end a job saves and is queued "
+                f"again: it would do little else; give {-(-2 * lead // 60)} minutes or more"
             )
         options.append(f"--time={wanted.time}")
     if stage.elements:

@@ -25,10 +25,10 @@ from fd_scale.engine.in_parts import (
     choose_accelerator,
     gather_by_block,
     move_buffers,
-    naming_refusals,
     whole_shape,
 )
 from fd_scale.engine.quicker_deepspeed import look_at_gradients_together
+from fd_scale.engine.refusals import naming_refusals
 from fd_scale.engine.replicas import average_over, replicas_of
 from fd_scale.engine.traffic import traffic_of
 from fd_scale.optim import (

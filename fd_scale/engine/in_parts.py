@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import ctypes
-import traceback
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import deepspeed
@@ -15,12 +12,9 @@ import torch
 from deepspeed.accelerator import set_accelerator
 from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
 from deepspeed.accelerator.cuda_accelerator import CUDA_Accelerator
-from deepspeed.runtime.config import DeepSpeedConfigError
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus, is_zero_param
-from deepspeed.runtime.zero.utils import ZeRORuntimeException
 from deepspeed.utils import groups as deepspeed_groups
 from deepspeed.utils import set_z3_leaf_modules
-from pydantic import ValidationError
 from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.overrides import TorchFunctionMode
@@ -28,13 +22,10 @@ from torch.utils._pytree import tree_leaves
 
 from fd_scale.distributed import World
 from fd_scale.engine.quicker_deepspeed import quicken_zero3
+from fd_scale.engine.refusals import naming_refusals
 from fd_scale.engine.replicas import replicas_of
-from fd_scale.errors import UserError
 from fd_scale.models import Backbone
 
-_REFUSALS = (
-    ValidationError, ZeRORuntimeException, DeepSpeedConfigError, AssertionError, ValueError, NotImplementedError,
-)  # fmt: skip
 _TRIM_BYTES = 32 * 2**20
 _SHAPE = torch.Tensor.shape.__get__  # type: ignore[attr-defined]
 
@@ -116,17 +107,6 @@ class _BuildInParts(TorchFunctionMode):
             ctypes.CDLL(None).malloc_trim(0)
             self.freed = 0
         self.whole = [parameter for parameter in self.whole if any(parameter is other for other in kept)]
-
-
-@contextmanager
-def naming_refusals() -> Iterator[None]:
-    """Makes a sentence of DeepSpeed's errors of many kinds, some without a word, where it reads a configuration."""
-    try:
-        yield
-    except _REFUSALS as error:
-        frame = traceback.extract_tb(error.__traceback__)[-1]
-        reason = " ".join(str(error).split()) or f"{frame.line} ({Path(frame.filename).name}:{frame.lineno})"
-        raise UserError(f"train.ds_config: DeepSpeed refuses it: {reason}") from error
 
 
 class Partition:

@@ -42,6 +42,7 @@ from fd_scale.distributed import choose_device
 from fd_scale.errors import UserError
 from fd_scale.evaluation import EvaluationSet
 from fd_scale.finetune import FineTuningTask, fine_tuning_task
+from fd_scale.finetune.classes import require_same_classes
 from fd_scale.finetune.labels import doubts_of_labels
 from fd_scale.hardware import find_gpu
 from fd_scale.log import results
@@ -186,6 +187,10 @@ def _recipe(subject: _Subject) -> str:
 
 def _ds_json(subject: _Subject) -> str:
     resolved, recipe = subject.resolved, subject.recipe
+    if Path(recipe.train.ds_config).is_file():  # one of the user's own
+        from fd_scale.engine.refusals import require_readable  # seconds, which no other check takes
+
+        require_readable(resolved)
     return (
         f"{recipe.train.ds_config}: {ds_config.zero_name(resolved)}, {recipe.train.global_batch} images a step "
         f"= {subject.num_ranks} ranks x {resolved['gradient_accumulation_steps']} micro-batches x "
@@ -333,6 +338,9 @@ def _described(config: ModelConfig, model: Backbone) -> str:
 
 def _task(subject: _Subject) -> str | _Warning:
     refuse_average_of_statistics(subject.module, subject.recipe.optim)
+    evaluated = subject.recipe.data.evaluation
+    if evaluated is not None and subject.recipe.task not in ("distill", "contrastive", "masked"):
+        require_same_classes(subject.recipe, subject.source, open_source(evaluated))
     detail = f"{subject.recipe.task}: {subject.num_trained / 1e6:.2f} M trained parameters"
     if subject.recipe.task not in ("classification", "linear_probe"):
         return detail
@@ -356,6 +364,8 @@ def _memory(subject: _Subject) -> str | _Warning:
         planned = plan(subject.name, recipe, gpu, subject.num_ranks, images=0)
     except NotCountedError as error:
         return _Warning(str(error))
+    except UserError as error:  # another check says so too
+        return _Warning(f"not planned: {error}")
     try:
         own = require_fit(planned)
     except UserError:
@@ -475,7 +485,7 @@ _CHECKS: tuple[tuple[str, Callable[[_Subject], str], tuple[str, ...]], ...] = (
     ("student", _student, ("recipe",)),
     ("teacher", _teacher, ("recipe",)),
     ("task", _task, ("training data", "student", "teacher")),
-    ("memory", _memory, ("DeepSpeed JSON", "task")),
+    ("memory", _memory, ("DeepSpeed JSON",)),
     ("run folder", _run_folder, ("recipe",)),
     ("resume", _resume, ("DeepSpeed JSON", "training data", "student", "teacher", "run folder")),
     ("disk", _disk, ("task", "run folder")),

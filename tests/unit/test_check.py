@@ -1,6 +1,8 @@
 """`fd-scale check`: each row finds what it is for, the others go on, and nothing stays behind."""
 
 import ctypes
+import json
+import re
 import resource
 import shutil
 import subprocess
@@ -128,6 +130,49 @@ def test_failures_do_not_hide_each_other(recipe_values: Values, check: Check, tm
     assert "did you mean swin_v2_tiny" in rows["student"][1]
     assert "cannot be written (Not a directory)" in rows["run folder"][1]
     assert rows["disk"][1] == "needs: task, run folder"
+
+
+def test_evaluation_images_of_other_classes(recipe_values: Values, check: Check, tmp_path: Path) -> None:
+    for folder, names in (("train", "abc"), ("val", "ab")):
+        for name in names:
+            (tmp_path / folder / name).mkdir(parents=True)
+            Image.new("RGB", (16, 16)).save(tmp_path / folder / name / "1.png")
+    rows = check(
+        recipe_values("classification", train__global_batch=2, train__micro_batch=2),
+        f"data.train=imagefolder:{tmp_path}/train", f"data.evaluation=imagefolder:{tmp_path}/val",
+    )  # fmt: skip
+    assert rows["task"][0] == "fails"
+    assert "has 2 classes and" in rows["task"][1]
+
+
+def test_memory_is_planned_without_weights_and_data(recipe_values: Values, check: Check) -> None:
+    values = recipe_values(data__train="imagefolder:/nowhere", model__weights="/nowhere/else")
+    rows = check(values, "--gpus", "2", "--gpu", "h100")
+    assert rows["student"][0] == rows["training data"][0] == "fails"
+    assert rows["memory"][0] == "ok"
+    assert "GiB of h100, x 2" in rows["memory"][1]
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        (
+            {"zero_optimization": {"stage": 2, "reduce_bucket_size": -5}},
+            r"reduce_bucket_size=-5: Input should be greater",
+        ),
+        ({"zero_optimization": {"stage": 3, "foo_bar": 1}}, "foo_bar=1: Extra inputs are not permitted"),
+        ({"communication_data_type": "float8"}, "Got: float8"),
+        ({"wandb": {"enabled": True}}, "needs the package wandb, which is not here; install it"),
+        ({"bfloat16": {"enabled": True}}, "bf16.enabled is true in .*, but train.precision=fp32"),
+    ],
+)
+def test_a_json_that_deepspeed_will_refuse(
+    recipe_values: Values, check: Check, tmp_path: Path, config: dict[str, Any], words: str
+) -> None:
+    (tmp_path / "ds.json").write_text(json.dumps(config))
+    verdict, detail = check(recipe_values(train__ds_config=str(tmp_path / "ds.json")))["DeepSpeed JSON"]
+    assert verdict == "fails"
+    assert re.search(words, detail)
 
 
 def test_a_recipe_that_cannot_be_read(recipe_values: Values, check: Check) -> None:

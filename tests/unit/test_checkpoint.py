@@ -76,6 +76,13 @@ def test_the_last_and_the_best_are_kept(tmp_path: Path) -> None:
     assert names(tmp_path) == [1, 4, 5]
 
 
+def test_a_resume_makes_room(tmp_path: Path) -> None:
+    """On a full disk `keep_last` is lowered: nothing could be written before what is too much is gone."""
+    save(tmp_path, [1, 2, 3, 4], best=1)
+    assert make(tmp_path, keep_last=1).resume(Tensors()).step == 4
+    assert names(tmp_path) == [1, 4]
+
+
 @pytest.mark.parametrize(
     ("keep_last", "damaged", "saved", "kept"), [(1, [6], 5, [4, 5]), (2, [4, 6], 3, [2, 3])]
 )

@@ -140,6 +140,12 @@ def test_a_misspelt_section_and_offload_elsewhere_are_refused(
     file.write_text('{"zero_optimization": {"stage": 2, "overlap_com": true}}')
     with pytest.raises(UserError, match=r"zero_optimization\.overlap_com; did you mean .*\.overlap_comm"):
         read(str(file))
+    file.write_text('{"sparse_gradients": true}')
+    with pytest.raises(UserError, match=r"sparse_gradients in .* is not served: DeepSpeed has it no more"):
+        resolve(read(str(file)), make_recipe(), 1, "cpu")
+    file.write_text('{"bf16": {"enabled": "auto"}, }  // mine')
+    with pytest.raises(UserError, match="is not JSON, which has no comments and no comma behind"):
+        read(str(file))
     file.write_text('{"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme"}}}')
     with pytest.raises(UserError, match=r"offload_optimizer\.device is nvme in .*, expected cpu or none"):
         resolve(read(str(file)), make_recipe(), 1, "cpu")
