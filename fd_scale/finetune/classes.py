@@ -25,7 +25,9 @@ def agreed_classes(
     if source is not None:
         if source.num_classes < least:
             raise UserError(
-                f"data.train: {recipe.data.train} has {source.num_classes} classes; {recipe.task} needs labels"
+                f"data.train: {recipe.data.train} has {source.num_classes} classes; {recipe.task} needs labels: class "
+                "folders, .cls files in tar shards, or in parquet files a column of integers named label, labels, "
+                "fine_label or coarse_label"
             )
         if configured not in (None, source.num_classes):
             raise UserError(

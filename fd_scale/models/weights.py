@@ -44,6 +44,8 @@ def weights_files(path: str) -> list[Path]:
     if found.is_dir():
         there = [found / name for name in WEIGHTS_FILES if (found / name).is_file()]
         found = there[0] if there else found / WEIGHTS_FILES[0]
+    if not found.is_file() and (Path(path) / "recipe.yaml").is_file():
+        raise UserError(f"weights: {path} is a run; export it first: fd-scale export {path} {path}-export")
     if not found.is_file():
         raise UserError(
             f"weights: {found} does not exist; give a .safetensors or .pth file, or a folder of `fd-scale export` or "
@@ -199,13 +201,14 @@ def interpolate(first: str, second: str, alpha: float) -> dict[str, Tensor]:
         if only:
             more = f" and {len(only) - 3} more" if len(only) > 3 else ""
             raise UserError(
-                f"{other_path} has no {', '.join(only[:3])}{more}; interpolate weights of one architecture"
+                f"{other_path} has no {', '.join(only[:3])}{more}; interpolate weights of one architecture and layout "
+                "(fd-scale convert)"
             )
     for name, tensor in start.items():
         if tensor.shape != end[name].shape:
             raise UserError(
                 f"{name} is {tuple(tensor.shape)} in {first}, {tuple(end[name].shape)} in {second}; "
-                "interpolate weights of one architecture"
+                "interpolate weights of one architecture and layout (fd-scale convert)"
             )
     return {
         name: (1 - alpha) * tensor.float() + alpha * end[name].float()

@@ -129,12 +129,13 @@ class Plan:
 
     @property
     def best(self) -> Choice | None:
-        """The quickest that fits; of equals what sends least, then the largest micro-batch, then the smallest."""
+        """The quickest that fits; of equals what sends least, then computes least, in the largest micro-batch."""
         return min(
             self.fitting,
             key=lambda choice: (
                 choice.step_seconds,
                 choice.traffic.seconds,
+                choice.compute_seconds,
                 -choice.micro_batch,
                 choice.memory.total,
             ),

@@ -160,6 +160,15 @@ def _write(target: Path, file: str, write: Callable[[Path], None], texts: dict[s
             f"{target} holds {others[0]}, which whoever loads the folder could take for these weights; remove it, or "
             "name another folder"
         )
+    files = (
+        {path.name for path in target.iterdir() if not path.name.startswith(".")}
+        if target.is_dir()
+        else set()
+    )
+    if files and not files & {file, "config.json"}:
+        raise UserError(
+            f"{target} holds {min(files)} and other files that are no model's; name another folder"
+        )
     temporary = target / f"{file}.tmp"
     try:
         target.mkdir(parents=True, exist_ok=True)

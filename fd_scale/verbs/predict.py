@@ -5,7 +5,9 @@ from __future__ import annotations
 import csv
 import io
 import logging
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,6 +22,8 @@ from fd_scale.data.base import IMAGE_SUFFIXES, UNLABELLED
 from fd_scale.data.decode import DecodeError, decode
 from fd_scale.data.folders import FileSource
 from fd_scale.data.masks import ade20k_names
+from fd_scale.data.picture import Picture
+from fd_scale.data.transforms import Transform, Unfinished
 from fd_scale.errors import UserError
 from fd_scale.finetune import ClassificationTask, DetectionTask, SegmentationTask
 from fd_scale.finetune.detection.pictures import with_detections
@@ -29,8 +33,43 @@ logger = logging.getLogger(__name__)
 
 NUM_CLASSES = 5
 """Of an image, the most probable ones, that a table has."""
+_BROKEN = UNLABELLED - 1
 SHOWN_SCORE = 0.3
 """Of a detection, where `detection.score_threshold` is lower: that is for AP, and a picture with all would be full."""
+
+
+class _Files(FileSource):
+    """Files, of which some may be no images."""
+
+    def read(self, sample_id: int) -> tuple[Picture, int]:
+        try:
+            return super().read(sample_id)
+        except DecodeError:
+            return Picture.of(Image.new("RGB", (1, 1))), _BROKEN
+
+
+@dataclass(frozen=True)
+class _OrNothing:
+    """The transform of a classifier's evaluation; what cannot be decoded is black, and its target `_BROKEN`."""
+
+    transform: Transform
+    side: int
+
+    def __call__(self, picture: Picture, target: int) -> tuple[Tensor | Unfinished, Any]:
+        try:
+            return self.transform(picture, target)
+        except DecodeError:
+            return torch.zeros(3, self.side, self.side, dtype=torch.uint8), _BROKEN
+
+
+def _require_whole(broken: list[str], num_images: int, out: Path) -> None:
+    """Refuses, behind all else, what could not be decoded."""
+    if broken:
+        named = "; ".join(broken[:5]) + (f"; and {len(broken) - 5} more" if len(broken) > 5 else "")
+        raise UserError(
+            f"{len(broken)} of {num_images} images cannot be decoded: {named}; repair or remove them; what the others "
+            f"gave is in {out}"
+        )
 
 
 def images_below(path: Path) -> list[Path]:
@@ -69,28 +108,38 @@ def predict_classes(
         The table: a row an image, its path relative to the folder, then name and probability (0..1) of each class.
 
     Raises:
-        UserError: there are no images, one cannot be decoded, or nothing can be written.
+        UserError: there are no images, nothing can be written, or, once the table is, some cannot be decoded.
     """
     num_classes = task.module.head.out_features
     names = _named(class_names, num_classes)
     root = path if path.is_dir() else path.parent
     files = [str(file.relative_to(root)) for file in images_below(path)]
-    source = FileSource(root, files, [UNLABELLED] * len(files), [])
+    source = _Files(root, files, [UNLABELLED] * len(files), [])
     count = min(NUM_CLASSES, num_classes)
     table = io.StringIO()
     rows = csv.writer(table)
     rows.writerow(
         ["image", *(f"{what}_{place}" for place in range(1, count + 1) for what in ("class", "probability"))]
     )
+    transform = _OrNothing(measuring_transform(recipe), recipe.model.size)
     batches = evaluation_batches(
-        source, measuring_transform(recipe), batch_size=recipe.train.micro_batch, rank=0, world_size=1,
+        source, transform, batch_size=recipe.train.micro_batch, rank=0, world_size=1,
         num_workers=recipe.data.num_workers,
     )  # fmt: skip
+    broken = []
     for batch in batches:
+        inputs = task.evaluation_inputs(batch.to(device))
+        inputs["labels_B"] = torch.full_like(inputs["labels_B"], UNLABELLED)
         with torch.no_grad():
-            logits_BK = task.module(**task.evaluation_inputs(batch.to(device)))["logits"]
+            logits_BK = task.module(**inputs)["logits"]
         shares, labels = logits_BK.softmax(-1).topk(count)
-        for position, *found in zip(batch.positions.tolist(), shares.tolist(), labels.tolist(), strict=True):
+        of_images = zip(
+            batch.positions.tolist(), batch.classes.tolist(), shares.tolist(), labels.tolist(), strict=True
+        )
+        for position, target, *found in of_images:
+            if target == _BROKEN:
+                broken.append(files[position])
+                continue
             cells = [
                 cell for share, label in zip(*found, strict=True) for cell in (names[label], f"{share:.4f}")
             ]
@@ -102,6 +151,7 @@ def predict_classes(
         write_atomically(target, table.getvalue())
     except OSError as error:
         raise _unwritable(out, error) from None
+    _require_whole(broken, len(files), out)
     return target
 
 
@@ -138,7 +188,8 @@ def predict_images(
         The pictures.
 
     Raises:
-        UserError: there are no images, one cannot be decoded, two would be written to one file, or nothing can be.
+        UserError: there are no images, two would be written to one file, or nothing can be; or, once all others are,
+            some cannot be decoded.
     """
     names = _named(class_names, task.num_classes)
     root = path if path.is_dir() else path.parent
@@ -151,11 +202,13 @@ def predict_images(
             "files that differ in more than their suffix"
         )
 
+    broken = []
     for file, target in targets.items():
         try:
             image = decode(file.read_bytes())
         except (DecodeError, OSError) as error:
-            raise UserError(f"{file}: cannot be decoded ({error}); repair or remove it") from None
+            broken.append(f"{file}: {error}")
+            continue
         with torch.no_grad():
             picture = _picture(task, image, names, device, mask_values)
         try:
@@ -164,6 +217,7 @@ def predict_images(
         except OSError as error:
             raise _unwritable(out, error) from None
         logger.info("%s", target)
+    _require_whole(broken, len(targets), out)
     return list(targets.values())
 
 

@@ -106,5 +106,14 @@ def test_predict_writes_a_table(run: Path, tmp_path: Path, capsys: pytest.Captur
         assert {row[f"class_{place}"] for place in (1, 2, 3)} == set(NAMES)
     right = sum(row["class_1"] == row["image"].split("/")[0] for row in rows)
     assert right / 12 == pytest.approx(api.evaluate(run)["top1"])
+    photos = tmp_path / "photos"
+    shutil.copytree(run.parent / "images" / NAMES[0], photos)
+    (photos / "broken.png").write_bytes(b"no image")
+    with pytest.raises(
+        UserError, match=r"1 of 5 images cannot be decoded: broken\.png; .* the others gave is in"
+    ):
+        api.predict(run, photos, tmp_path / "rest")
+    table = (tmp_path / "rest/predictions.csv").read_text(encoding="utf-8").splitlines()
+    assert len(table) == 5, "a head, and a row for each of the others"
     with pytest.raises(UserError, match="--masks: a class for each pixel"):
         api.predict(run, run.parent / "images", tmp_path, masks=True)

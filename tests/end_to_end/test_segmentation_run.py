@@ -83,6 +83,15 @@ def test_predict_paints_what_evaluate_measures(
     assert mask_values_of(load_recipe("ade20k/clip_vit_base"), 2) == [1, 2], "0 is no class"
     [again] = api.predict(run, images / "2.png", tmp_path / "again", masks=True)
     assert np.array_equal(np.asarray(Image.open(again)), found)
+    mixed = tmp_path / "mixed"
+    mixed.mkdir()
+    (mixed / "0.png").write_bytes(b"no image")
+    (mixed / "2.png").write_bytes((images / "2.png").read_bytes())
+    with pytest.raises(
+        UserError, match=r"1 of 2 images cannot be decoded: .*mixed/0\.png: it is no image file"
+    ):
+        api.predict(run, mixed, tmp_path / "rest", masks=True)
+    assert (tmp_path / "rest/2.png").read_bytes() == again.read_bytes()
     before = (images / "2.png").read_bytes()
     monkeypatch.chdir(images.parent)
     for out in (images, Path("images"), Path("masks/../images")):
