@@ -36,9 +36,20 @@ def resolved_model(config: ModelConfig) -> ModelConfig:
     own = _own_input(config.name)
     given = {key: getattr(config, key) for key in ("img_size", "mean", "std")}
     filled = {key: own[key] if value is None else value for key, value in given.items()}
-    return replace(
-        config, **filled, license=own["license"] if config.license == "unknown" else config.license
-    )
+    license_name = config.license
+    if license_name == "unknown":
+        license_name = _exported_license(config.weights) or own["license"]
+    return replace(config, **filled, license=license_name)
+
+
+def _exported_license(weights: str | None) -> str | None:
+    """What an export says of its weights, where these are one."""
+    try:
+        described = json.loads((Path(weights or "") / "config.json").read_text(encoding="utf-8"))["model"]
+        license_name: str = described["license"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return None if license_name == "unknown" else license_name
 
 
 def _own_input(name: str) -> dict[str, Any]:

@@ -68,13 +68,14 @@ def export(run_dir: str | Path, out: str | Path, layout: str = "ours") -> Path:
     step = read_manifest(checkpoint)["state"]["step"]
     backbone = _on_meta(recipe.model)
     texts = {"README.md": model_card(recipe, run, step, backbone, layout)}
+    described = replace(recipe.model, license=license_of(recipe))
     if layout == "ours":  # chunk by chunk: the host need not hold the model
-        texts = _texts(backbone, recipe.model, layout) | texts
+        texts = _texts(backbone, described, layout) | texts
         return _write(
             Path(out), "model.safetensors", lambda file: write_safetensors(file, shards, names), texts
         )
     weights = {name: shards.read(there) for name, there in names.items()}
-    return _write_model(Path(out), backbone, recipe.model, weights, layout, texts)
+    return _write_model(Path(out), backbone, described, weights, layout, texts)
 
 
 def convert(source: str, out: str | Path, model: ModelConfig, layout: str) -> Path:
@@ -166,9 +167,7 @@ def _write(target: Path, file: str, write: Callable[[Path], None], texts: dict[s
         else set()
     )
     if files and not files & {file, "config.json"}:
-        raise UserError(
-            f"{target} holds {min(files)} and other files that are no model's; name another folder"
-        )
+        raise UserError(f"{target} holds {min(files)}, which is no model's; name another folder")
     temporary = target / f"{file}.tmp"
     try:
         target.mkdir(parents=True, exist_ok=True)
@@ -190,19 +189,24 @@ def _write(target: Path, file: str, write: Callable[[Path], None], texts: dict[s
     return target
 
 
+def license_of(recipe: Recipe) -> str:
+    """Returns the licence that trained weights are under: that of what they were distilled or fine-tuned from."""
+    teachers = recipe.distill.teachers if recipe.distill is not None else []
+    return teachers[0].model.license if teachers else recipe.model.license
+
+
 _LIBRARIES = {"timm": "timm", "hf": "transformers"}
 
 
 def model_card(recipe: Recipe, run_dir: Path, step: int, backbone: Backbone, layout: str) -> str:
     """Returns a model card in Markdown: what it is, its teacher and licence, its (resolved) recipe and metrics."""
     teachers = recipe.distill.teachers if recipe.distill is not None else []
-    license_name = teachers[0].model.license if teachers else recipe.model.license
     num_parameters = sum(parameter.numel() for parameter in backbone.parameters())
     mean, std = recipe.model.mean, recipe.model.std
     assert mean is not None, "resolved"
     assert std is not None, "resolved"
     card = [
-        "---", f"license: {license_name}", f"library_name: {_LIBRARIES.get(layout, 'fd-scale')}", "---", "",
+        "---", f"license: {license_of(recipe)}", f"library_name: {_LIBRARIES.get(layout, 'fd-scale')}", "---", "",
         f"# {recipe.model.name}, {recipe.task}", "",
         f"{num_parameters / 1e6:.1f} M parameters, {recipe.model.img_size} px input, step {step} of `{run_dir}`.",
         f"Input: RGB in 0..1, mean {list(mean)}, standard deviation {list(std)}.", "",

@@ -14,8 +14,9 @@ from safetensors.torch import load_file
 from transformers import Swinv2Model
 
 from fd_scale.api import export
+from fd_scale.config import ModelConfig
 from fd_scale.errors import UserError
-from fd_scale.models import build_model, create_model, load_weights
+from fd_scale.models import build_model, create_model, load_weights, resolved_model
 
 pytestmark = pytest.mark.slow
 
@@ -74,6 +75,8 @@ def test_an_exported_folder_is_a_starting_point_and_has_a_card(recipe_values: Va
     loaded = build_model(recipe.distill.teachers[0].model).state_dict()
     saved = load_file(tmp_path / "teacher" / "model.safetensors")
     assert all(torch.equal(loaded[name], tensor) for name, tensor in saved.items())
+    tuned = ModelConfig(name=model["name"], weights=str(tmp_path / "student"))
+    assert resolved_model(tuned).license == "CC0-1.0", "what is fine-tuned from it is under its licence"
 
 
 def test_a_run_is_exported_by_other_names(recipe_values: Values, tmp_path: Path) -> None:
@@ -99,3 +102,9 @@ def test_a_run_is_exported_by_other_names(recipe_values: Values, tmp_path: Path)
     # Beside a model.safetensors a model.pth would never be read.
     with pytest.raises(UserError, match=r"hf holds model\.safetensors, .* remove it"):
         export(values["run_dir"], out, "official")
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos/a.png").touch()
+    with pytest.raises(UserError, match=r"photos holds a\.png, which is no model's"):
+        export(values["run_dir"], tmp_path / "photos")
+    with pytest.raises(UserError, match=r"is a run; export it first: fd-scale export"):
+        load_weights(model, values["run_dir"])
