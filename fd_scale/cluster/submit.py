@@ -77,8 +77,11 @@ def submit(stages: list[list[str]], wanted: Wanted, array: str | None, *, dry_ru
             "sbatch is not on this machine; submit on a login node of the cluster, or see with --dry-run what would run"
         )
     cluster_env = _cluster_env()
-    site_options = _site_options(cluster_env, wanted.gpu)
+    site_options, ranks_per_node = _site(cluster_env, wanted.gpu)
     planned = _chain(stages)
+    if ranks_per_node is not None:
+        for stage in planned:
+            _require_served(stage, wanted.nodes * ranks_per_node)
     if array is not None:
         if len(planned) > 1:
             raise UserError("--array: cannot be one with --then; submit each value with a --then of its own")
@@ -188,20 +191,35 @@ def _cluster_env() -> Path | None:
     return file if file.is_file() else None
 
 
-def _site_options(cluster_env: Path | None, gpu: str | None) -> list[str]:
-    """Options of sbatch that the site's values give for this kind of GPU."""
+def _require_served(stage: _Stage, num_ranks: int) -> None:
+    """Refuses what each rank would refuse when the job has waited for its turn: the batch, the DeepSpeed JSON."""
+    if stage.recipe_file is None:
+        return
+    from fd_scale import ds_config  # and torch: a second or two
+
+    recipe = load_recipe(stage.recipe_file, [*stage.settings])
+    device = "cpu" if recipe.train.device == "cpu" else "cuda"
+    ds_config.resolve(ds_config.read(recipe.train.ds_config), recipe, num_ranks, device)
+
+
+def _site(cluster_env: Path | None, gpu: str | None) -> tuple[list[str], int | None]:
+    """Options of sbatch that the site's values give for this kind of GPU, and ranks of a node, where they say so."""
     if cluster_env is None:
-        return []
+        return [], None
+    theirs = {
+        key: value for key, value in os.environ.items() if key not in ("FD_SBATCH", "FD_RANKS_PER_NODE")
+    }
     done = subprocess.run(
-        ["bash", "-euc", '. "$1"; printf "%s" "${FD_SBATCH:-}"', "bash", str(cluster_env)],
-        env={key: value for key, value in os.environ.items() if key != "FD_SBATCH"} | {"FD_GPU": gpu or ""},
-        capture_output=True, text=True, check=False,
+        ["bash", "-euc", '. "$1"; printf "%s %s" "${FD_RANKS_PER_NODE:-0}" "${FD_SBATCH:-}"', "bash", str(cluster_env)],
+        env=theirs | {"FD_GPU": gpu or ""}, capture_output=True, text=True, check=False,
     )  # fmt: skip
     if done.returncode:
         raise UserError(f"{cluster_env}: bash cannot read it: {' '.join(done.stderr.split())}")
     if "CHANGE_ME" in done.stdout:
         raise UserError(f"{cluster_env}: FD_SBATCH still says CHANGE_ME; fill in your account")
-    return shlex.split(done.stdout)
+    ranks, *options = shlex.split(done.stdout)
+    gpus = re.search(r"--(?:gpus-per-node=|gres=gpu:)(?:[\w.-]+:)?(\d+)", done.stdout)
+    return options, int(ranks) or (int(gpus[1]) if gpus else None)
 
 
 def _command(

@@ -172,6 +172,15 @@ def test_the_site_gives_its_options(
     assert {"--partition=a100", "--account=lab", "--gpus-per-node=8"} <= set(command)
     [command] = commands(show("digits/distill", "--nodes", "1", "--gpu", "h200"))
     assert "--partition=h200" in command
+    sentence = show("digits/distill", "--nodes", "3", "--gpu", "h200", refused=True)
+    assert "256 images do not divide over 24 ranks" in sentence, "as many GPUs as the options ask for"
+    (tmp_path / "ds.json").write_text('{"train_batch_size": 512}')
+    given = f"train.ds_config={tmp_path}/ds.json"
+    assert "train_batch_size is 512" in show(
+        "digits/distill", given, "--nodes", "1", "--gpu", "h200", refused=True
+    )
+    example.write_text(example.read_text() + "FD_RANKS_PER_NODE=1\n")
+    assert commands(show("digits/distill", "--nodes", "4", "--gpu", "h200")), "or as it says"
     example.write_text("if")
     assert "bash cannot read it" in show("digits/distill", "--nodes", "1", refused=True)
     monkeypatch.setenv("FD_CLUSTER_ENV", str(tmp_path / "none"))
