@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import os
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +22,16 @@ from fd_scale.errors import UserError
 logger = logging.getLogger(__name__)
 
 NUM_STUFF_CLASSES = 183
-"""Of COCO-stuff's pixel maps: 91 of things, without pixels there, 91 of stuff, and `other`, where there are things."""
+"""Of COCO-stuff: 91 of things, 91 of stuff, and `other`, which maps of stuff alone have in the place of all things."""
+
+
+@dataclass(frozen=True)
+class PixelMaps:
+    """COCO-stuff's class of each pixel, a PNG file an image."""
+
+    folder: Path
+    first: int
+    """Value of class 0; the value before it, as an unsigned number 255 for 0, is no class."""
 
 
 class CocoSource:
@@ -32,7 +41,7 @@ class CocoSource:
         kind: of the source, as the user writes it.
         images: folder of the images.
         annotations: the JSON file; see `coco_index.convert`.
-        pixel_maps: folder of COCO-stuff's pixel maps; none: there are none.
+        pixel_maps: COCO-stuff's; none: there are none.
         num_parts: of a file name in the JSON, how many of its last parts lead to the image below the folder; none: all.
 
     Raises:
@@ -46,7 +55,7 @@ class CocoSource:
         kind: str,
         images: Path,
         annotations: Path,
-        pixel_maps: Path | None = None,
+        pixel_maps: PixelMaps | None = None,
         num_parts: int | None = None,
     ) -> None:
         if not images.is_dir():
@@ -71,7 +80,14 @@ class CocoSource:
     @functools.cached_property
     def fingerprint(self) -> str:
         """See `Source`: that of the JSON, which has the images' names and sizes; and whether there are pixel maps."""
-        return content_hash([self.index.header["digest"], str(self.pixel_maps is not None)])
+        return content_hash(
+            [self.index.header["digest"], str(self.pixel_maps is not None), *self._kind_of_maps]
+        )
+
+    @property
+    def _kind_of_maps(self) -> list[str]:
+        """What there was not in earlier versions, whose runs go on."""
+        return ["with things"] if self.pixel_maps is not None and self.pixel_maps.first == 0 else []
 
     def __len__(self) -> int:
         return len(self.index)
@@ -107,8 +123,8 @@ class CocoSource:
             objects, self.pixel_maps, sample_id
         )
 
-    def _with_map(self, objects: Objects, folder: Path, sample_id: int) -> Objects:
-        file = (folder / self.key(sample_id)).with_suffix(".png")
+    def _with_map(self, objects: Objects, maps: PixelMaps, sample_id: int) -> Objects:
+        file = (maps.folder / self.key(sample_id)).with_suffix(".png")
         try:
             values_HW = decode_mask(file.read_bytes())
         except OSError as error:
@@ -120,9 +136,8 @@ class CocoSource:
                 f"its pixel map {file} is {values_HW.shape[1]} x {values_HW.shape[0]} px, and the image "
                 f"{objects.width} x {objects.height}"
             )
-        # COCO counts from 1, and 0 is no class: 0 - 1 is 255 as an unsigned number.
-        assert IGNORED == 255, "see above"
-        return replace(objects, semantic=Image.fromarray(values_HW - np.uint8(1)))
+        assert IGNORED == 255, "what `PixelMaps` says of no class"
+        return replace(objects, semantic=Image.fromarray(values_HW - np.uint8(maps.first)))
 
 
 def coco_training(path: str) -> CocoSource:
@@ -136,12 +151,15 @@ def coco_validation(path: str) -> CocoSource:
 
 
 def _coco(kind: str, root: Path, part: str) -> CocoSource:
-    maps = root / "annotations" / f"stuff_{part}_pixelmaps"
+    maps = (
+        PixelMaps(root / "stuffthingmaps" / part, first=0),  # things too, as HTC learns from
+        PixelMaps(root / "annotations" / f"stuff_{part}_pixelmaps", first=1),
+    )
     return CocoSource(
         f"{kind}:{root}",
         root / part,
         root / "annotations" / f"instances_{part}.json",
-        maps if maps.is_dir() else None,
+        next((each for each in maps if each.folder.is_dir()), None),
     )
 
 

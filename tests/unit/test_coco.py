@@ -123,6 +123,12 @@ def test_parts_of_coco_and_objects365(tmp_path: Path, write_objects: WriteObject
     assert [semantic[row, 0] for row in (0, 5, 9)] == [255, 91, 182]
     with pytest.raises(DecodeError, match=r"pixel map .*pixelmaps/3.png cannot be read"):
         source.read(3)
+    (root / "stuffthingmaps/val2017").mkdir(parents=True)
+    # In these, which count from 0, things are classes of their own.
+    Image.fromarray(stuff - np.uint8(1)).save(root / "stuffthingmaps/val2017/2.png")
+    with_things = open_source(f"coco_val:{root}")
+    assert np.array_equal(np.asarray(with_things.read(2)[1].semantic), semantic)  # type: ignore[union-attr]
+    assert with_things.fingerprint != source.fingerprint
     Image.fromarray(stuff[1:]).save(root / "annotations/stuff_val2017_pixelmaps/2.png")
     with pytest.raises(
         DecodeError, match=rf"2.png is {width} x {height - 1} px, and the image {width} x {height}"
