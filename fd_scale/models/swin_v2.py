@@ -69,12 +69,18 @@ class WindowAttention(nn.Module):
         bias = shared_bias if self.position_bias is None else self.position_bias()
         assert bias is not None
         qkv_BHWE, pad_qkv_E = self.qkv(x_BHWC)
+        grid = x_BHWC.shape[1:3]
+        # Of images smaller than the model was made for, a window may cover the grid.
+        shift = [
+            shift if side > window else 0
+            for side, window, shift in zip(grid, self.window_size, self.shift_size, strict=True)
+        ]
         out_BHWC = window_attention(
             qkv_BHWE,
             bias,
             at_least_fp32(self.logit_scale).clamp(max=LOGIT_SCALE_MAX).exp().flatten(),
             window_size=self.window_size,
-            shift_size=self.shift_size,
+            shift_size=(shift[0], shift[1]),
             pad_qkv_E=pad_qkv_E,
         )
         return self.proj(out_BHWC)
@@ -206,7 +212,8 @@ class SwinTransformerV2(Backbone):
 
     Args:
         img_size: height and width in pixels (one number for both), a multiple of `patch_size`. It fixes each
-            stage's window and shift; images of other sizes can be given later, padded to the window.
+            stage's window; images of other sizes can be given later, padded to the window, which is not shifted
+            where it covers them.
         patch_size: side of a patch in pixels.
         in_chans: channels of an image.
         embed_dim: channels of the first stage; each later stage has twice as many.

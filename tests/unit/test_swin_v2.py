@@ -341,3 +341,17 @@ def test_large_windows_read_the_table_of_biases(monkeypatch: pytest.MonkeyPatch)
         found.append([tokens, *torch.autograd.grad(tokens[:, :5].square().sum(), list(model.parameters()))])
     for table, dense in zip(*reversed(found), strict=True):
         torch.testing.assert_close(table, dense, rtol=1e-9, atol=1e-12)
+
+
+def test_a_window_that_covers_a_smaller_image_is_not_shifted() -> None:
+    """As in a model that was made for it."""
+    shape: dict[str, Any] = {"embed_dim": 32, "depths": [2], "num_heads": [1], "window_size": 8}
+    large, small = (SwinTransformerV2(img_size=size, **shape) for size in (64, 32))
+    for parameter in large.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    small.load_state_dict(large.state_dict())
+    for size in ((32, 32), (32, 24)):
+        images = torch.randn(2, 3, *size)
+        torch.testing.assert_close(large(images), small(images), rtol=0, atol=0)
+    wide = torch.randn(2, 3, 32, 64)  # shifted along the longer side alone
+    assert not torch.equal(large(wide), small(wide))
