@@ -95,6 +95,12 @@ def read(name: str) -> dict[str, Any]:
         raise UserError(f"train.ds_config: {path} holds a {type(values).__name__}, expected an object")
     if "bfloat16" in values and "bf16" not in values:
         values["bf16"] = values.pop("bfloat16")  # its name in older versions
+    _require_readable(values, path)
+    return values
+
+
+def _require_readable(values: dict[str, Any], path: Path) -> None:
+    """Refuses what the code that reads a JSON would stumble over, and names that are nearly right."""
     for section in _SECTIONS:
         if not isinstance(values.get(section, {}), dict):
             raise UserError(
@@ -131,7 +137,6 @@ def read(name: str) -> dict[str, Any]:
             f"train.ds_config: zero_optimization.stage is {json.dumps(zero_stage(values))} in {path}, "
             "expected 0, 1, 2 or 3"
         )
-    return values
 
 
 def zero_stage(ds_config: dict[str, Any]) -> int:

@@ -42,7 +42,11 @@ def add_training(verbs: Verbs) -> None:
 
     _add_evaluate(verbs)
     _add_check(verbs)
+    _add_data(verbs)
 
+
+def _add_data(verbs: Verbs) -> None:
+    """Adds what prepares data and weights ahead of a run."""
     fetch = add_verb(
         verbs, "fetch", "data and weights of a recipe from the Hugging Face hub, ahead of the run",
         "Downloads what the recipe names on the hub into the cache (HF_HOME). No other verb asks the hub.",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import logging
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -121,30 +122,15 @@ def predict_classes(
     rows.writerow(
         ["image", *(f"{what}_{place}" for place in range(1, count + 1) for what in ("class", "probability"))]
     )
-    transform = _OrNothing(measuring_transform(recipe), recipe.model.size)
-    batches = evaluation_batches(
-        source, transform, batch_size=recipe.train.micro_batch, rank=0, world_size=1,
-        num_workers=recipe.data.num_workers,
-    )  # fmt: skip
     broken = []
-    for batch in batches:
-        inputs = task.evaluation_inputs(batch.to(device))
-        inputs["labels_B"] = torch.full_like(inputs["labels_B"], UNLABELLED)
-        with torch.no_grad():
-            logits_BK = task.module(**inputs)["logits"]
-        shares, labels = logits_BK.softmax(-1).topk(count)
-        of_images = zip(
-            batch.positions.tolist(), batch.classes.tolist(), shares.tolist(), labels.tolist(), strict=True
-        )
-        for position, target, *found in of_images:
-            if target == _BROKEN:
-                broken.append(files[position])
-                continue
-            cells = [
-                cell for share, label in zip(*found, strict=True) for cell in (names[label], f"{share:.4f}")
-            ]
-            name = files[position].encode(errors="backslashreplace").decode()  # names that are no UTF-8
-            rows.writerow([name, *cells])
+    for file, found in zip(files, _most_probable(task, recipe, source, count, device), strict=True):
+        name = file.encode(errors="backslashreplace").decode()  # names that are no UTF-8
+        if found is None:
+            broken.append(name)
+        else:
+            rows.writerow(
+                [name, *(cell for label, share in found for cell in (names[label], f"{share:.4f}"))]
+            )
     target = out / "predictions.csv"
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -153,6 +139,23 @@ def predict_classes(
         raise _unwritable(out, error) from None
     _require_whole(broken, len(files), out)
     return target
+
+
+def _most_probable(
+    task: ClassificationTask, recipe: Recipe, source: _Files, count: int, device: torch.device
+) -> Iterator[list[tuple[int, float]] | None]:
+    """Yields for each image the `count` most probable classes with their probabilities; none: it cannot be decoded."""
+    transform = _OrNothing(measuring_transform(recipe), recipe.model.size)
+    for batch in evaluation_batches(
+        source, transform, batch_size=recipe.train.micro_batch, rank=0, world_size=1,
+        num_workers=recipe.data.num_workers,
+    ):  # fmt: skip
+        inputs = task.evaluation_inputs(batch.to(device))
+        inputs["labels_B"] = torch.full_like(inputs["labels_B"], UNLABELLED)
+        with torch.no_grad():
+            shares, labels = task.module(**inputs)["logits"].softmax(-1).topk(count)
+        for target, *found in zip(batch.classes.tolist(), labels.tolist(), shares.tolist(), strict=True):
+            yield None if target == _BROKEN else list(zip(*found, strict=True))
 
 
 def _named(class_names: list[str] | None, num_classes: int) -> list[str]:
@@ -207,7 +210,7 @@ def predict_images(
         try:
             image = decode(file.read_bytes())
         except (DecodeError, OSError) as error:
-            broken.append(f"{file}: {error}")
+            broken.append(f"{file}: {error}".encode(errors="backslashreplace").decode())
             continue
         with torch.no_grad():
             picture = _picture(task, image, names, device, mask_values)
