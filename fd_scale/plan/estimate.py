@@ -40,6 +40,8 @@ IMAGES_PER_CORE = 350.0
 _REUSE_DISTANCE = 1e9
 _PREFETCH_BUCKET = 5e7
 _BUCKET = 5e8
+_GRADIENT_SIZES = {"fp32": 4, "fp16": 2, "bf16": 2}
+"""Bytes, by the JSON's `communication_data_type`."""
 
 
 @dataclass(frozen=True)
@@ -230,9 +232,20 @@ def plan(
     own_stage = str(ds_config.zero_stage(zero))
     if own_stage == "3" and ds_config.shard_size(train, num_gpus) < num_gpus:
         own_stage = HIERARCHICAL
+    communicated = zero.get("communication_data_type")
     choices = tuple(
         _choice(
-            recipe, counts, gpu, num_gpus, utilisation, launch_us, _section(stage, zero), stage, policy, size
+            recipe,
+            counts,
+            gpu,
+            num_gpus,
+            utilisation,
+            launch_us,
+            _section(stage, zero),
+            stage,
+            policy,
+            size,
+            communicated,
         )
         for stage in STAGES
         for policy in counts.activations
@@ -282,7 +295,7 @@ def _section(stage: str, zero: dict[str, Any]) -> dict[str, Any]:
 
 def _choice(
     recipe: Recipe, counts: Counts, gpu: Gpu, num_gpus: int, utilisation: float, launch_us: float, zero: dict[str, Any],
-    stage: str, policy: Policy, micro_batch: int,
+    stage: str, policy: Policy, micro_batch: int, communicated: str | None,
 ) -> Choice:  # fmt: skip
     train = recipe.train
     accumulation = train.global_batch // (micro_batch * num_gpus)
@@ -321,6 +334,7 @@ def _choice(
             zero,
             frozen_in_parts(counts, stage),
             replica,
+            _GRADIENT_SIZES.get(communicated or "", size),
         ),
     )
 
@@ -419,6 +433,7 @@ def traffic(
     zero: dict[str, Any],
     teacher_bytes: float = 0,
     replica: int = GPUS_PER_NODE,
+    gradient_size: int = 0,
 ) -> Traffic:
     """What a GPU sends in a step, and the time that it takes.
 
@@ -440,13 +455,25 @@ def traffic(
         zero: `zero_optimization` of the DeepSpeed JSON.
         teacher_bytes: weights of the teachers that are in parts.
         replica: GPUs that hold the model among them, at stage `HIERARCHICAL`.
+        gradient_size: bytes of an element of a gradient as it travels; 0: `size`.
 
     Source: volumes: Rajbhandari et al. 2020 (arXiv:1910.02054), section 7; a ring over n moves (n - 1) / n of the
     whole through each member.
     """
+    gradient_size = gradient_size or size
     if stage == HIERARCHICAL and num_gpus > replica:
-        within = traffic(parameters, size, "3", gpu, replica, accumulation, zero, teacher_bytes)
-        exchanged = 2 * size * sum(parameters) * (num_gpus - replica) / num_gpus / replica
+        within = traffic(
+            parameters,
+            size,
+            "3",
+            gpu,
+            replica,
+            accumulation,
+            zero,
+            teacher_bytes,
+            gradient_size=gradient_size,
+        )
+        exchanged = 2 * gradient_size * sum(parameters) * (num_gpus - replica) / num_gpus / replica
         exchange_s = exchanged / (gpu.nvlink if num_gpus <= GPUS_PER_NODE else gpu.infiniband)
         other_links = replica <= GPUS_PER_NODE < num_gpus
         return replace(
@@ -459,7 +486,9 @@ def traffic(
         )
     moved = _moved(parameters, stage, num_gpus, accumulation, zero)
     teacher = accumulation * teacher_bytes
-    gathered, reduced = size * (moved.gathered + moved.settling) + teacher, size * moved.reduced
+    # Stages 0 to 2 gather gradients, the second half of an all-reduce, and after the step parameters.
+    gathered = (size if stage in ("3", HIERARCHICAL) else gradient_size) * moved.gathered
+    gathered, reduced = gathered + size * moved.settling + teacher, gradient_size * moved.reduced
     num_nodes, near = -(-num_gpus // GPUS_PER_NODE), hpz_ranks(zero, num_gpus)
     # With hpZ what is frozen is gathered from all ranks once in a run.
     whole, nearby = gathered + reduced, size * moved.nearby + (teacher if near < num_gpus else 0)

@@ -112,6 +112,24 @@ def test_what_ranks_send_is_what_was_predicted(
     assert replica or all(rank == found[0] for rank in found)
 
 
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_gradients_may_travel_wider_than_weights(
+    recipe_values: Callable[..., dict[str, Any]], tmp_path: Path, stage: int
+) -> None:
+    values = sending(recipe_values, tmp_path, {"stage": stage} | LET_GO, 2, 2)
+    values["train"]["precision"] = "bf16"
+    file = tmp_path / "ds.json"
+    sent = {}
+    for dtype in ("bf16", "fp32"):
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"communication_data_type": dtype}))
+        recipe = build_recipe(values)
+        [point] = scaling("small", recipe, GPUS["h100"], [2], counts=counted(recipe)).curves[0].points
+        sent[dtype] = point.choice.traffic.gathered + point.choice.traffic.reduced
+        found = run_ranks(cases.sent_bytes, 2, values | {"run_dir": str(tmp_path / dtype)})
+        assert [rank[0][2] for rank in found] == pytest.approx([sent[dtype]] * 2, rel=0.02)
+    assert sent["fp32"] > 1.2 * sent["bf16"]
+
+
 def test_how_many_collectives_there_are(recipe_values: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
     """Small buckets, and small parameters that stay whole: most of a model's, and each has a gather of its own."""
     zero = {"stage": 3, "stage3_param_persistence_threshold": 600, "stage3_prefetch_bucket_size": 6000}
