@@ -18,7 +18,8 @@ def add_weights(verbs: Verbs) -> None:
     export = add_verb(
         verbs, "export", "the trained backbone alone, as safetensors with a model card",
         "Writes model.safetensors (fp32; formats official and fd: model.pth), config.json and README.md.\n"
-        "Recipes take the folder, in any format, as model.weights.",
+        "Recipes take the folder, in any format, as model.weights. Format timm has a classifier's head, where timm's\n"
+        "own model computes the same; the others are the backbone alone.",
         "  fd-scale export runs/digits/distill out\n"
         "  fd-scale export runs/digits/distill out --format hf",
     )  # fmt: skip

@@ -15,6 +15,7 @@ from fd_scale.models.layers import Fp32Linear
 from fd_scale.models.pretrained import hub_files, model_identity, resolved, resolved_model, weights_path
 from fd_scale.models.registry import create_model
 from fd_scale.models.swin_v2 import SwinTransformerV2
+from fd_scale.models.timm_classifier import timm_classifier
 from fd_scale.models.weights import (
     WEIGHTS_FILES,
     interpolate,
@@ -46,6 +47,7 @@ __all__ = [
     "read_weights",
     "resolved",
     "resolved_model",
+    "timm_classifier",
     "undecayed_parameters",
     "weights_path",
     "weights_sha256",

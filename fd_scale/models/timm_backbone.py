@@ -301,6 +301,13 @@ class TimmBackbone(Backbone):
                         logger.warning("weights: %s is resampled from %s to %s", name, before, after)
                 found = fitted
         own = set(self.model.state_dict())
+        for part in ("weight", "bias"):  # of a classifier whose final norm stood behind the pooling
+            if (
+                f"norm.{part}" in own - found.keys()
+                and f"fc_norm.{part}" not in own
+                and f"fc_norm.{part}" in found
+            ):
+                found[f"norm.{part}"] = found.pop(f"fc_norm.{part}")
         return {
             f"model.{name}": tensor
             for name, tensor in found.items()

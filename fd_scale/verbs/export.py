@@ -30,17 +30,18 @@ from fd_scale.models import (
     read_weights,
     resolved,
     resolved_model,
+    timm_classifier,
     weights_path,
     weights_sha256,
 )
-from fd_scale.shards import write_safetensors
+from fd_scale.shards import Shards, write_safetensors
 
 _WEIGHTS_FILE = {"official": "model.pth", "fd": "model.pth"}
 """Layouts whose projects read {"model": ...} of torch.save; the others read safetensors."""
 
 
 def export(run_dir: str | Path, out: str | Path, layout: str = "ours") -> Path:
-    """Writes the trained backbone alone; a recipe takes the folder as `model.weights`.
+    """Writes the trained backbone, for timm a classifier's head too; a recipe takes the folder as `model.weights`.
 
     Args:
         run_dir: folder of a run of any task, trained with any ZeRO stage.
@@ -67,8 +68,15 @@ def export(run_dir: str | Path, out: str | Path, layout: str = "ours") -> Path:
         )
     step = read_manifest(checkpoint)["state"]["step"]
     backbone = _on_meta(recipe.model)
-    texts = {"README.md": model_card(recipe, run, step, backbone, layout)}
     described = replace(recipe.model, license=license_of(recipe))
+    if layout == "timm" and (classifier := _classifier(recipe, described, backbone, shards, names)):
+        config, weights = classifier
+        texts = {
+            "config.json": json.dumps(config, indent=1),
+            "README.md": model_card(recipe, run, step, backbone, layout, with_head=True),
+        }
+        return _write(Path(out), "model.safetensors", lambda file: _write_whole(file, weights), texts)
+    texts = {"README.md": model_card(recipe, run, step, backbone, layout)}
     if layout == "ours":  # chunk by chunk: the host need not hold the model
         texts = _texts(backbone, described, layout) | texts
         return _write(
@@ -76,6 +84,18 @@ def export(run_dir: str | Path, out: str | Path, layout: str = "ours") -> Path:
         )
     weights = {name: shards.read(there) for name, there in names.items()}
     return _write_model(Path(out), backbone, described, weights, layout, texts)
+
+
+def _classifier(
+    recipe: Recipe, described: ModelConfig, backbone: Backbone, shards: Shards, names: dict[str, str]
+) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
+    """What timm's own classifier is made from, where the run is one that timm's model has a place for."""
+    if recipe.classification is None:
+        return None
+    named = backbone.to_layout({name: shards.read(there) for name, there in names.items()}, "timm")
+    head = {part: shards.read(f"head.{part}") for part in ("weight", "bias")}
+    config = _described(backbone, described, "timm")
+    return timm_classifier(backbone, config, named, head, recipe.classification.norm)
 
 
 def convert(source: str, out: str | Path, model: ModelConfig, layout: str) -> Path:
@@ -128,11 +148,14 @@ def _write_model(
 
 
 def _texts(backbone: Backbone, config: ModelConfig, layout: str) -> dict[str, str]:
-    described = {"model": asdict(config) | {"weights": None}} | backbone.layout_config(layout, config)
-    texts = {"config.json": json.dumps(described, indent=1)}
+    texts = {"config.json": json.dumps(_described(backbone, config, layout), indent=1)}
     if layout == "hf":
         texts["preprocessor_config.json"] = json.dumps(_image_processor(config), indent=1)
     return texts
+
+
+def _described(backbone: Backbone, config: ModelConfig, layout: str) -> dict[str, Any]:
+    return {"model": asdict(config) | {"weights": None}} | backbone.layout_config(layout, config)
 
 
 def _image_processor(config: ModelConfig) -> dict[str, Any]:
@@ -198,7 +221,9 @@ def license_of(recipe: Recipe) -> str:
 _LIBRARIES = {"timm": "timm", "hf": "transformers"}
 
 
-def model_card(recipe: Recipe, run_dir: Path, step: int, backbone: Backbone, layout: str) -> str:
+def model_card(
+    recipe: Recipe, run_dir: Path, step: int, backbone: Backbone, layout: str, *, with_head: bool = False
+) -> str:
     """Returns a model card in Markdown: what it is, its teacher and licence, its (resolved) recipe and metrics."""
     teachers = recipe.distill.teachers if recipe.distill is not None else []
     num_parameters = sum(parameter.numel() for parameter in backbone.parameters())
@@ -211,7 +236,7 @@ def model_card(recipe: Recipe, run_dir: Path, step: int, backbone: Backbone, lay
         f"{num_parameters / 1e6:.1f} M parameters, {recipe.model.img_size} px input, step {step} of `{run_dir}`.",
         f"Input: RGB in 0..1, mean {list(mean)}, standard deviation {list(std)}.", "",
     ]  # fmt: skip
-    if recipe.task not in ("distill", "contrastive", "masked"):
+    if recipe.task not in ("distill", "contrastive", "masked") and not with_head:
         card += [f"The backbone alone: what was trained on top of it for {recipe.task} stays in the run.", ""]
     if decay := recipe.optim.ema_decay:
         card += [

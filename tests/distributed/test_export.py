@@ -3,20 +3,25 @@
 import hashlib
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import cases
 import pytest
+import timm
 import torch
 from ranks import run_ranks
 from safetensors.torch import load_file
 from transformers import Swinv2Model
 
 from fd_scale.api import export
+from fd_scale.checkpoint import newest_checkpoint
 from fd_scale.config import ModelConfig
+from fd_scale.engine import saved_weights
 from fd_scale.errors import UserError
-from fd_scale.models import build_model, create_model, load_weights, resolved_model
+from fd_scale.finetune.classification import ClassificationModule
+from fd_scale.models import build_model, create_model, load_weights, normalize, resolved_model
 
 pytestmark = pytest.mark.slow
 
@@ -108,3 +113,60 @@ def test_a_run_is_exported_by_other_names(recipe_values: Values, tmp_path: Path)
         export(values["run_dir"], tmp_path / "photos")
     with pytest.raises(UserError, match=r"is a run; export it first: fd-scale export"):
         load_weights(model, values["run_dir"])
+
+
+SWIN = {"patch_size": 4, "embed_dim": 16, "depths": [1, 1], "num_heads": [1, 2], "window_size": 4}
+VIT = {"embed_dim": 32, "depth": 2, "num_heads": 2}
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides", "norm", "has_head"),
+    [
+        ("swin_v2_tiny", SWIN | {"shared_bias": False}, "own", True),
+        ("swin_v2_tiny", SWIN, "fresh", False),  # timm's Swin has no norm behind the pooling
+        ("fd_vit_tiny_patch16", VIT | {"patch_size": 8}, "fresh", True),
+        ("fd_vit_tiny_patch16", VIT | {"patch_size": 8}, "both", False),
+        ("vit_tiny_patch16_224", VIT | {"patch_size": 8}, "fresh", True),
+        ("vit_tiny_patch16_224", VIT | {"patch_size": 8}, "own", True),
+        (
+            "convnext_tiny",
+            {"depths": [1, 1, 1, 1], "dims": [8, 8, 8, 8]},
+            "own",
+            False,
+        ),  # its norm is behind the pooling
+    ],
+)
+def test_timm_classifies_as_the_run_does(
+    recipe_values: Values, tmp_path: Path, name: str, overrides: dict[str, Any], norm: str, has_head: bool
+) -> None:
+    values = recipe_values(
+        "classification",
+        model={"name": name, "img_size": 32, "overrides": overrides},
+        train__steps=2,
+        optim__lr=0.01,
+    )
+    values["classification"]["norm"] = norm
+    run_ranks(cases.train, 1, values)
+    recipe = cases.build_recipe(values)
+    assert recipe.classification is not None
+    ours = ClassificationModule(recipe.model, recipe.classification, 10, torch.float32)
+    saved = saved_weights(newest_checkpoint(Path(values["run_dir"])))
+    ours.load_state_dict({name: saved.read(name) for name in ours.state_dict()})
+    out = export(values["run_dir"], tmp_path / "timm", "timm")
+    theirs = timm.create_model(f"local-dir:{out}", pretrained=True).eval()
+    images = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8)
+    pixels = normalize(images, ours.backbone.mean, ours.backbone.std)
+    card = (out / "README.md").read_text()
+    assert ("stays in the run" in card) != has_head
+    if has_head:
+        found = ours(images, torch.zeros(4, dtype=torch.int64))["logits"]
+        torch.testing.assert_close(theirs(pixels), found, rtol=1e-4, atol=1e-4)  # fp32, sums in another order
+    else:
+        assert theirs.num_classes == 0
+    again = build_model(recipe.model)
+    load_weights(again, str(out))
+    torch.testing.assert_close(
+        again.state_dict(), build_model(replace(recipe.model, weights=str(out))).state_dict()
+    )
+    final = ours.backbone.final_norm() if name != "convnext_tiny" else None
+    assert final is None or torch.equal(again.final_norm().weight, final.weight)
