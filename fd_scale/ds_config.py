@@ -37,7 +37,8 @@ ZERO_KEYS = (
     "log_trace_cache_warnings", "enable_sanity_checks", "save_muon_momentum_buffer_in_memory", "leaf_module",
 )  # fmt: skip
 """Of the JSON's section `zero_optimization`."""
-_SECTIONS = ("zero_optimization", "bf16", "fp16", "optimizer")
+_SECTIONS = ("zero_optimization", "bf16", "fp16", "optimizer", "data_types")
+_SUMS = ("fp32", "bf16", "fp16")
 
 _REMOVED = "DeepSpeed has it no more"
 _PRECISION = "train.precision says what is computed in which dtype"
@@ -126,6 +127,12 @@ def _require_readable(values: dict[str, Any], path: Path) -> None:
                 f"train.ds_config: zero_optimization.{key} is {json.dumps(offload)} in {path}, expected an object, "
                 'as {"device": "cpu"}'
             )
+    sums = values.get("data_types", {}).get("grad_accum_dtype", "auto")
+    if sums not in ("auto", *_SUMS):
+        raise UserError(
+            f"train.ds_config: data_types.grad_accum_dtype is {json.dumps(sums)} in {path}, expected one of "
+            f"{', '.join(_SUMS)}"
+        )
     near = values.get("zero_optimization", {}).get("zero_hpz_partition_size", 1)
     if type(near) is not int or near < 1:
         raise UserError(
@@ -160,6 +167,28 @@ def offload_device(ds_config: dict[str, Any], key: str) -> str:
     """
     device: str = (ds_config.get("zero_optimization", {}).get(key) or {}).get("device", "none")
     return device
+
+
+def grad_accum_dtype(ds_config: dict[str, Any], precision: str, accumulation: int) -> str | None:
+    """Returns in what gradients of several micro-batches are summed: what a JSON says, or fp32 for those in bf16.
+
+    In bf16, as DeepSpeed sums where nothing is said, 8 micro-batches double the rounding of a gradient. Where it has
+    the optimizer on the host at ZeRO-1 and -2, sums in fp32 would stay on the device: what offloading is against.
+
+    Args:
+        ds_config: with the section `zero_optimization` that counts.
+        precision: of the recipe.
+        accumulation: micro-batches of a step.
+
+    Returns:
+        One of `_SUMS`; none: DeepSpeed's own choice, the dtype of the weights.
+    """
+    given: str = ds_config.get("data_types", {}).get("grad_accum_dtype", "auto")
+    if given != "auto":
+        return given
+    stage = zero_stage(ds_config)
+    offloads = stage in (1, 2) and offload_device(ds_config, "offload_optimizer") != "none"
+    return "fp32" if precision == "bf16" and accumulation > 1 and stage > 0 and not offloads else None
 
 
 def resolve(ds_config: dict[str, Any], recipe: Recipe, world_size: int, device_type: str) -> dict[str, Any]:
@@ -214,10 +243,10 @@ def resolve(ds_config: dict[str, Any], recipe: Recipe, world_size: int, device_t
             f"{world_size} ranks are fewer than train.global_batch={train.global_batch}; raise train.micro_batch "
             "or lower train.global_batch"
         )
-    if train.precision == "bf16" and accumulation > 1 and zero_stage(resolved) > 0:
-        # In bf16, as DeepSpeed sums where nothing is said, 8 micro-batches double the rounding of a gradient.
-        types = resolved.setdefault("data_types", {})
-        types["grad_accum_dtype"] = types.get("grad_accum_dtype") or "fp32"
+    sums = grad_accum_dtype(resolved, train.precision, accumulation)
+    resolved.setdefault("data_types", {}).pop("grad_accum_dtype", None)
+    if sums is not None:
+        resolved["data_types"]["grad_accum_dtype"] = sums
     # torch's fused AdamW steps on the host too; DeepSpeed's own would be compiled at the first run.
     resolved.setdefault("zero_force_ds_cpu_optimizer", False)
     # The trainer measures without waiting for the device, for which DeepSpeed's timer waits twice a micro-batch.

@@ -77,15 +77,15 @@ def submit(stages: list[list[str]], wanted: Wanted, array: str | None, *, dry_ru
             "sbatch is not on this machine; submit on a login node of the cluster, or see with --dry-run what would run"
         )
     cluster_env = _cluster_env()
-    site_options, ranks_per_node = _site(cluster_env, wanted.gpu)
+    site_options, ranks_per_node = _site(cluster_env, wanted)
     planned = _chain(stages)
-    if ranks_per_node is not None:
-        for stage in planned:
-            _require_served(stage, wanted.nodes * ranks_per_node)
     if array is not None:
         if len(planned) > 1:
             raise UserError("--array: cannot be one with --then; submit each value with a --then of its own")
         planned = [_as_array(planned[0], stages[0], array)]
+    if ranks_per_node is not None:
+        for stage in planned:
+            _require_served(stage, wanted.nodes * ranks_per_node)
     before: str | None = None
     for index, stage in enumerate(planned):
         copy = pinned.place(stage.run_dir)
@@ -105,13 +105,14 @@ def _chain(stages: list[list[str]]) -> list[_Stage]:
     """Checks all recipes before the first job is submitted, and hands weights from each run to the next."""
     planned: list[_Stage] = []
     for recipe_name, *settings in stages:
-        before, starts_from = planned[-1] if planned else None, ""
+        before = next((stage for stage in reversed(planned) if stage.recipe_file is not None), None)
+        starts_from = ""
         if recipe_name in _VERBS_OF_RUNS:
-            planned.append(_of_run(recipe_name, settings, before))
+            planned.append(_of_run(recipe_name, settings, planned[-1] if planned else None))
             continue
         recipe = load_recipe(recipe_name, settings)
         verb = next(verb for verb, (tasks, _) in TRAINING_VERBS.items() if recipe.task in tasks)
-        if before is not None and before.recipe_file is not None:
+        if before is not None:
             export = before.run_dir / "export"
             key, given = _weights(recipe)
             if given != PRETRAINED and not any(setting.startswith(f"{key}=") for setting in settings):
@@ -120,7 +121,7 @@ def _chain(stages: list[list[str]]) -> list[_Stage]:
                 load_recipe(recipe_name, settings)
             starts_from = f"{key}={given}"
             if given == str(export):
-                planned[-1] = replace(before, export=export)
+                planned[planned.index(before)] = replace(before, export=export)
             else:
                 starts_from += f", not from the run before: {key} is given"
         run_dir = Path(recipe.run_dir).absolute()
@@ -197,29 +198,37 @@ def _require_served(stage: _Stage, num_ranks: int) -> None:
         return
     from fd_scale import ds_config  # and torch: a second or two
 
-    recipe = load_recipe(stage.recipe_file, [*stage.settings])
-    device = "cpu" if recipe.train.device == "cpu" else "cuda"
-    ds_config.resolve(ds_config.read(recipe.train.ds_config), recipe, num_ranks, device)
+    for element in stage.elements or ((),):
+        recipe = load_recipe(stage.recipe_file, [*stage.settings, *element])
+        device = "cpu" if recipe.train.device == "cpu" else "cuda"
+        ds_config.resolve(ds_config.read(recipe.train.ds_config), recipe, num_ranks, device)
 
 
-def _site(cluster_env: Path | None, gpu: str | None) -> tuple[list[str], int | None]:
+def _site(cluster_env: Path | None, wanted: Wanted) -> tuple[list[str], int | None]:
     """Options of sbatch that the site's values give for this kind of GPU, and ranks of a node, where they say so."""
-    if cluster_env is None:
-        return [], None
-    theirs = {
-        key: value for key, value in os.environ.items() if key not in ("FD_SBATCH", "FD_RANKS_PER_NODE")
-    }
-    done = subprocess.run(
-        ["bash", "-euc", '. "$1"; printf "%s %s" "${FD_RANKS_PER_NODE:-0}" "${FD_SBATCH:-}"', "bash", str(cluster_env)],
-        env=theirs | {"FD_GPU": gpu or ""}, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    if done.returncode:
-        raise UserError(f"{cluster_env}: bash cannot read it: {' '.join(done.stderr.split())}")
-    if "CHANGE_ME" in done.stdout:
-        raise UserError(f"{cluster_env}: FD_SBATCH still says CHANGE_ME; fill in your account")
-    ranks, *options = shlex.split(done.stdout)
-    gpus = re.search(r"--(?:gpus-per-node=|gres=gpu:)(?:[\w.-]+:)?(\d+)", done.stdout)
-    return options, int(ranks) or (int(gpus[1]) if gpus else None)
+    ranks, options = "", []
+    if cluster_env is not None:
+        theirs = {
+            key: value for key, value in os.environ.items() if key not in ("FD_SBATCH", "FD_RANKS_PER_NODE")
+        }
+        values = '. "$1" >&2; printf "%s\\n%s" "${FD_RANKS_PER_NODE:-}" "${FD_SBATCH:-}"'
+        done = subprocess.run(
+            ["bash", "-euc", values, "bash", str(cluster_env)],
+            env=theirs | {"FD_GPU": wanted.gpu or ""}, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        if done.returncode:
+            raise UserError(f"{cluster_env}: bash cannot read it: {' '.join(done.stderr.split())}")
+        if "CHANGE_ME" in done.stdout:
+            raise UserError(f"{cluster_env}: FD_SBATCH still says CHANGE_ME; fill in your account")
+        ranks, _, text = done.stdout.partition("\n")
+        options = shlex.split(text)
+    if ranks and not re.fullmatch(r"[1-9]\d*", ranks):
+        raise UserError(f"{cluster_env}: FD_RANKS_PER_NODE is {ranks}, expected a number of ranks")
+    # The user's own options come last, and win.
+    gpus = re.findall(
+        r"--(?:gpus-per-node=|gres=gpu:)(?:[\w.-]+:)?(\d+)", " ".join([*options, *wanted.sbatch])
+    )
+    return options, int(ranks) if ranks else int(gpus[-1]) if gpus else None
 
 
 def _command(
@@ -259,7 +268,7 @@ def _command(
 
 def _seconds(limit: str) -> float:
     """Returns what a time limit as sbatch takes it means."""
-    if limit.lower() in ("infinite", "unlimited"):
+    if limit.lower() in ("infinite", "unlimited") or not limit.strip("0:-"):
         return math.inf
     if not re.fullmatch(r"(\d+-)?\d+(:\d+){0,2}", limit):
         raise UserError(f"--time: got {limit}, expected minutes, HH:MM:SS or DAYS-HH:MM:SS")

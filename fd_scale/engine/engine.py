@@ -201,9 +201,15 @@ class Engine:
         self.deepspeed.step()
         if ends_step and self.skipped:
             self.statistics.restore()
+            self._forget_gradients()
         elif ends_step:
             self.statistics.keep()
             self.average.update()
+
+    def _forget_gradients(self) -> None:
+        """Drops sums that are not finite: those in fp32 DeepSpeed keeps behind a skipped step, where it offloads."""
+        if isinstance(self.optimizer, DeepSpeedZeroOptimizer):
+            self.optimizer.averaged_gradients.update(dict.fromkeys(self.optimizer.averaged_gradients))
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
@@ -256,12 +262,12 @@ class Engine:
         return float(self.deepspeed.get_global_grad_norm())
 
     def state_bytes(self) -> dict[str, int]:
-        """Returns the bytes of this rank's `parameters`, `gradients` and `optimizer` states as they are now.
+        """Returns the bytes of this rank's trained `parameters`, `gradients` and `optimizer` states as they are now.
 
         Communication buffers are not among them. Gradients live between the backward pass and the step:
         `after_backward`, where it is set, is called there.
         """
-        parameters = list(self.deepspeed.module.parameters())
+        parameters = [each for each in self.deepspeed.module.parameters() if each.requires_grad]
         gradients: list[Any] = [parameter.grad for parameter in parameters]
         optimizer = self.optimizer
         held: list[Any] = list(parameters)
@@ -325,6 +331,7 @@ class Engine:
             if path is None:
                 raise RuntimeError(f"DeepSpeed found nothing to load in {folder}, which passed its checksums")
         self.statistics.keep()
+        self._forget_gradients()
 
     def _load_from_other_ranks(self, shards: Shards, rank: int, num_ranks: int) -> None:
         """Gives DeepSpeed what it would have written here, had the checkpoint's ranks been as many as ours."""

@@ -16,6 +16,7 @@ from fd_scale.errors import UserError
 
 _REFUSALS = (
     ValidationError, ZeRORuntimeException, DeepSpeedConfigError, AssertionError, ValueError, NotImplementedError,
+    TypeError, AttributeError, KeyError,
 )  # fmt: skip
 
 

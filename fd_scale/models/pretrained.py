@@ -44,8 +44,11 @@ def resolved_model(config: ModelConfig) -> ModelConfig:
 
 def _exported_license(weights: str | None) -> str | None:
     """What an export says of its weights, where these are one."""
+    if weights is None:
+        return None
+    folder = Path(weights) if Path(weights).is_dir() else Path(weights).parent
     try:
-        described = json.loads((Path(weights or "") / "config.json").read_text(encoding="utf-8"))["model"]
+        described = json.loads((folder / "config.json").read_text(encoding="utf-8"))["model"]
         license_name: str = described["license"]
     except (OSError, ValueError, KeyError, TypeError):
         return None

@@ -232,7 +232,6 @@ def plan(
     own_stage = str(ds_config.zero_stage(zero))
     if own_stage == "3" and ds_config.shard_size(train, num_gpus) < num_gpus:
         own_stage = HIERARCHICAL
-    communicated = zero.get("communication_data_type")
     choices = tuple(
         _choice(
             recipe,
@@ -241,11 +240,10 @@ def plan(
             num_gpus,
             utilisation,
             launch_us,
-            _section(stage, zero),
+            _of_stage(stage, zero),
             stage,
             policy,
             size,
-            communicated,
         )
         for stage in STAGES
         for policy in counts.activations
@@ -282,22 +280,21 @@ def present_gpu(device: torch.device) -> Gpu:
     return replace(nearest, name=found.name, memory=found.total_memory)
 
 
-def _section(stage: str, zero: dict[str, Any]) -> dict[str, Any]:
-    """`zero_optimization` of the recipe's JSON where it is of this stage, else that of the shipped one."""
-    given = zero.get("zero_optimization", {})
-    other = stage == HIERARCHICAL and ds_config.against_replicas(given)
+def _of_stage(stage: str, given: dict[str, Any]) -> dict[str, Any]:
+    """The recipe's JSON; its `zero_optimization` where it is of this stage, else that of the shipped one."""
+    section: dict[str, Any] = given.get("zero_optimization", {})
+    other = stage == HIERARCHICAL and ds_config.against_replicas(section)
     stage = "3" if stage == HIERARCHICAL else stage
-    if other or stage != str(ds_config.zero_stage(zero)):
-        zero = ds_config.read(f"zero{stage}")
-    section: dict[str, Any] = zero.get("zero_optimization", {})
-    return {key: value for key, value in section.items() if value != "auto"}
+    if other or stage != str(ds_config.zero_stage(given)):
+        section = ds_config.read(f"zero{stage}").get("zero_optimization", {})
+    return {**given, "zero_optimization": {key: value for key, value in section.items() if value != "auto"}}
 
 
 def _choice(
-    recipe: Recipe, counts: Counts, gpu: Gpu, num_gpus: int, utilisation: float, launch_us: float, zero: dict[str, Any],
-    stage: str, policy: Policy, micro_batch: int, communicated: str | None,
+    recipe: Recipe, counts: Counts, gpu: Gpu, num_gpus: int, utilisation: float, launch_us: float,
+    given: dict[str, Any], stage: str, policy: Policy, micro_batch: int,
 ) -> Choice:  # fmt: skip
-    train = recipe.train
+    train, zero = recipe.train, given["zero_optimization"]
     accumulation = train.global_batch // (micro_batch * num_gpus)
     recorded = recorded_by(recipe, stage, accumulation)
     replica = train.mics_shard_size or GPUS_PER_NODE
@@ -311,6 +308,7 @@ def _choice(
         recorded,
         state_bytes=recipe.optim.state_bytes,
         replica=replica,
+        sums=ds_config.grad_accum_dtype(given, train.precision, accumulation),
     )
     activations = counts.activations[policy]
     flops = train.global_batch * (_model_flops(counts) + activations.recomputed_flops)
@@ -334,7 +332,7 @@ def _choice(
             zero,
             frozen_in_parts(counts, stage),
             replica,
-            _GRADIENT_SIZES.get(communicated or "", size),
+            _GRADIENT_SIZES.get(given.get("communication_data_type") or "", size),
         ),
     )
 

@@ -66,5 +66,7 @@ def measured_table(predicted: Choice, measured: Measured) -> Table:
     if measured.total is not None:
         rows.append(("all, on CUDA", predicted.memory.total, measured.total))
     for name, expected, got in rows:
-        table.add_row(name, f"{expected / 2**20:.2f}", f"{got / 2**20:.2f}", f"{expected / got - 1:+.1%}")
+        table.add_row(
+            name, f"{expected / 2**20:.2f}", f"{got / 2**20:.2f}", f"{expected / got - 1:+.1%}" if got else ""
+        )
     return table

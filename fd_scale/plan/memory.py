@@ -49,7 +49,7 @@ class State:
 
 def state(
     counts: Counts, stage: str, num_gpus: int, precision: str, accumulation: int, zero: dict[str, Any],
-    recorded: Recorded = "nothing", *, state_bytes: int = 8, replica: int = GPUS_PER_NODE,
+    recorded: Recorded = "nothing", *, state_bytes: int = 8, replica: int = GPUS_PER_NODE, sums: str | None = None,
 ) -> State:  # fmt: skip
     """Predicts what a GPU holds.
 
@@ -63,9 +63,10 @@ def state(
         recorded: in the recipe's run.
         state_bytes: of the optimizer's states of a parameter (`OptimConfig.state_bytes`).
         replica: GPUs that hold the model among them, at stage `HIERARCHICAL`.
+        sums: what gradients are summed in, as `ds_config.grad_accum_dtype` says.
     """
     size = 4 if precision == "fp32" else 2
-    summed = 4 if precision == "bf16" and accumulation > 1 else size  # as `ds_config.resolve` has it
+    summed = 4 if sums == "fp32" else size
     total = counts.num_parameters
     bucket = size * float(zero.get("reduce_bucket_size", _REDUCE_BUCKET))
     ranks = min(num_gpus, replica) if stage == HIERARCHICAL else num_gpus
@@ -91,7 +92,8 @@ def state(
         bucket *= summed / size if stage == "1" else 1
         written = size * total if recorded == "all" else 0
         return State(
-            parameters=size * total, gradients=written + summed * (total if all_gradients else own * stays),
+            parameters=size * total,
+            gradients=written + summed * (total if all_gradients else own * (stays or summed > size)),
             optimizer=(state_bytes + 4) * own * stays,
             teacher=teacher, buffers=bucket * (2 if zero.get("overlap_comm", False) else 1) + teacher_live,
             step=4 * own * stays,

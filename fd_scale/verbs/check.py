@@ -1,7 +1,7 @@
 """`fd-scale check`: what would fail, found in seconds, before a job is queued.
 
 Nothing is trained and nothing stays on disk. Models are built on the meta device, of weights only
-the header is read, and DeepSpeed is not imported.
+the header is read. DeepSpeed is imported for a JSON of the user's own alone, which it reads.
 """
 
 from __future__ import annotations

@@ -184,11 +184,9 @@ def _write(target: Path, file: str, write: Callable[[Path], None], texts: dict[s
             f"{target} holds {others[0]}, which whoever loads the folder could take for these weights; remove it, or "
             "name another folder"
         )
-    files = (
-        {path.name for path in target.iterdir() if not path.name.startswith(".")}
-        if target.is_dir()
-        else set()
-    )
+    present = target.iterdir() if target.is_dir() else ()
+    # Hidden files are a repository's, and a temporary one is of an export that was killed.
+    files = {path.name for path in present if not path.name.startswith(".") and path.suffix != ".tmp"}
     if files and not files & {file, "config.json"}:
         raise UserError(f"{target} holds {min(files)}, which is no model's; name another folder")
     temporary = target / f"{file}.tmp"

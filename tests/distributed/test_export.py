@@ -62,7 +62,9 @@ def test_the_fp32_masters_of_16_bit_weights_are_exported(recipe_values: Values, 
         torch.testing.assert_close(weights, found[1][name], rtol=0, atol=2e-3)
 
 
-def test_an_exported_folder_is_a_starting_point_and_has_a_card(recipe_values: Values, tmp_path: Path) -> None:
+def test_an_exported_folder_is_a_starting_point_and_has_a_card(
+    recipe_values: Values, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     first = recipe_values("contrastive", train__micro_batch=16, train__steps=2)
     run_ranks(cases.train, 1, first)
     teacher = str(export(first["run_dir"], tmp_path / "teacher"))
@@ -82,6 +84,9 @@ def test_an_exported_folder_is_a_starting_point_and_has_a_card(recipe_values: Va
     assert all(torch.equal(loaded[name], tensor) for name, tensor in saved.items())
     tuned = ModelConfig(name=model["name"], weights=str(tmp_path / "student"))
     assert resolved_model(tuned).license == "CC0-1.0", "what is fine-tuned from it is under its licence"
+    assert resolved_model(replace(tuned, weights=f"{tuned.weights}/model.safetensors")).license == "CC0-1.0"
+    monkeypatch.chdir(tmp_path / "student")
+    assert resolved_model(replace(tuned, weights=None)).license == "unknown", "not that of where one is"
 
 
 def test_a_run_is_exported_by_other_names(recipe_values: Values, tmp_path: Path) -> None:
@@ -107,6 +112,10 @@ def test_a_run_is_exported_by_other_names(recipe_values: Values, tmp_path: Path)
     # Beside a model.safetensors a model.pth would never be read.
     with pytest.raises(UserError, match=r"hf holds model\.safetensors, .* remove it"):
         export(values["run_dir"], out, "official")
+    (tmp_path / "killed").mkdir()
+    (tmp_path / "killed/model.safetensors.tmp").touch()
+    export(values["run_dir"], tmp_path / "killed")
+    assert not (tmp_path / "killed/model.safetensors.tmp").exists()
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos/a.png").touch()
     with pytest.raises(UserError, match=r"photos holds a\.png, which is no model's"):

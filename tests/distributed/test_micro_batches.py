@@ -1,5 +1,6 @@
 """What a step of many micro-batches in bf16 does to the gradient: no more than a step of one."""
 
+import math
 from typing import Any
 
 import pytest
@@ -65,3 +66,32 @@ def test_sums_are_in_fp32(stage: int) -> None:
     assert many < 1.2 * one
     [[in_bf16]] = run_ranks(gradient_errors, 1, stage, [64], {})
     assert in_bf16 > 3 * one, "what it is for"
+
+
+def norms_after_a_bad_step(stage: int, offload: str) -> list[float]:
+    """Norms of the gradients of three steps of two micro-batches, of which the second step is skipped for a NaN."""
+    world = distributed.start("cpu", 60)
+    zero = {"stage": stage, "offload_optimizer": {"device": offload}}
+    config = {
+        "train_batch_size": 2, "train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 2,
+        "gradient_clipping": 0.0, "bf16": {"enabled": True}, "fp16": {"enabled": False},
+        "data_types": {"grad_accum_dtype": "fp32"}, "zero_optimization": zero, "zero_force_ds_cpu_optimizer": False,
+    }  # fmt: skip
+    engine = Engine(Squares(), set(), {}, config, OptimConfig(lr=1.0), world)
+    engine.set_learning_rates([0.0])
+    norms = []
+    for step in range(3):
+        for value in (1.0, float("nan") if step == 1 else 2.0):
+            x = torch.full((4, WIDTH), value).bfloat16()
+            engine.backward(engine.forward(x=x, target=torch.zeros(4, WIDTH))["loss"])
+            engine.step()
+        norms.append(float("nan") if engine.skipped else engine.grad_norm)
+    return norms
+
+
+@pytest.mark.parametrize("offload", ["none", "cpu"])
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_a_step_that_is_skipped_leaves_no_sums(stage: int, offload: str) -> None:
+    [[before, bad, after]] = run_ranks(norms_after_a_bad_step, 1, stage, offload)
+    assert math.isnan(bad)
+    assert after == before > 0

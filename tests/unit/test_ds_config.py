@@ -48,6 +48,15 @@ def test_shipped_files_are_filled(make_recipe: MakeRecipe, name: str, precision:
         ("zero1", "bf16", 24, {}, None),  # one micro-batch: there is nothing to sum
         ("zero1", "fp32", 8, {}, None),
         ("zero0", "bf16", 8, {}, None),  # DeepSpeed does not know it there
+        ("zero2", "bf16", 8, {"data_types": {"grad_accum_dtype": "auto"}}, "fp32"),
+        (
+            "zero2",
+            "bf16",
+            8,
+            {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}},
+            None,
+        ),
+        ("zero3_offload_optimizer", "bf16", 8, {}, "fp32"),
     ],
 )
 def test_gradients_of_bf16_micro_batches_are_summed_in_fp32(
@@ -139,6 +148,12 @@ def test_a_misspelt_section_and_offload_elsewhere_are_refused(
         read(str(file))
     file.write_text('{"zero_optimization": {"stage": 2, "overlap_com": true}}')
     with pytest.raises(UserError, match=r"zero_optimization\.overlap_com; did you mean .*\.overlap_comm"):
+        read(str(file))
+    file.write_text('{"data_types": {"grad_accum_dtype": "fp8"}}')
+    with pytest.raises(UserError, match=r'grad_accum_dtype is "fp8" in .*, expected one of fp32, bf16, fp16'):
+        read(str(file))
+    file.write_text('{"data_types": null}')
+    with pytest.raises(UserError, match=r"data_types is null in .*, expected an object"):
         read(str(file))
     file.write_text('{"sparse_gradients": true}')
     with pytest.raises(UserError, match=r"sparse_gradients in .* is not served: DeepSpeed has it no more"):

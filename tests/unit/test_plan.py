@@ -16,6 +16,7 @@ from rich.console import Console
 from fd_scale import api, cli
 from fd_scale.config import Recipe, load_recipe
 from fd_scale.data import open_source
+from fd_scale.ds_config import grad_accum_dtype
 from fd_scale.errors import UserError
 from fd_scale.hardware import GPUS, Gpu, find_gpu, mfu, model_flops
 from fd_scale.plan import Plan, Policy, count, plan, plot, present_gpu, require_fit, show, to_json, write_json
@@ -97,7 +98,9 @@ def numbers(num_parameters: int = 10 * G, kept: float = 1 * G, teacher: int = 0)
 def test_states_of_every_stage(
     stage: str, gpus: int, precision: str, accumulation: int, expected: tuple[float, ...]
 ) -> None:
-    found = state(numbers(), stage, gpus, precision, accumulation, {})
+    given = {"zero_optimization": {"stage": int(stage) if stage.isdigit() else 3}}
+    sums = grad_accum_dtype(given, precision, accumulation)
+    found = state(numbers(), stage, gpus, precision, accumulation, {}, sums=sums)
     whole = 10_000 * (4 if precision == "fp32" else 2) if gpus > 1 and stage in ("3", "hierarchical") else 0
     assert found.parameters == expected[0] * G + whole
     assert (found.gradients, found.optimizer) == (expected[1] * G, expected[2] * G)

@@ -107,6 +107,10 @@ def test_a_chain_goes_on_from_its_own_runs_whatever_recipes_name(
     assert tuned[-1] == f"model.weights={tmp_path}/mine/export", "the recipe names another place"
     assert not any("weights" in word for word in other)
     assert "starts from distill.teachers.0.model.weights=pretrained, not from the run before" in shown
+    measured = ("--then", "evaluate", "--then", "digits/finetune")
+    _, _, tuned = commands(shown := show("digits/distill", "--nodes", "1", *measured))
+    assert tuned[-1] == f"model.weights={tmp_path}/runs/digits/distill/export", "behind an evaluation too"
+    assert f"FD_EXPORT={tmp_path}/runs/digits/distill/export" in shown
 
 
 def test_an_array(show: Callable[..., str], tmp_path: Path) -> None:
@@ -149,7 +153,7 @@ def test_what_is_refused(show: Callable[..., str], arguments: list[str], facts: 
 def test_time_limits_are_read_as_sbatch_reads_them() -> None:
     seconds = {"90": 5400, "9:30": 570, "2:00:01": 7201, "1-0": 86400, "1-2:30": 95400, "1-0:0:5": 86405}
     assert {text: _seconds(text) for text in seconds} == seconds
-    assert _seconds("UNLIMITED") == math.inf
+    assert _seconds("UNLIMITED") == _seconds("0") == math.inf
 
 
 def test_a_verb_of_a_run_follows_one(show: Callable[..., str], tmp_path: Path) -> None:
@@ -179,8 +183,21 @@ def test_the_site_gives_its_options(
     assert "train_batch_size is 512" in show(
         "digits/distill", given, "--nodes", "1", "--gpu", "h200", refused=True
     )
-    example.write_text(example.read_text() + "FD_RANKS_PER_NODE=1\n")
+    own = ("--sbatch=--gpus-per-node=4", "train.global_batch=12", "train.micro_batch=12")
+    assert commands(show("digits/teacher", *own, "--nodes", "1", "--gpu", "h200")), (
+        "the user's own options win"
+    )
+    each = ("digits/teacher", "train.global_batch=12", "--nodes", "1", "--gpu", "h200", "--array")
+    assert commands(show(*each, "train.global_batch=64,128")), (
+        "each element is looked at, and not what none of them is"
+    )
+    assert "12 images do not divide" in show(*each, "train.global_batch=64,12", refused=True)
+    example.write_text("echo loading modules\n" + example.read_text() + "FD_RANKS_PER_NODE=1\n")
     assert commands(show("digits/distill", "--nodes", "4", "--gpu", "h200")), "or as it says"
+    example.write_text("FD_RANKS_PER_NODE=auto\n")
+    assert "FD_RANKS_PER_NODE is auto, expected a number" in show(
+        "digits/distill", "--nodes", "1", refused=True
+    )
     example.write_text("if")
     assert "bash cannot read it" in show("digits/distill", "--nodes", "1", refused=True)
     monkeypatch.setenv("FD_CLUSTER_ENV", str(tmp_path / "none"))
