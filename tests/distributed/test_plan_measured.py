@@ -62,6 +62,20 @@ def test_states_are_as_predicted(
     assert not Path(values["run_dir"]).exists(), "nothing stays"
 
 
+@pytest.mark.parametrize("stage", [1, 3])
+def test_what_is_frozen_is_not_counted_as_trained(
+    recipe_values: Callable[..., dict[str, Any]], write_shapes: Callable[..., str], tmp_path: Path, stage: int
+) -> None:
+    values = recipe_values(
+        "segmentation", data__train=write_shapes(tmp_path / "shapes", 8), train__ds_config=f"zero{stage}",
+        train__precision="bf16", train__global_batch=8, train__micro_batch=2,
+    )  # fmt: skip
+    values["segmentation"]["frozen"] = True
+    [found] = run_ranks(cases.measured_state, 1, values)
+    predicted, measured = np.array(found).T
+    np.testing.assert_allclose(predicted, measured, rtol=0.05)
+
+
 @pytest.mark.parametrize(
     ("stage", "ranks", "accumulation", "zero", "partitioned", "replica"),
     [
