@@ -268,14 +268,15 @@ def _command(
 
 def _seconds(limit: str) -> float:
     """Returns what a time limit as sbatch takes it means."""
-    if limit.lower() in ("infinite", "unlimited") or not limit.strip("0:-"):
+    if limit.lower() in ("infinite", "unlimited"):
         return math.inf
     if not re.fullmatch(r"(\d+-)?\d+(:\d+){0,2}", limit):
         raise UserError(f"--time: got {limit}, expected minutes, HH:MM:SS or DAYS-HH:MM:SS")
     days, _, rest = limit.rpartition("-")
     parts = [int(part) for part in rest.split(":")]
     units = (3600, 60, 1) if days or len(parts) == 3 else (60, 1)  # minutes alone, or minutes:seconds
-    return 86400 * int(days or 0) + sum(part * unit for part, unit in zip(parts, units, strict=False))
+    seconds = 86400 * int(days or 0) + sum(part * unit for part, unit in zip(parts, units, strict=False))
+    return seconds or math.inf  # 0: none, as sbatch has it
 
 
 def _submitted_env(stage: _Stage, wanted: Wanted, copy: Path, cluster_env: Path | None) -> str:

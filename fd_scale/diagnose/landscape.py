@@ -93,7 +93,7 @@ def filter_normalised(parameters: Sequence[Tensor], generator: torch.Generator) 
     direction = []
     for weight in parameters:
         drawn = torch.randn(weight.shape, generator=generator).to(weight)
-        if weight.numel() <= len(weight):  # of one dimension, or a scale for each head
+        if weight.dim() < 2 or weight.numel() == len(weight):  # the second: a scale for each head
             direction.append(torch.zeros_like(weight))
             continue
         filters = (drawn.flatten(1), weight.detach().flatten(1))

@@ -16,16 +16,17 @@ from fd_scale.errors import UserError
 
 _REFUSALS = (
     ValidationError, ZeRORuntimeException, DeepSpeedConfigError, AssertionError, ValueError, NotImplementedError,
-    TypeError, AttributeError, KeyError,
 )  # fmt: skip
+_OF_VALUES = (TypeError, AttributeError, KeyError)
+"""What a value of a wrong kind makes of a configuration that is read; elsewhere they are errors of ours."""
 
 
 @contextmanager
-def naming_refusals() -> Iterator[None]:
+def naming_refusals(*more: type[Exception]) -> Iterator[None]:
     """Makes a sentence of DeepSpeed's errors of many kinds, some without a word, where it reads a configuration."""
     try:
         yield
-    except _REFUSALS as error:
+    except (*_REFUSALS, *more) as error:
         if isinstance(error, ValidationError):
             keys = [
                 f"{'.'.join(map(str, each['loc']))}={each['input']!r}: {each['msg']}"
@@ -51,5 +52,5 @@ def require_readable(ds_config: dict[str, Any]) -> None:
     """
     zero = {key: value for key, value in ds_config["zero_optimization"].items() if key != "mics_shard_size"}
     here = {key: value for key, value in ds_config.items() if key != "train_batch_size"}  # that of all ranks
-    with naming_refusals():
+    with naming_refusals(*_OF_VALUES):
         DeepSpeedConfig(here | {"zero_optimization": zero})

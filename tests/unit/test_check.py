@@ -162,6 +162,7 @@ def test_memory_is_planned_without_weights_and_data(recipe_values: Values, check
         ),
         ({"zero_optimization": {"stage": 3, "foo_bar": 1}}, "foo_bar=1: Extra inputs are not permitted"),
         ({"communication_data_type": "float8"}, "Got: float8"),
+        ({"flops_profiler": {"enabled": "maybe"}}, "DeepSpeed refuses it: unsupported operand"),
         ({"wandb": {"enabled": True}}, "needs the package wandb, which is not here; install it"),
         ({"bfloat16": {"enabled": True}}, "bf16.enabled is true in .*, but train.precision=fp32"),
     ],

@@ -44,10 +44,17 @@ def quadratic() -> tuple[list[nn.Parameter], Tensor, Any]:
 
 
 def test_directions_are_as_long_as_the_filters() -> None:
-    weights = [torch.randn(4, 3, 2, 2), torch.randn(5), torch.zeros(2, 3), torch.ones(2, 1, 1)]
-    convolution, vector, dead, scales = filter_normalised(weights, torch.Generator().manual_seed(0))
+    weights = [
+        torch.randn(4, 3, 2, 2),
+        torch.randn(5),
+        torch.zeros(2, 3),
+        torch.ones(2, 1, 1),
+        torch.tensor(2.0),
+    ]
+    convolution, vector, dead, scales, number = filter_normalised(weights, torch.Generator().manual_seed(0))
     torch.testing.assert_close(convolution.flatten(1).norm(dim=1), weights[0].flatten(1).norm(dim=1))
     assert not vector.any()
+    assert not number.any()
     assert not scales.any(), "a temperature for each head: a filter of one number would go from itself to 0"
     assert not dead.any()
     again, *_ = filter_normalised(weights, torch.Generator().manual_seed(0))
