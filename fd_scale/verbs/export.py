@@ -71,6 +71,8 @@ def export(run_dir: str | Path, out: str | Path, layout: str = "ours") -> Path:
     described = replace(recipe.model, license=license_of(recipe))
     if layout == "timm" and (classifier := _classifier(recipe, described, backbone, shards, names)):
         config, weights = classifier
+        if (class_names := run_folder.classes(run)[0]) is not None:
+            config["label_names"] = class_names
         texts = {
             "config.json": json.dumps(config, indent=1),
             "README.md": model_card(recipe, run, step, backbone, layout, with_head=True),

@@ -168,6 +168,7 @@ def test_timm_classifies_as_the_run_does(
     card = (out / "README.md").read_text()
     assert ("stays in the run" in card) != has_head
     if has_head:
+        assert theirs.pretrained_cfg["label_names"] == [str(digit) for digit in range(10)]
         found = ours(images, torch.zeros(4, dtype=torch.int64))["logits"]
         torch.testing.assert_close(theirs(pixels), found, rtol=1e-4, atol=1e-4)  # fp32, sums in another order
     else:
