@@ -68,6 +68,9 @@ class CocoSource:
         )
         self.index = index_of(annotations)
         header = self.index.header
+        left_out = ", ".join(f"{count} {what}" for what, count in header["left_out"].items() if count)
+        if left_out:
+            logger.info("%s: not learned: %s", annotations, left_out)
         if header["doubt"]:
             logger.warning("%s: %s", annotations, header["doubt"])
         self.class_names: list[str] | None = header["class_names"]

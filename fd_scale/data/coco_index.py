@@ -128,10 +128,9 @@ def convert(source: Path, target: Path) -> None:
 
     CocoIndex.create(target, fill)
     index = CocoIndex(target)
-    counts = ", ".join(f"{count} {what}" for what, count in index.header["left_out"].items() if count)
     logger.info(
-        "%s: %d images, %d annotations, indexed in %.0f s%s", source, len(index), len(index.columns["ids"]),
-        time.monotonic() - began, f"; not learned: {counts}" if counts else "",
+        "%s: %d images, %d annotations, indexed in %.0f s", source, len(index), len(index.columns["ids"]),
+        time.monotonic() - began,
     )  # fmt: skip
 
 

@@ -116,11 +116,15 @@ def decode_mask(data: bytes) -> npt.NDArray[np.uint8]:
     with _damage_named():
         image = _opened(data)
         image.load()
+    # Behind the signature of a PNG and the name of its first chunk: width, height, bits of a pixel, kind of colour.
+    bits, kind = data[24:26] if image.format == "PNG" else (8, 0)
     if image.mode not in ("L", "P", "1") and not image.mode.startswith("I"):
         raise DecodeError(
             f"a mask of mode {image.mode}, expected grey or a palette: one number for each pixel"
         )
     mask_HW = np.asarray(image)
+    if kind == 0 and bits in (2, 4):
+        mask_HW = mask_HW // (255 // (2**bits - 1))  # Pillow spreads the grey of few bits over 0 to 255
     if mask_HW.min() < 0 or mask_HW.max() > 255:
         raise DecodeError(f"a mask with values {mask_HW.min()} to {mask_HW.max()}, expected 0 to 255")
     return mask_HW.astype(np.uint8)

@@ -21,6 +21,7 @@ from timm.models import group_parameters
 from torch import Tensor, nn
 
 from fd_scale.config import ModelConfig
+from fd_scale.data.transforms import CROP_FRACTION
 from fd_scale.errors import UserError
 from fd_scale.models.backbone import Backbone, resolve_layers
 from fd_scale.models.layers import CheckpointingMode, ResidualBlock
@@ -324,12 +325,15 @@ def timm_config(config: ModelConfig, architecture: str, arguments: dict[str, Any
         arguments: of that function.
     """
     theirs = timm.get_pretrained_cfg(architecture)
+    # timm rounds the resized side down, and evaluations here to the nearest.
+    resized = round(config.size / CROP_FRACTION) + 0.5
     return {
         "architecture": architecture,
         "num_classes": 0,
         "model_args": arguments,
         "pretrained_cfg": {
             "num_classes": 0, "input_size": [3, config.size, config.size], "mean": config.mean, "std": config.std,
+            "interpolation": "bicubic", "crop_mode": "center", "crop_pct": config.size / resized,
             # Whose weights timm leaves out where a user wants classes.
             "first_conv": theirs.first_conv, "classifier": theirs.classifier,
         },

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -131,7 +132,11 @@ def test_what_cannot_be_decoded_ends_all_ranks_with_one_sentence(
     said = torchrun_distill(values, code=1)  # torchrun's, whatever the ranks' own
     assert said.count(sentence) == 1
     assert "[rank" not in said, "no rank has a traceback"
-    assert said.count("exitcode  : 2") == 2
+    # On a busy machine torchrun, which has seen one end, ends the other before it has.
+    codes = re.findall(r"exitcode  : (-?\d+)", said)
+    assert len(codes) == 2
+    assert set(codes) <= {"2", str(-signal.SIGTERM)}
+    assert "2" in codes
 
 
 @pytest.mark.slow

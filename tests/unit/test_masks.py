@@ -1,6 +1,8 @@
 """Images with masks: what a pixel's value means, and what is refused."""
 
 import io
+import struct
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -40,6 +42,21 @@ def test_grey_and_palette_are_numbers() -> None:
     deep = Image.fromarray(values.astype(np.uint16))
     for image in (grey, with_palette, deep):
         np.testing.assert_array_equal(decode_mask(saved(image)), values)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+def test_grey_of_few_bits_is_what_the_file_holds(bits: int) -> None:
+    """Pillow makes 0 to 255 of it, as of a picture: class 1 of 16 would be 17."""
+    values = np.arange(2**bits, dtype=np.uint8).reshape(2, -1)
+    places = np.unpackbits(values[..., None], axis=-1)[..., -bits:].reshape(2, -1)
+    rows = b"".join(b"\0" + np.packbits(row).tobytes() for row in places)  # no filter
+    header = struct.pack(">IIBBBBB", values.shape[1], 2, bits, 0, 0, 0, 0)
+    chunks = [(b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b"")]
+    parts = (
+        struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+        for name, body in chunks
+    )
+    np.testing.assert_array_equal(decode_mask(b"\x89PNG\r\n\x1a\n" + b"".join(parts)), values)
 
 
 @pytest.mark.parametrize(
