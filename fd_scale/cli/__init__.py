@@ -48,6 +48,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         options.run(options)
     except UserError as error:
+        if isinstance(error, CommonError) and os.environ.get("WORLD_SIZE", "1") != "1":
+            # Every rank ends now. torchrun, once it has seen the first, would end the others before they say why.
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
         rank = os.environ.get("RANK", "0")
         if rank == "0" or not isinstance(error, CommonError):
             print(f"fd-scale: {'' if rank == '0' else f'rank {rank}: '}{error}", file=sys.stderr)
