@@ -172,8 +172,8 @@ def offload_device(ds_config: dict[str, Any], key: str) -> str:
 def grad_accum_dtype(ds_config: dict[str, Any], precision: str, accumulation: int) -> str | None:
     """Returns in what gradients of several micro-batches are summed: what a JSON says, or fp32 for those in bf16.
 
-    In bf16, as DeepSpeed sums where nothing is said, 8 micro-batches double the rounding of a gradient. Where it has
-    the optimizer on the host at ZeRO-1 and -2, sums in fp32 would stay on the device: what offloading is against.
+    In bf16, as DeepSpeed sums where nothing is said, the error grows with each micro-batch. Where it has the optimizer
+    on the host at ZeRO-1 and -2, sums in fp32 would stay on the device: what offloading is against.
 
     Args:
         ds_config: with the section `zero_optimization` that counts.

@@ -82,15 +82,11 @@ class CocoSource:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """See `Source`: that of the JSON, which has the images' names and sizes; and whether there are pixel maps."""
-        return content_hash(
-            [self.index.header["digest"], str(self.pixel_maps is not None), *self._kind_of_maps]
-        )
-
-    @property
-    def _kind_of_maps(self) -> list[str]:
-        """What there was not in earlier versions, whose runs go on."""
-        return ["with things"] if self.pixel_maps is not None and self.pixel_maps.first == 0 else []
+        """See `Source`: that of the JSON, which has the images' names and sizes; and which pixel maps there are."""
+        facts = [self.index.header["digest"], str(self.pixel_maps is not None)]
+        if self.pixel_maps is not None and self.pixel_maps.first == 0:
+            facts.append("with things")  # which earlier versions, whose runs go on, did not know
+        return content_hash(facts)
 
     def __len__(self) -> int:
         return len(self.index)

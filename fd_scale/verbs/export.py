@@ -34,7 +34,7 @@ from fd_scale.models import (
     weights_path,
     weights_sha256,
 )
-from fd_scale.shards import Shards, write_safetensors
+from fd_scale.shards import write_safetensors
 
 _WEIGHTS_FILE = {"official": "model.pth", "fd": "model.pth"}
 """Layouts whose projects read {"model": ...} of torch.save; the others read safetensors."""
@@ -69,35 +69,24 @@ def export(run_dir: str | Path, out: str | Path, layout: str = "ours") -> Path:
     step = read_manifest(checkpoint)["state"]["step"]
     backbone = _on_meta(recipe.model)
     described = replace(recipe.model, license=license_of(recipe))
-    if layout == "timm" and (classifier := _classifier(recipe, described, backbone, shards, names)):
-        config, weights = classifier
-        if (class_names := run_folder.classes(run)[0]) is not None:
-            config["label_names"] = class_names
-        texts = {
-            "config.json": json.dumps(config, indent=1),
-            "README.md": model_card(recipe, run, step, backbone, layout, with_head=True),
-        }
-        return _write(Path(out), "model.safetensors", lambda file: _write_whole(file, weights), texts)
-    texts = {"README.md": model_card(recipe, run, step, backbone, layout)}
     if layout == "ours":  # chunk by chunk: the host need not hold the model
-        texts = _texts(backbone, described, layout) | texts
+        texts = _texts(_described(backbone, described, layout), described, layout)
+        texts["README.md"] = model_card(recipe, run, step, backbone, layout)
         return _write(
             Path(out), "model.safetensors", lambda file: write_safetensors(file, shards, names), texts
         )
     weights = {name: shards.read(there) for name, there in names.items()}
-    return _write_model(Path(out), backbone, described, weights, layout, texts)
-
-
-def _classifier(
-    recipe: Recipe, described: ModelConfig, backbone: Backbone, shards: Shards, names: dict[str, str]
-) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
-    """What timm's own classifier is made from, where the run is one that timm's model has a place for."""
-    if recipe.classification is None:
-        return None
-    named = backbone.to_layout({name: shards.read(there) for name, there in names.items()}, "timm")
-    head = {part: shards.read(f"head.{part}") for part in ("weight", "bias")}
-    config = _described(backbone, described, "timm")
-    return timm_classifier(backbone, config, named, head, recipe.classification.norm)
+    named, config = backbone.to_layout(weights, layout), _described(backbone, described, layout)
+    classifier = None
+    if layout == "timm" and recipe.classification is not None:
+        head = {part: shards.read(f"head.{part}") for part in ("weight", "bias")}
+        classifier = timm_classifier(backbone, config, named, head, recipe.classification.norm)
+    if classifier is not None:
+        config, named = classifier
+        config |= {"label_names": run_folder.classes(run)[0]}
+    texts = _texts(config, described, layout)
+    texts["README.md"] = model_card(recipe, run, step, backbone, layout, with_head=classifier is not None)
+    return _write_named(Path(out), named, layout, texts)
 
 
 def convert(source: str, out: str | Path, model: ModelConfig, layout: str) -> Path:
@@ -114,7 +103,8 @@ def convert(source: str, out: str | Path, model: ModelConfig, layout: str) -> Pa
     """
     model = resolved_model(model)
     backbone = _on_meta(model)
-    return _write_model(Path(out), backbone, model, read_weights(backbone, source), layout, {})
+    named = backbone.to_layout(read_weights(backbone, source), layout)
+    return _write_named(Path(out), named, layout, _texts(_described(backbone, model, layout), model, layout))
 
 
 def interpolate(first: str, second: str, out: str | Path, alpha: float) -> Path:
@@ -134,23 +124,13 @@ def _on_meta(config: ModelConfig) -> Backbone:
         return build_model(replace(config, weights=None))
 
 
-def _write_model(
-    target: Path,
-    backbone: Backbone,
-    config: ModelConfig,
-    weights: dict[str, Tensor],
-    layout: str,
-    texts: dict[str, str],
-) -> Path:
-    named = backbone.to_layout(weights, layout)
+def _write_named(target: Path, named: dict[str, Tensor], layout: str, texts: dict[str, str]) -> Path:
     file = _WEIGHTS_FILE.get(layout, "model.safetensors")
-    return _write(
-        target, file, lambda path: _write_whole(path, named), _texts(backbone, config, layout) | texts
-    )
+    return _write(target, file, lambda path: _write_whole(path, named), texts)
 
 
-def _texts(backbone: Backbone, config: ModelConfig, layout: str) -> dict[str, str]:
-    texts = {"config.json": json.dumps(_described(backbone, config, layout), indent=1)}
+def _texts(described: dict[str, Any], config: ModelConfig, layout: str) -> dict[str, str]:
+    texts = {"config.json": json.dumps(described, indent=1)}
     if layout == "hf":
         texts["preprocessor_config.json"] = json.dumps(_image_processor(config), indent=1)
     return texts
