@@ -232,19 +232,9 @@ def plan(
     own_stage = str(ds_config.zero_stage(zero))
     if own_stage == "3" and ds_config.shard_size(train, num_gpus) < num_gpus:
         own_stage = HIERARCHICAL
+    given = {stage: _of_stage(stage, zero) for stage in STAGES}
     choices = tuple(
-        _choice(
-            recipe,
-            counts,
-            gpu,
-            num_gpus,
-            utilisation,
-            launch_us,
-            _of_stage(stage, zero),
-            stage,
-            policy,
-            size,
-        )
+        _choice(recipe, counts, gpu, num_gpus, utilisation, launch_us, given[stage], stage, policy, size)
         for stage in STAGES
         for policy in counts.activations
         for size in sizes
@@ -471,17 +461,8 @@ def traffic(
             teacher_bytes,
             gradient_size=gradient_size,
         )
-        exchanged = 2 * gradient_size * sum(parameters) * (num_gpus - replica) / num_gpus / replica
-        exchange_s = exchanged / (gpu.nvlink if num_gpus <= GPUS_PER_NODE else gpu.infiniband)
-        other_links = replica <= GPUS_PER_NODE < num_gpus
-        return replace(
-            within,
-            gathered=within.gathered + exchanged / 2,
-            reduced=within.reduced + exchanged / 2,
-            seconds=max(within.seconds, exchange_s) if other_links else within.seconds + exchange_s,
-            exchanges=math.ceil(sum(parameters) / float(zero.get("reduce_bucket_size", _BUCKET))),
-            exchange_seconds=exchange_s,
-        )
+        num_buckets = math.ceil(sum(parameters) / float(zero.get("reduce_bucket_size", _BUCKET)))
+        return _with_exchange(within, gradient_size * sum(parameters), num_buckets, gpu, num_gpus, replica)
     moved = _moved(parameters, stage, num_gpus, accumulation, zero)
     teacher = accumulation * teacher_bytes
     # Stages 0 to 2 gather gradients, the second half of an all-reduce, and after the step parameters.
@@ -504,6 +485,23 @@ def traffic(
         passes=moved.passes(1 if stage in ("0", "1") else accumulation) + teacher_passes,
         settling_passes=moved.settling_passes,
     )  # fmt: skip
+
+
+def _with_exchange(
+    within: Traffic, gradient_bytes: float, num_buckets: int, gpu: Gpu, num_gpus: int, replica: int
+) -> Traffic:
+    """Adds to a replica's traffic the all-reduce of its parts of the gradients with the other replicas, once a step."""
+    exchanged = 2 * gradient_bytes * (num_gpus - replica) / num_gpus / replica
+    exchange_s = exchanged / (gpu.nvlink if num_gpus <= GPUS_PER_NODE else gpu.infiniband)
+    other_links = replica <= GPUS_PER_NODE < num_gpus
+    return replace(
+        within,
+        gathered=within.gathered + exchanged / 2,
+        reduced=within.reduced + exchanged / 2,
+        seconds=max(within.seconds, exchange_s) if other_links else within.seconds + exchange_s,
+        exchanges=num_buckets,
+        exchange_seconds=exchange_s,
+    )
 
 
 def _model_flops(counts: Counts) -> float:
