@@ -109,7 +109,11 @@ def _device_obstacle(*devices: str) -> str | None:
         import triton  # noqa: F401  # here, so that the reference needs no triton
     except (ImportError, OSError, RuntimeError, AttributeError) as error:  # missing, or broken
         return f"triton cannot be imported ({error}); expected the triton that belongs to this torch"
-    if types == {"cuda"} and torch.version.hip is None:
+    if types == {"cuda"}:
+        if torch.version.hip is not None:
+            return (
+                "the device is an AMD GPU; expected one of NVIDIA, for which the tiles are chosen and tested"
+            )
         capability = torch.cuda.get_device_capability(devices[0])
         if capability < OLDEST_CAPABILITY:
             return f"the device has compute capability {capability}; expected {OLDEST_CAPABILITY} or newer"

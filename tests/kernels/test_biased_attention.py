@@ -51,6 +51,7 @@ def test_wrong_arguments_are_named() -> None:
         ((qkv, bias[0]), "bias_hNN has 2 dimensions"),
         ((qkv, bias[:, :3]), "bias_hNN has shape"),
         ((qkv[..., :-1], bias), "multiple of 3"),
+        ((qkv[..., :0], bias[:0]), "0 channels, and bias 0 heads; expected a positive"),
         ((qkv.int(), bias), "qkv_BNE has dtype"),
         ((qkv, bias.int()), "bias_hNN has dtype"),
     ):

@@ -87,6 +87,19 @@ def test_old_device_runs_the_reference(
     assert "compute capability (7, 5); expected (8, 0)" in caplog.messages[0]
 
 
+def test_the_oldest_device_runs_the_kernel(on_cuda: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    assert use_triton("loss", on_cuda, served=None)
+
+
+def test_amd_runs_the_reference(
+    on_cuda: Tensor, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    assert not use_triton("loss", on_cuda, served=None)
+    assert "AMD GPU; expected one of NVIDIA" in caplog.messages[0]
+
+
 def test_missing_triton_runs_the_reference(
     on_cuda: Tensor, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -135,6 +135,10 @@ def test_whitening_ignores_scale_and_offset_of_a_token() -> None:
         ({"target_BLD": torch.zeros(2, 5, 23)}, r"target_BLD has shape \(2, 5, 23\); expected \(2, 5, 24\)"),
         ({"target_BLD": torch.zeros(2, 5, 24, dtype=torch.int32)}, "target_BLD has dtype torch.int32"),
         ({"token_weight_BL": torch.ones(5)}, r"token_weight_BL has shape \(5,\); expected \(2, 5\)"),
+        (
+            {"token_weight_BL": torch.ones(2, 5) * 1j},
+            "token_weight_BL has dtype torch.complex64; expected a real",
+        ),
         ({"beta": 0.0}, "beta is 0.0; expected a positive"),
         ({"eps": 0.0}, "eps is 0.0; expected a positive"),
     ],

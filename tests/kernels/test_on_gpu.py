@@ -66,11 +66,41 @@ def test_window_attention_has_the_same_bits_over_20_runs(name: str) -> None:
         assert all(torch.equal(first[key], again[key]) for key in first)
 
 
+@pytest.mark.parametrize("side", [8, 12, 24])
+def test_images_beyond_32_bits_are_found(side: int) -> None:
+    """The same image again and again: the last ones lie behind the first 2^31 numbers, and give what the first does."""
+    case = Case(grid=(2 * side, 2 * side), window=(side, side), shift=(side // 2,) * 2)
+    values = on_gpu(case, torch.bfloat16)
+    alone = results(case, values, kernel)
+    images = 2**31 // values["qkv"].numel() + 2
+    found = results(
+        case, values | {key: values[key].repeat(images, 1, 1, 1) for key in ("qkv", "upstream")}, kernel
+    )
+    for key in ("out", "d_qkv"):
+        assert torch.equal(found[key], alone[key].expand_as(found[key])), key
+
+
 @pytest.mark.parametrize(("tokens", "head_dim"), [(197, 64), (577, 64), (257, 128)])
 def test_biased_attention(tokens: int, head_dim: int) -> None:
     assert_vit_no_further_from_fp64_than_plain_torch(
         tokens, 2, head_dim, torch.bfloat16, torch.device("cuda")
     )
+
+
+def test_tokens_beyond_32_bits_are_found() -> None:
+    """As with images: the gradient of the last token is that of the first."""
+    generator = torch.Generator().manual_seed(0)
+    pred, target = (3 * torch.randn(1, 1, 8192, generator=generator).bfloat16().cuda() for _ in range(2))
+    tokens = 2**31 // 8192 + 2
+
+    def gradient(count: int) -> Tensor:
+        leaf = pred.repeat(1, count, 1).requires_grad_()
+        with implementation("triton"):
+            loss = whitened_smooth_l1(leaf, target.expand(1, count, 8192))
+        return torch.autograd.grad(loss, leaf)[0]
+
+    found = gradient(tokens)
+    assert torch.equal(found, gradient(1).expand_as(found))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -38,7 +38,8 @@ def floors(shape: Shape, rates: Rates) -> dict[str, Floor] | None:
     """The floor of each pass; None for a whole block, and for attention where `rates.exp` is not known.
 
     Every input is read once and every output written once (the forward pass also writes one fp32 number a row);
-    products and exponentials overlap with that. The backward pass is five products and one exponential a pair.
+    products and exponentials overlap with that. The backward pass is five products and one exponential a pair; the
+    output is none of its inputs, since it could be computed again.
     """
     tokens, C, N = shape.images * shape.tokens, shape.channels, shape.group
     if shape.op == "whitened_smooth_l1":

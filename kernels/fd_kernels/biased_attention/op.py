@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fd_kernels.biased_attention.reference import biased_attention_reference
-from fd_kernels.checks import check_floating, check_shape
+from fd_kernels.checks import check_floating, check_heads, check_shape
 from fd_kernels.dispatch import use_triton
 from fd_kernels.window_attention.op import attention, not_served
 
@@ -42,8 +42,7 @@ def biased_attention(qkv_BNE: Tensor, bias_hNN: Tensor) -> Tensor:
     check_floating("qkv_BNE", qkv_BNE)
     check_floating("bias_hNN", bias_hNN)
     check_shape("bias_hNN", bias_hNN, (heads, N, N), f"the {N} tokens of qkv_BNE")
-    if E % (3 * heads):
-        raise ValueError(f"qkv_BNE has {E} channels; expected a multiple of 3 * heads = {3 * heads}")
+    check_heads("qkv_BNE", E, heads)
     qkv_B1NE = qkv_BNE.unsqueeze(1)
     scale_h = torch.full((heads,), (E // (3 * heads)) ** -0.5, dtype=torch.float32, device=qkv_BNE.device)
     served = not_served(qkv_B1NE, bias_hNN, scale_h)

@@ -52,6 +52,8 @@ def whitened_smooth_l1(
     check_floating("target_BLD", target_BLD)
     if token_weight_BL is not None:
         check_shape("token_weight_BL", token_weight_BL, pred_BLD.shape[:2], "images and tokens of pred_BLD")
+        if token_weight_BL.is_complex():
+            raise ValueError(f"token_weight_BL has dtype {token_weight_BL.dtype}; expected a real one")
     if beta <= 0:
         raise ValueError(
             f"beta is {beta}; expected a positive number of standard deviations (2.0 as published)"

@@ -48,6 +48,11 @@ def whitened_smooth_l1_kernel(
     # Two passes over registers: E[x^2] - E[x]^2 cancels where a token's mean is far from 0.
     mean_R = tl.sum(target_RC, axis=1) / D
     centred_RC = tl.where(inside_RC, target_RC - mean_R[:, None], 0.0)
+    if target_ptr.dtype.element_ty == tl.float32:
+        # The mean's own rounding: of a row that is nearly constant whitening would make a signal of it. Sums of 16 bits
+        # are exact where rows are that constant.
+        rest_R = tl.sum(centred_RC, axis=1) / D
+        centred_RC = tl.where(inside_RC, centred_RC - rest_R[:, None], 0.0)
     variance_R = tl.sum(centred_RC * centred_RC, axis=1) / D
     whitened_RC = centred_RC * tl.rsqrt(variance_R + eps)[:, None]
     difference_RC = pred_RC - whitened_RC

@@ -47,7 +47,9 @@ class Plan:
     @property
     def one_tile(self) -> bool:
         """Whether the backward pass is one kernel, a window one tile."""
-        return not self.padded and not self.table and self._find("window") is not None
+        # Its products take logits' gradients times both inverse lengths, for which fp16 has too small a range.
+        in_range = self.dtype == torch.bfloat16
+        return in_range and not self.padded and not self.table and self._find("window") is not None
 
     @property
     def padded_tokens(self) -> int:
@@ -106,7 +108,9 @@ class Plan:
             constants |= {"BM": tile.queries, "BN": tile.keys, "PADDED": self.padded}
         if kernel in ("forward", "queries", "keys"):
             last = max(16, 1 << (last - 1).bit_length())
-            constants |= {"KEEPS_BIAS": tile.keeps_bias, "LAST": last, "IMAGES": tile.images}
+            constants |= {"KEEPS_BIAS": tile.keeps_bias, "LAST": last}
+        if kernel in ("forward", "queries"):
+            constants["IMAGES"] = tile.images
         return constants
 
     def grid_of_queries(self, kernel: str, num_images: int, device: torch.device) -> tuple[int]:
@@ -157,7 +161,7 @@ def token_table(
     row_H1, column_W = torch.arange(rows)[:, None], torch.arange(columns)
     source = (row_H1 + shift[0]) % grid[0] * grid[1] + (column_W + shift[1]) % grid[1]
     inside = (row_H1 < grid[0]) & (column_W < grid[1])
-    # Only the last window of a row or column can hold two regions: they part where the shift wrapped.
+    # As the reference's mask: only the last window of a row or column can hold two regions.
     region = 2 * (row_H1 >= rows - shift[0]).int() + (column_W >= columns - shift[1]).int()
     packed = torch.where(inside, source, PAD_OFFSET) + (region << 26)
     windows = packed.view(rows // window[0], window[0], columns // window[1], window[1])
@@ -275,7 +279,7 @@ def backward(
     if tile.keeps_bias:
         splits, window_splits = call.splits(key_tiles * call.heads, B, device)
     else:
-        splits, window_splits = call.windows_an_image * -(-B // tile.images), call.windows_an_image
+        splits, window_splits = call.windows_an_image * B, call.windows_an_image
     grad_bias = parts(splits, *call.bias_parts) if tile.keeps_bias else parts(0)
     grad_pad = parts(splits * key_tiles if call.padded else 0, 2, C)
     rows = (scale_h, rows_GhPT, grad_BHWC, delta)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from fd_kernels.checks import check_floating, check_shape
+from fd_kernels.checks import check_floating, check_heads, check_shape
 from fd_kernels.dispatch import use_triton
 from fd_kernels.window_attention import launch
 from fd_kernels.window_attention.reference import window_attention_reference
@@ -39,7 +39,7 @@ def window_attention(
             row; or of each relative position, (heads, (2 * rows - 1) * (2 * columns - 1)), row difference (query
             minus key) by column difference, from the most negative. Large windows want the second: for a window of
             40 x 40 it is 400 times smaller.
-        scale_h: factor of the cosine similarity per head, (heads,), the exponential of the clamped logit
+        scale_h: factor of the cosine similarity per head, (heads,), above 0: the exponential of the clamped logit
             scale; fp32.
         window_size: rows and columns of a window, any size.
         shift_size: rows and columns of the cyclic shift, each 0 or more and less than the window's.
@@ -68,19 +68,19 @@ def window_attention(
     _, H, W, E = qkv_BHWE.shape
     heads = len(bias)
     check_floating("qkv_BHWE", qkv_BHWE)
-    if min(window_size) < 1:
+    if len(window_size) != 2 or min(window_size) < 1:
         raise ValueError(f"window_size is {window_size}; expected two positive integers")
-    if not all(0 <= shift < window for shift, window in zip(shift_size, window_size, strict=True)):
+    if len(shift_size) != 2 or not all(
+        0 <= shift < window for shift, window in zip(shift_size, window_size, strict=True)
+    ):
         raise ValueError(
-            f"shift_size is {shift_size}; expected 0 <= shift < window, window_size is {window_size}"
+            f"shift_size is {shift_size}; expected two integers, 0 <= shift < window, window_size is {window_size}"
         )
     rows, columns = window_size
     positions = (rows * columns,) * 2 if bias.dim() == 3 else ((2 * rows - 1) * (2 * columns - 1),)
     check_shape("bias", bias, (heads, *positions), f"a window of {window_size} tokens")
     check_shape("scale_h", scale_h, (heads,), "one factor for each head of bias")
-    if E % (3 * heads):
-        raise ValueError(f"qkv_BHWE has {E} channels; expected a multiple of 3 * heads = {3 * heads}")
-
+    check_heads("qkv_BHWE", E, heads)
     if H % window_size[0] or W % window_size[1]:
         if pad_qkv_E is None:
             raise ValueError(
@@ -118,8 +118,8 @@ def not_served(*tensors: Tensor) -> str | None:
     if not all(tensor.is_contiguous() for tensor in tensors):
         strides = ", ".join(str(tensor.stride()) for tensor in tensors)
         return f"the tensors have strides {strides}; expected contiguous ones"
-    if not len(qkv_BHWE):
-        return "there are no images; expected at least one"
+    if not qkv_BHWE.numel():
+        return f"qkv has shape {tuple(qkv_BHWE.shape)}; expected at least one image and token"
     if max(qkv_BHWE[0].numel(), bias.numel()) >= 2**31 or qkv_BHWE[0, ..., 0].numel() >= launch.PAD_OFFSET:
         shapes = f"{tuple(qkv_BHWE.shape[1:])} and {tuple(bias.shape)}"
         return f"an image and the bias have shapes {shapes}; expected fewer than 2**31 numbers, 2**26 tokens"

@@ -22,6 +22,9 @@ def shift_mask(
 ) -> Tensor:
     """Logits to add so that tokens brought together by the cyclic shift hardly see each other.
 
+    As in timm the grid is rolled, then padded, and regions part at the padded grid's end less the shift: where anything
+    is padded, that is in the padding, and tokens from both ends of the grid do see each other.
+
     Args:
         height: rows of the rolled and padded token grid, a multiple of the window's.
         width: columns of that grid, a multiple of the window's.
@@ -34,7 +37,7 @@ def shift_mask(
 
     Source: Liu et al. 2021 (arXiv:2103.14030), section 3.2, "Efficient batch computation".
     """
-    # Only the last window of a row or column can hold two regions: they part where the shift wrapped.
+    # Only the last window of a row or column can hold two regions.
     wrapped_H = torch.arange(height, device=device) >= height - shift_size[0]
     wrapped_W = torch.arange(width, device=device) >= width - shift_size[1]
     region_HW = 2 * wrapped_H[:, None].int() + wrapped_W.int()

@@ -10,6 +10,7 @@ import triton.language as tl
 
 from fd_kernels.window_attention.triton_parts import (
     SIZES,
+    add_directions,
     bias_and_mask,
     load_keys,
     load_rows,
@@ -41,9 +42,7 @@ def _query_step(
         logits = logits * logit_factor(q_norms[i], k_norm, scale, COSINE) + bias
         p = tl.exp2(logits - lses[i][:, None])
         grad_logits = p * (tl.dot(grads[i], tl.trans(v), input_precision=PRECISION) - deltas[i][:, None])
-        if COSINE:
-            grad_logits *= k_norm[None, :]
-        new_grad_queries += (tl.dot(grad_logits.to(k.dtype), k, grad_queries[i], input_precision=PRECISION),)
+        new_grad_queries += (add_directions(grad_queries[i], grad_logits, k, k_norm, COSINE, PRECISION),)
     return new_grad_queries
 
 
@@ -178,69 +177,52 @@ def backward_queries_kernel(
 
 @triton.jit
 def _key_step(
-    keys, k_norms, values, grad_keys, grad_values, bias, group, tokens_an_image, num_images, row_of_image, first_row,
-    QKV, ROWS, GRAD_OUT, DELTA, m, offset_m, is_token_m, scale, column, C,
-    T: tl.constexpr, IMAGES: tl.constexpr, COSINE: tl.constexpr, PRECISION: tl.constexpr,
+    k, k_norm, v, grad_k, grad_v, bias, image, tokens_an_image, row, QKV, ROWS, GRAD_OUT, DELTA, m, offset_m,
+    is_token_m, scale, column, C, T: tl.constexpr, COSINE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """What queries m of a group of images add to the gradients of keys; and the gradient of the last one's logits.
+    """What queries m of an image add to the gradients of keys, and the gradient of the logits.
 
     Tiles stand on their side, keys by queries: then every product takes what is in registers as its left side.
     """
-    new_grad_keys, new_grad_values = (), ()
-    for i in tl.static_range(IMAGES):
-        image = wide(tl.minimum(group * IMAGES + i, num_images - 1))
-        base, row = image * tokens_an_image, image * row_of_image + first_row
-        q = load_rows(QKV + base * (3 * C), offset_m, is_token_m, column, 3 * C)
-        grad = load_rows(GRAD_OUT + base * C, offset_m, is_token_m, column, C)
-        q_norm = saved_norm(ROWS + planes(COSINE) * row + T, m, COSINE)
-        logits = tl.dot(keys[i], tl.trans(q), input_precision=PRECISION)
-        logits = logits * logit_factor(k_norms[i], q_norm, scale, COSINE) + bias
-        p = tl.exp2(logits - tl.load(ROWS + planes(COSINE) * row + m)[None, :])
-        new_grad_values += (tl.dot(p.to(grad.dtype), grad, grad_values[i], input_precision=PRECISION),)
-        grad_p = tl.dot(values[i], tl.trans(grad), input_precision=PRECISION)
-        grad_logits = p * (grad_p - tl.load(DELTA + row + m)[None, :])
-        grad_dot = grad_logits
-        if COSINE:
-            grad_dot *= q_norm[None, :]
-        new_grad_keys += (tl.dot(grad_dot.to(q.dtype), q, grad_keys[i], input_precision=PRECISION),)
-    return new_grad_keys, new_grad_values, grad_logits
+    base = image * tokens_an_image
+    q = load_rows(QKV + base * (3 * C), offset_m, is_token_m, column, 3 * C)
+    grad = load_rows(GRAD_OUT + base * C, offset_m, is_token_m, column, C)
+    q_norm = saved_norm(ROWS + planes(COSINE) * row + T, m, COSINE)
+    logits = tl.dot(k, tl.trans(q), input_precision=PRECISION)
+    logits = logits * logit_factor(k_norm, q_norm, scale, COSINE) + bias
+    p = tl.exp2(logits - tl.load(ROWS + planes(COSINE) * row + m)[None, :])
+    grad_v = tl.dot(p.to(grad.dtype), grad, grad_v, input_precision=PRECISION)
+    grad_p = tl.dot(v, tl.trans(grad), input_precision=PRECISION)
+    grad_logits = p * (grad_p - tl.load(DELTA + row + m)[None, :])
+    return add_directions(grad_k, grad_logits, q, q_norm, COSINE, PRECISION), grad_v, grad_logits
 
 
 @triton.jit
-def _keys_group(
-    group, grad_biases, grad_pad_k, grad_pad_v, biases, places, QKV, PAD, BIAS, ROWS, GRAD_OUT, DELTA,
-    GRAD_QKV, TOKENS, tokens_an_image, num_images, row_of_image, window, head, scale, n, token_n,
-    offset_n, is_token_n, column, C,
+def _keys_of_image(
+    image, grad_biases, grad_pad_k, grad_pad_v, biases, places, QKV, PAD, BIAS, ROWS, GRAD_OUT, DELTA,
+    GRAD_QKV, TOKENS, tokens_an_image, row_of_image, window, head, scale, n, token_n, offset_n, is_token_n, column, C,
     N: tl.constexpr, T: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, LAST: tl.constexpr,
-    IMAGES: tl.constexpr, KEEPS_BIAS: tl.constexpr, COLUMNS: tl.constexpr, COSINE: tl.constexpr,
-    SHIFTED: tl.constexpr, PADDED: tl.constexpr, PRECISION: tl.constexpr,
+    KEEPS_BIAS: tl.constexpr, COLUMNS: tl.constexpr, COSINE: tl.constexpr, SHIFTED: tl.constexpr,
+    PADDED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of keys n and their values, of a group of images; and the sums so far over groups."""
+    """Gradients of keys n and their values, of an image; and the sums so far over images."""
     TILES: tl.constexpr = (N + BM - 1) // BM
-    num_heads = C // D
-    windows_row = (wide(window) * num_heads + head) * T
-    keys, k_norms, values, grad_keys, grad_values = (), (), (), (), ()
-    for i in tl.static_range(IMAGES):
-        image = wide(tl.minimum(group * IMAGES + i, num_images - 1))  # behind the last, that one again
-        qkv = QKV + image * tokens_an_image * (3 * C)  # offsets within an image fit 32 bits
-        k = load_keys(qkv + C, PAD + C, offset_n, is_token_n, token_n, column, 3 * C, PADDED)
-        v = load_keys(qkv + 2 * C, PAD + 2 * C, offset_n, is_token_n, token_n, column, 3 * C, PADDED)
-        row = image * row_of_image + windows_row
-        k_norm = saved_norm(ROWS + planes(COSINE) * row + 2 * T, n, COSINE)
-        keys += (k,)
-        k_norms += (k_norm,)
-        values += (v,)
-        grad_keys += (tl.zeros([BN, D], tl.float32),)
-        grad_values += (tl.zeros([BN, D], tl.float32),)
+    image = wide(image)
+    qkv = QKV + image * tokens_an_image * (3 * C)  # offsets within an image fit 32 bits
+    k = load_keys(qkv + C, PAD + C, offset_n, is_token_n, token_n, column, 3 * C, PADDED)
+    v = load_keys(qkv + 2 * C, PAD + 2 * C, offset_n, is_token_n, token_n, column, 3 * C, PADDED)
+    row = image * row_of_image + (wide(window) * (C // D) + head) * T
+    k_norm = saved_norm(ROWS + planes(COSINE) * row + 2 * T, n, COSINE)
+    grad_k = tl.zeros([BN, D], tl.float32)
+    grad_v = tl.zeros([BN, D], tl.float32)
     if KEEPS_BIAS:
         new_biases = ()
         for tile in tl.static_range(TILES):
             m = tile * BM + tl.arange(0, BM if tile < TILES - 1 else LAST)
             offset_m, is_token_m = places[tile]
-            grad_keys, grad_values, grad_logits = _key_step(
-                keys, k_norms, values, grad_keys, grad_values, biases[tile], group, tokens_an_image,
-                num_images, row_of_image, windows_row, QKV, ROWS, GRAD_OUT, DELTA,
-                m, offset_m, is_token_m, scale, column, C, T, IMAGES, COSINE, PRECISION,
+            grad_k, grad_v, grad_logits = _key_step(
+                k, k_norm, v, grad_k, grad_v, biases[tile], image, tokens_an_image, row, QKV, ROWS, GRAD_OUT, DELTA,
+                m, offset_m, is_token_m, scale, column, C, T, COSINE, PRECISION,
             )  # fmt: skip
             new_biases += (grad_biases[tile] + grad_logits,)
         grad_biases = new_biases
@@ -252,24 +234,20 @@ def _keys_group(
                 BIAS, head, m[None, :], n[:, None], token_m[None, :], token_n[:, None],
                 N, N % BM == 0, N % BN == 0, COLUMNS, SHIFTED, True,
             )  # fmt: skip
-            grad_keys, grad_values, _ = _key_step(
-                keys, k_norms, values, grad_keys, grad_values, bias, group, tokens_an_image,
-                num_images, row_of_image, windows_row, QKV, ROWS, GRAD_OUT, DELTA,
-                m, offset_m, is_token_m, scale, column, C, T, IMAGES, COSINE, PRECISION,
+            grad_k, grad_v, _ = _key_step(
+                k, k_norm, v, grad_k, grad_v, bias, image, tokens_an_image, row, QKV, ROWS, GRAD_OUT, DELTA,
+                m, offset_m, is_token_m, scale, column, C, T, COSINE, PRECISION,
             )  # fmt: skip
-    for i in tl.static_range(IMAGES):
-        image = tl.minimum(group * IMAGES + i, num_images - 1)
-        grad_k = grad_keys[i] * (k_norms[i] * scale)[:, None]
-        along = tl.sum(grad_k * keys[i].to(tl.float32), 1)
-        grad_k = without_length(grad_k, keys[i], along, k_norms[i], COSINE)
-        grad_qkv = GRAD_QKV + wide(image) * tokens_an_image * (3 * C)
-        store_rows(grad_qkv + C, grad_k, offset_n, is_token_n, column, 3 * C)
-        store_rows(grad_qkv + 2 * C, grad_values[i], offset_n, is_token_n, column, 3 * C)
-        if PADDED:
-            # An image that is done again counts once.
-            counts = (group * IMAGES + i < num_images) & (token_n >= 0) & (is_token_n == 0)
-            grad_pad_k += tl.sum(tl.where(counts[:, None], grad_k, 0.0), 0)
-            grad_pad_v += tl.sum(tl.where(counts[:, None], grad_values[i], 0.0), 0)
+    grad_k = grad_k * (k_norm * scale)[:, None]
+    along = tl.sum(grad_k * k.to(tl.float32), 1)
+    grad_k = without_length(grad_k, k, along, k_norm, COSINE)
+    grad_qkv = GRAD_QKV + image * tokens_an_image * (3 * C)
+    store_rows(grad_qkv + C, grad_k, offset_n, is_token_n, column, 3 * C)
+    store_rows(grad_qkv + 2 * C, grad_v, offset_n, is_token_n, column, 3 * C)
+    if PADDED:
+        padding = (token_n >= 0) & (is_token_n == 0)
+        grad_pad_k += tl.sum(tl.where(padding[:, None], grad_k, 0.0), 0)
+        grad_pad_v += tl.sum(tl.where(padding[:, None], grad_v, 0.0), 0)
     return grad_biases, grad_pad_k, grad_pad_v
 
 
@@ -293,7 +271,6 @@ def backward_keys_kernel(
     BM: tl.constexpr,
     BN: tl.constexpr,
     LAST: tl.constexpr,
-    IMAGES: tl.constexpr,
     COLUMNS: tl.constexpr,
     COSINE: tl.constexpr,
     SHIFTED: tl.constexpr,
@@ -304,7 +281,7 @@ def backward_keys_kernel(
     """One program: BN keys of a head, over a split of windows and images.
 
     KEEPS_BIAS: their bias and its gradient stay in registers, and the queries' tiles are unrolled for it. Else a split
-    is one window of a group of images, and the gradient is left to `backward_bias_kernel`.
+    is one window of an image, and the gradient is left to `backward_bias_kernel`.
     """
     num_heads = C // D
     KEY_TILES: tl.constexpr = (N + BN - 1) // BN
@@ -335,23 +312,22 @@ def backward_keys_kernel(
                         N, tile < TILES - 1 or tile * BM + LAST == N, N % BN == 0, COLUMNS, SHIFTED, True,
                     ),
                 )  # fmt: skip
-            groups = (num_images + IMAGES - 1) // IMAGES
-            for group in range(split // window_splits, groups, splits // window_splits):
-                grad_biases, grad_pad_k, grad_pad_v = _keys_group(
-                    group, grad_biases, grad_pad_k, grad_pad_v, biases, places, QKV, PAD, BIAS, ROWS, GRAD_OUT, DELTA,
-                    GRAD_QKV, TOKENS, tokens_an_image, num_images, row_of_image, window, head, scale, n, token_n,
-                    offset_n, is_token_n, column, C, N, T, D, BM, BN, LAST, IMAGES, KEEPS_BIAS, COLUMNS, COSINE,
-                    SHIFTED, PADDED, PRECISION,
+            for image in range(split // window_splits, num_images, splits // window_splits):
+                grad_biases, grad_pad_k, grad_pad_v = _keys_of_image(
+                    image, grad_biases, grad_pad_k, grad_pad_v, biases, places, QKV, PAD, BIAS, ROWS, GRAD_OUT, DELTA,
+                    GRAD_QKV, TOKENS, tokens_an_image, row_of_image, window, head, scale, n, token_n, offset_n,
+                    is_token_n, column, C, N, T, D, BM, BN, LAST, KEEPS_BIAS, COLUMNS, COSINE, SHIFTED, PADDED,
+                    PRECISION,
                 )  # fmt: skip
     else:
         window = split % windows_an_image
         token_n, offset_n, is_token_n = token_places(TOKENS, window, n, T)
         biases, places = (), ()
-        grad_biases, grad_pad_k, grad_pad_v = _keys_group(
+        grad_biases, grad_pad_k, grad_pad_v = _keys_of_image(
             split // windows_an_image, grad_biases, grad_pad_k, grad_pad_v, biases, places, QKV, PAD, BIAS, ROWS,
-            GRAD_OUT, DELTA, GRAD_QKV, TOKENS, tokens_an_image, num_images, row_of_image, window, head, scale, n,
-            token_n, offset_n, is_token_n, column, C, N, T, D, BM, BN, LAST, IMAGES, KEEPS_BIAS, COLUMNS, COSINE,
-            SHIFTED, PADDED, PRECISION,
+            GRAD_OUT, DELTA, GRAD_QKV, TOKENS, tokens_an_image, row_of_image, window, head, scale, n, token_n,
+            offset_n, is_token_n, column, C, N, T, D, BM, BN, LAST, KEEPS_BIAS, COLUMNS, COSINE, SHIFTED, PADDED,
+            PRECISION,
         )  # fmt: skip
     if KEEPS_BIAS:
         for tile in tl.static_range(TILES):

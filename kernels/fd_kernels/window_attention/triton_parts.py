@@ -113,6 +113,18 @@ def logit_factor(row_norm, column_norm, scale, COSINE: tl.constexpr):
 
 
 @triton.jit
+def add_directions(total, weights, x, inverse_norm, COSINE: tl.constexpr, PRECISION: tl.constexpr):
+    """Adds rows of x, brought to length 1, times weights."""
+    if COSINE:
+        if x.dtype == tl.float16:
+            # Where rows are short or long, weights times 1 / |x| would leave fp16's range.
+            x = (x.to(tl.float32) * inverse_norm[:, None]).to(tl.float16)
+        else:
+            weights *= inverse_norm[None, :]
+    return tl.dot(weights.to(x.dtype), x, total, input_precision=PRECISION)
+
+
+@triton.jit
 def without_length(grad, x, along, inverse_norm, COSINE: tl.constexpr):
     """The gradient of a row: a cosine does not change with the row's length, so no part of it lies along the row."""
     if COSINE:

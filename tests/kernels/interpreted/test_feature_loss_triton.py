@@ -104,6 +104,18 @@ def test_mean_far_from_zero() -> None:
     check(*features(1, 4, 256, mean=1e4))
 
 
+@pytest.mark.parametrize("target_dtype", DTYPES)
+@pytest.mark.parametrize(("value", "noise"), [(7.3, 0.0), (12345.678, 0.0), (12345.678, 1e-3), (-0.1, 1e-8)])
+@pytest.mark.parametrize("channels", [1000, 1024])
+def test_rows_that_are_nearly_constant(
+    channels: int, value: float, noise: float, target_dtype: torch.dtype
+) -> None:
+    """Whitening divides by a deviation of next to nothing: what is left of the mean would be a signal."""
+    pred_BLD, target_BLD = features(1, 4, channels)
+    target_BLD = value + noise * (target_BLD - 7) / 3
+    check(pred_BLD, target_BLD.to(target_dtype))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_strided_views_are_read_in_place(dtype: torch.dtype) -> None:
     pred_BLD, target_BLD = features(3, 6, 200, dtype=dtype)

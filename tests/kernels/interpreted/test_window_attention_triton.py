@@ -50,6 +50,31 @@ def test_tiles_of_other_gpus(name: str, monkeypatch: pytest.MonkeyPatch) -> None
     assert_no_further_from_fp64_than_plain_torch(CASES[name], CASES[name].inputs(torch.bfloat16))
 
 
+@pytest.mark.parametrize(("length", "gradient"), [(100.0, 0.1), (10.0, 1e-3), (0.1, 500.0), (0.01, 50.0)])
+@pytest.mark.parametrize("name", ["w8", "w12"])
+def test_fp16_bears_long_and_short_rows(name: str, length: float, gradient: float) -> None:
+    """A cosine's gradient is that of its logits over the row's length, and fp16 holds 6e-8 to 6e4 alone."""
+    values = CASES[name].inputs(torch.float16)
+    queries_and_keys = 2 * values["qkv"].shape[-1] // 3
+    values["qkv"][..., :queries_and_keys] *= length
+    values["upstream"] *= gradient
+    assert_no_further_from_fp64_than_plain_torch(CASES[name], values)
+
+
+@pytest.mark.parametrize("name", ["w8", "w12"])
+def test_rows_of_next_to_no_length_are_directions(name: str) -> None:
+    values = CASES[name].inputs(torch.float32)
+    values["qkv"][..., : 2 * values["qkv"].shape[-1] // 3] *= 1e-6
+    assert_no_further_from_fp64_than_plain_torch(CASES[name], values)
+
+
+def test_images_of_one_window_are_spread_over_programs() -> None:
+    """One tile, one window: a split is a part of the images, and each is counted once."""
+    case = Case(grid=(8, 8), window=(8, 8), images=3)
+    assert launch.Plan((8, 8), (0, 0), (8, 8), 1, 32, torch.bfloat16, False, True).splits(1, 3, CPU) == (3, 1)
+    assert_no_further_from_fp64_than_plain_torch(case, case.inputs(torch.bfloat16))
+
+
 @pytest.mark.parametrize("name", ["w8", "w9", "w8x4_table"])
 def test_the_largest_scale(name: str) -> None:
     """At a scale of 100 plain torch's rounded cosines are far off; logits in fp32, alike in all kernels, are not.
@@ -78,7 +103,7 @@ def test_images_that_share_a_tile(images: int, keeps_bias: bool, monkeypatch: py
     """Two images of a program at a time, and an odd number of them: the last is done again, and counts once."""
     case = Case(grid=(5, 4), window=(4, 4), shift=(2, 2), images=images)
     tile = tiles.Tiles(64, 16, images=2, keeps_bias=keeps_bias)
-    keys = tiles.Tiles(16, 64, images=1 if keeps_bias else 2, keeps_bias=keeps_bias)
+    keys = tiles.Tiles(16, 64, keeps_bias=keeps_bias)
     chosen = {"forward": tile, "queries": tile, "keys": keys, "bias": tile}
     monkeypatch.setattr(launch, "find_tile", lambda kernel, *_, **__: chosen.get(kernel))
     assert_no_further_from_fp64_than_plain_torch(case, case.inputs(torch.float32))
