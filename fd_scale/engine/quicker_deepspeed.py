@@ -7,7 +7,7 @@ Python a sixth of its time and more. The engine alone imports this.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -15,7 +15,7 @@ import deepspeed
 import deepspeed.utils.nvtx
 import torch
 import torch.nn.functional as F
-from deepspeed.runtime.zero import partitioned_param_coordinator
+from deepspeed.runtime.zero import parameter_offload, partition_parameters, partitioned_param_coordinator
 from deepspeed.runtime.zero.linear import LinearFunctionForZeroStage3, zero3_linear_wrap
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
@@ -23,6 +23,9 @@ from torch import Tensor, nn
 
 _TORCH_LINEAR = F.linear
 _PARAMETERS: WeakKeyDictionary[nn.Module, dict[bool, list[tuple[str, nn.Parameter]]]] = WeakKeyDictionary()
+_PRINT = partition_parameters.print_rank_0
+_TO_TENSORS = parameter_offload.apply_to_tensors_only
+_HOOKS: WeakKeyDictionary[type[torch.autograd.Function], type[torch.autograd.Function]] = WeakKeyDictionary()
 
 
 def quicken_zero3() -> None:
@@ -30,6 +33,9 @@ def quicken_zero3() -> None:
     partitioned_param_coordinator.get_all_parameters = _parameters_of
     # Two calls of the accelerator for each of four thousand of its own.
     deepspeed.utils.nvtx.enable_nvtx = False
+    for module in (parameter_offload, partition_parameters, partitioned_param_coordinator):
+        module.print_rank_0 = _printed
+    parameter_offload.apply_to_tensors_only = _hooked
     if F.linear is zero3_linear_wrap:
         F.linear = _linear
 
@@ -91,6 +97,44 @@ def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
     else:
         out = _TORCH_LINEAR(input, weight, bias)
     return out
+
+
+def _printed(message: str, debug: bool = False, force: bool = False) -> None:
+    """DeepSpeed's own asks for the rank before it looks whether anything is to be printed: 4,000 times a step."""
+    if debug or force:
+        _PRINT(message, debug, force)
+
+
+def _hooked(
+    function: Callable[[Tensor], Tensor], value: Any, warning_msg_fn: Callable[[Any], str] | None = None
+) -> Any:
+    """Puts a module's hook of the backward pass on tensors; where there will be none, nothing.
+
+    Args:
+        function: `apply` of an autograd function of the module's own.
+        value: what goes into the module, or comes out of it.
+        warning_msg_fn: as DeepSpeed's.
+    """
+    if not torch.is_grad_enabled():
+        return value
+    of_module: type[torch.autograd.Function] = function.__self__  # type: ignore[attr-defined]
+    if of_module not in _HOOKS:
+        _HOOKS[of_module] = _in_one(of_module)
+    return _TO_TENSORS(_HOOKS[of_module].apply, value, warning_msg_fn)
+
+
+def _in_one(function: type[torch.autograd.Function]) -> type[torch.autograd.Function]:
+    """A hook whose forward takes the context: torch looks at the signature of any other in every call."""
+
+    class InOne(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            function.setup_context(ctx, (x,), None)
+            return x.detach()
+
+        backward = function.backward
+
+    return InOne
 
 
 def _parameters_of(module: Any, recurse: bool = False) -> Iterator[tuple[str, nn.Parameter]]:

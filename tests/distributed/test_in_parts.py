@@ -189,6 +189,37 @@ class Operations(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
+def test_hooks_are_put_on_what_has_a_gradient() -> None:
+    """As DeepSpeed's own: its function knows the module's, sees the gradient, and changes no value."""
+    seen: list[Any] = []
+
+    class OfModule(torch.autograd.Function):
+        @staticmethod
+        def forward(x: torch.Tensor) -> torch.Tensor:
+            raise AssertionError("what looks at signatures is not called")
+
+        @staticmethod
+        def setup_context(ctx: Any, inputs: tuple[torch.Tensor], output: Any) -> None:
+            seen.append(inputs[0])
+
+        @staticmethod
+        def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
+            seen.append(grad)
+            return grad
+
+    x = torch.randn(3, requires_grad=True)
+    with torch.no_grad():
+        assert quicker_deepspeed._hooked(OfModule.apply, (x, 1))[0] is x
+    assert seen == []
+    out, other = quicker_deepspeed._hooked(OfModule.apply, (x, 1))
+    (2 * out).sum().backward()
+    assert torch.equal(out, x)
+    assert other == 1
+    assert x.grad is not None
+    assert seen[0] is x
+    assert [each.tolist() for each in (*seen[1:], x.grad)] == [[2.0] * 3] * 2
+
+
 def test_the_bias_is_added_in_the_product() -> None:
     """ZeRO-3's linear layer would add it in a pass of its own; values and gradients are torch's."""
     inputs = [torch.randn(*shape, requires_grad=True) for shape in ((2, 5, 3), (4, 3), (4,))]
