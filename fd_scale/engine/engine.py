@@ -27,7 +27,7 @@ from fd_scale.engine.in_parts import (
     move_buffers,
     whole_shape,
 )
-from fd_scale.engine.quicker_deepspeed import look_at_gradients_together
+from fd_scale.engine.quicker_deepspeed import look_at_gradients_together, remember_modules
 from fd_scale.engine.refusals import naming_refusals
 from fd_scale.engine.replicas import average_over, replicas_of
 from fd_scale.engine.traffic import traffic_of
@@ -156,6 +156,8 @@ class Engine:
             )
         if isinstance(self.optimizer, DeepSpeedZeroOptimizer | DeepSpeedZeroOptimizer_Stage3):
             look_at_gradients_together(self.optimizer)
+        if stage == 3:
+            remember_modules(module)
         if self.replicas is not None:
             average_over(self.replicas, self.optimizer)
         if stage == 0 and not precise:

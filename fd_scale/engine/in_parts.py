@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from fd_scale.distributed import World
-from fd_scale.engine.quicker_deepspeed import quicken_zero3
+from fd_scale.engine.quicker_deepspeed import quicken_zero3, remember_modules
 from fd_scale.engine.refusals import naming_refusals
 from fd_scale.engine.replicas import replicas_of
 from fd_scale.models import Backbone
@@ -149,6 +149,7 @@ class Partition:
         engine, *_ = deepspeed.initialize(
             model=module, config=self.config | precision, mpu=self.replicas, dist_init_required=False
         )
+        remember_modules(module)
         engine.eval()  # in train mode without gradients it takes parameters for those of a backward pass
         return engine
 

@@ -15,11 +15,13 @@ import deepspeed
 import deepspeed.utils.nvtx
 import torch
 import torch.nn.functional as F
+from deepspeed.comm import comm
 from deepspeed.runtime.zero import parameter_offload, partition_parameters, partitioned_param_coordinator
 from deepspeed.runtime.zero.linear import LinearFunctionForZeroStage3, zero3_linear_wrap
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
 _TORCH_LINEAR = F.linear
 _PARAMETERS: WeakKeyDictionary[nn.Module, dict[bool, list[tuple[str, nn.Parameter]]]] = WeakKeyDictionary()
@@ -33,11 +35,18 @@ def quicken_zero3() -> None:
     partitioned_param_coordinator.get_all_parameters = _parameters_of
     # Two calls of the accelerator for each of four thousand of its own.
     deepspeed.utils.nvtx.enable_nvtx = False
+    deepspeed.comm.get_rank, deepspeed.comm.get_world_size = _rank, _world_size
     for module in (parameter_offload, partition_parameters, partitioned_param_coordinator):
         module.print_rank_0 = _printed
     parameter_offload.apply_to_tensors_only = _hooked
     if F.linear is zero3_linear_wrap:
         F.linear = _linear
+
+
+def remember_modules(root: nn.Module) -> None:
+    """Lists modules, which change no more: DeepSpeed walks over them before and after each forward pass."""
+    found = list(root.modules())
+    root.modules = lambda remove_duplicate=True: iter(found)  # type: ignore[method-assign]
 
 
 def look_at_gradients_together(optimizer: DeepSpeedZeroOptimizer | DeepSpeedZeroOptimizer_Stage3) -> None:
@@ -97,6 +106,15 @@ def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
     else:
         out = _TORCH_LINEAR(input, weight, bias)
     return out
+
+
+def _rank(group: Any = None) -> int:
+    """DeepSpeed's own goes through five functions, once and more for each parameter."""
+    return group.rank() if isinstance(group, ProcessGroup) else comm.get_rank(group)
+
+
+def _world_size(group: Any = None) -> int:
+    return group.size() if isinstance(group, ProcessGroup) else comm.get_world_size(group)
 
 
 def _printed(message: str, debug: bool = False, force: bool = False) -> None:
