@@ -156,7 +156,8 @@ def landscape(
 
     Returns:
         What is in OUT/landscape.json (of a line: landscape_line.json) too: `rows` of the metrics,
-        `top_eigenvalue` over `eigenvalue_images` images, or none where not one fits in memory.
+        `top_eigenvalue` and its `eigenvalue_error` over `eigenvalue_images` images, or none where not one fits
+        in memory.
 
     Raises:
         UserError: there is no whole checkpoint, or the images do not fit it.

@@ -112,7 +112,9 @@ def _landscape(options: argparse.Namespace) -> None:
     rows = found["rows"]
     middle = rows[len(rows) // 2][grid.points // 2]
     value, images = found["top_eigenvalue"], found["eigenvalue_images"]
-    curved = "does not fit in memory" if value is None else f"{value:.5g} over {images} images"
+    curved = "does not fit in memory"
+    if value is not None:
+        curved = f"{value:.5g}, to within {found['eigenvalue_error']:.2g}, over {images} images"
     print(f"loss {middle['loss']:.5g}; largest eigenvalue of the Hessian: {curved}")
 
 

@@ -1,5 +1,6 @@
 """The loss landscape: of a quadratic, whose surface and curvature are known; of tasks, what is measured there."""
 
+import functools
 import json
 import sys
 from collections.abc import Callable
@@ -8,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import fd_kernels.dispatch
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -104,7 +106,64 @@ def test_the_weights_come_back_after_an_error() -> None:
 def test_largest_eigenvalue() -> None:
     weights, _, loss = quadratic()
     unused = nn.Parameter(torch.ones(2))
-    assert top_eigenvalue(loss, [*weights, unused], num_steps=100) == pytest.approx(5.0, rel=1e-3)
+    value, error = top_eigenvalue(loss, [*weights, unused])
+    assert value == pytest.approx(5.0, rel=1e-3)
+    assert error < 5e-3
+
+
+def between(low: float, high: float, count: int) -> list[float]:
+    return (low + (high - low) * torch.rand(count, generator=torch.Generator().manual_seed(1))).tolist()
+
+
+def diagonal(spectrum: list[float], dtype: torch.dtype = torch.float32) -> tuple[nn.Parameter, Any]:
+    """A parameter, and the loss whose Hessian is a diagonal matrix."""
+    weight, spectrum_N = nn.Parameter(torch.ones(len(spectrum), dtype=dtype)), torch.tensor(spectrum)
+    return weight, lambda: 0.5 * (spectrum_N * weight * weight).sum()
+
+
+@pytest.mark.parametrize(
+    "spectrum",
+    [
+        [1.0, -0.98, *[0.0] * 50],
+        [1.0, -0.9, *between(-0.5, 0.5, 500)],
+        [-1.0, 0.95, *between(-0.5, 0.5, 500)],
+        [1.0, *between(0.0, 0.9, 5000)],
+        [100.0, *[0.0] * 1000],
+        [-3.0],
+        [5.0] * 4,
+        [0.0] * 5,
+    ],
+)
+@pytest.mark.parametrize("seed", [0, 1])
+def test_of_two_ends_of_a_spectrum_the_larger_and_through_a_bulk(spectrum: list[float], seed: int) -> None:
+    weight, loss = diagonal(spectrum)
+    value, error = top_eigenvalue(loss, [weight], seed=seed)
+    assert value == pytest.approx(max(spectrum, key=abs), rel=1e-3)
+    assert error <= 1e-3 * abs(value)
+
+
+def test_of_found_eigenvalues_come_copies_and_none_is_larger() -> None:
+    """Steps go on long after it has settled, where vectors are orthogonal no more."""
+    weight, loss = diagonal([7.0, 3.0, *between(0.0, 1.0, 200)])
+    assert top_eigenvalue(loss, [weight], num_steps=100, tolerance=0.0)[0] == pytest.approx(7.0, rel=1e-5)
+
+
+def test_the_error_says_how_near_an_eigenvalue_is() -> None:
+    spectrum = between(-1.0, 1.0, 3000)
+    weight, loss = diagonal(spectrum)
+    errors = []
+    for num_steps in (2, 5, 10, 20):
+        value, error = top_eigenvalue(loss, [weight], num_steps)
+        assert min(abs(value - each) for each in spectrum) <= error + 1e-6
+        errors.append(error)
+    assert errors == sorted(errors, reverse=True)
+    assert errors[0] > 0.1
+
+
+def test_eigenvalue_of_bf16_weights_and_of_a_loss_that_is_not_finite() -> None:
+    weight, loss = diagonal([2.0, *between(0.0, 1.0, 300)], torch.bfloat16)
+    assert top_eigenvalue(loss, [weight])[0] == pytest.approx(2.0, rel=2e-2)
+    assert all(np.isnan(top_eigenvalue(lambda: loss() * torch.nan, [weight])))
 
 
 ALONE = distributed.World(rank=0, local_rank=0, size=1, device=torch.device("cpu"))
@@ -179,14 +238,26 @@ def test_the_loss_is_that_of_an_evaluation(built: Callable[..., Any], make_recip
 def test_fewer_images_where_memory_ends(
     built: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, most: int, expected: tuple[Any, int]
 ) -> None:
-    def bounded(loss: Any, parameters: Any) -> float:
+    def bounded(loss: Any, parameters: Any) -> tuple[float, float]:
         if len(loss.args[1].positions) > most:
             raise torch.OutOfMemoryError
-        return 7.0
+        return 7.0, 0.0
 
     monkeypatch.setattr(landscape, "top_eigenvalue", bounded)
     found = curvature(built("classification"))
     assert (found["top_eigenvalue"], found["eigenvalue_images"]) == expected
+
+
+def test_an_eigenvalue_that_did_not_settle_is_warned_of(
+    built: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    task = built("classification")
+    found = curvature(task)
+    assert found["eigenvalue_error"] <= 1e-3 * abs(found["top_eigenvalue"])
+    assert "settle" not in caplog.text
+    monkeypatch.setattr(landscape, "top_eigenvalue", functools.partial(top_eigenvalue, num_steps=2))
+    found = curvature(task)
+    assert f"{found['top_eigenvalue']:.4g} may be off by {found['eigenvalue_error']:.2g}" in caplog.text
 
 
 def test_places_of_another_grid_are_not_taken(tmp_path: Path) -> None:
