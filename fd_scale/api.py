@@ -145,7 +145,8 @@ def landscape(
 ) -> dict[str, Any]:
     """Measures the loss on a line or plane through a checkpoint's weights; all ranks call it and share the images.
 
-    A second call for the same grid around the same weights goes on where the first one stopped.
+    A second call for the same grid around the same weights goes on where the first one stopped; for another it needs
+    another folder.
 
     Args:
         path: folder of a run of distillation, masked images or classification, or one of its checkpoints.
@@ -160,7 +161,7 @@ def landscape(
         in memory.
 
     Raises:
-        UserError: there is no whole checkpoint, or the images do not fit it.
+        UserError: there is no whole checkpoint, the images do not fit it, or the folder has another landscape.
     """
     alone = World(rank=0, local_rank=0, size=1, device=torch.device("cpu"))
     run, checkpoint = find_checkpoint(Path(path), alone)

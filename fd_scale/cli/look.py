@@ -37,7 +37,7 @@ def add_looking(verbs: Verbs) -> None:
         verbs, "landscape", "the loss around a run's trained weights, and its largest curvature",
         "Measures the loss (and accuracy) on a plane of two filter-normalised directions, or a line of one, and the\n"
         "Hessian's largest eigenvalue, into RUN/diagnosis; under torchrun ranks share the images. The same command\n"
-        "goes on.",
+        "goes on; another grid or checkpoint needs another --out.",
         "  fd-scale landscape runs/digits/finetune --points 21\n"
         "  fd-scale landscape runs/digits/finetune --directions 1 --points 51\n"
         "  fd-scale landscape runs/mine/checkpoints/step_00005000 data.evaluation=imagefolder:photos",

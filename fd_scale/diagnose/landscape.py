@@ -249,7 +249,7 @@ def landscape_of(
         What landscape.json holds, or of a line landscape_line.json.
 
     Raises:
-        UserError: too few images, or nothing can be written.
+        UserError: too few images, or `folder` has another landscape or cannot be written.
     """
     assert task.evaluation is not None, "the recipe names images"
     if num_images < 1:
@@ -263,8 +263,8 @@ def landscape_of(
         "checkpoint": hashlib.sha256((checkpoint / "manifest.json").read_bytes()).hexdigest(),
     }  # fmt: skip
     parameters = [each for each in task.module.parameters() if each.requires_grad]
-    more = _curvature(task, task.evaluation, parameters, world)
     done = world.on_main(lambda: read_places(file, key))
+    more = _curvature(task, task.evaluation, parameters, world)
 
     def keep(found: list[Metrics]) -> None:
         if world.is_main:
@@ -325,12 +325,32 @@ def _loss(task: Evaluated, batch: Batch) -> Tensor:
 
 
 def read_places(file: Path, key: dict[str, Any]) -> list[Metrics]:
-    """Returns what an earlier call measured on the same grid around the same weights; nothing: there was none."""
+    """Returns what an earlier call measured on the same grid around the same weights; nothing: there was none.
+
+    Raises:
+        UserError: it measured something else, which would be lost.
+    """
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
-        return [place for row in found["rows"] for place in row] if found["of"] == key else []
+        before, places = found["of"], [place for row in found["rows"] for place in row]
     except (OSError, ValueError, KeyError):  # none, or one that somebody cut
         return []
+    if before == key:
+        return places
+    other = [
+        f"{name} {_short(before.get(name))}, here {_short(key.get(name))}"
+        for name in key | before
+        if before.get(name) != key.get(name)
+    ]
+    raise UserError(
+        f"{file}: is of another landscape ({'; '.join(other)}); name another folder by --out, or delete the file"
+    )
+
+
+def _short(value: Any) -> str:
+    """A hash by its first digits."""
+    text = str(value)
+    return text if len(text) < 64 else f"{text[:8]}..."
 
 
 def write_places(file: Path, key: dict[str, Any], found: list[Metrics], more: dict[str, Any]) -> None:

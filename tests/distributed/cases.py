@@ -75,6 +75,15 @@ def landscape(run_dir: str, points: int) -> dict[str, Any]:
     return api.landscape(run_dir, Grid(points=points, span=0.5), num_images=10**6)
 
 
+def landscape_error(run_dir: str, points: int) -> str:
+    """The sentence by which a landscape is refused; empty where it is not."""
+    try:
+        landscape(run_dir, points)
+    except UserError as error:
+        return str(error)
+    return ""
+
+
 def evaluate(path: str, overrides: list[str]) -> dict[str, Any]:
     """Evaluates a run or a checkpoint."""
     return api.evaluate(path, overrides)

@@ -260,15 +260,33 @@ def test_an_eigenvalue_that_did_not_settle_is_warned_of(
     assert f"{found['top_eigenvalue']:.4g} may be off by {found['eigenvalue_error']:.2g}" in caplog.text
 
 
-def test_places_of_another_grid_are_not_taken(tmp_path: Path) -> None:
+def test_places_are_taken_up_again(tmp_path: Path) -> None:
     file, found = tmp_path / "landscape.json", [{"loss": float(place)} for place in range(5)]
     assert read_places(file, {"points": 3}) == []
     write_places(file, {"points": 3}, found, {"top_eigenvalue": 2.0})
     assert [len(row) for row in json.loads(file.read_text())["rows"]] == [3, 2]
     assert read_places(file, {"points": 3}) == found
-    assert read_places(file, {"points": 5}) == []
     file.write_text(file.read_text()[:20])
     assert read_places(file, {"points": 3}) == [], "somebody cut it"
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"points": 5}, "(points 3, here 5)"),
+        ({"step": 9, "checkpoint": "b" * 64}, "(step 7, here 9; checkpoint aaaaaaaa..., here bbbbbbbb...)"),
+        ({"later": True}, "(later None, here True)"),
+        ({"step": None}, "(step 7, here None)"),
+    ],
+)
+def test_another_landscape_is_not_replaced(changes: dict[str, Any], words: str, tmp_path: Path) -> None:
+    """Neither a whole one nor one that was stopped."""
+    key = {"points": 3, "step": 7, "checkpoint": "a" * 64}
+    file = tmp_path / "landscape.json"
+    write_places(file, key, [{"loss": 1.0}], {})
+    with pytest.raises(UserError, match="--out") as error:
+        read_places(file, key | changes)
+    assert words in str(error.value)
 
 
 @pytest.mark.parametrize(
