@@ -202,7 +202,8 @@ class LinearProbeModule(nn.Module):
             labels_B: int64, -1: not labelled.
 
         Returns:
-            `loss`: cross entropy summed over images and heads; `logits`: (R, B, K), fp32, without gradient.
+            `loss`: cross entropy summed over images, the mean of the heads', whose gradients are those of each
+            one's own; `logits`: (R, B, K), fp32, without gradient.
         """
         x_BD = (features_BD - self.mean.float()) / self.std.float()
         logits_RBK = torch.stack([head(x_BD) for head in self.heads])
@@ -211,7 +212,9 @@ class LinearProbeModule(nn.Module):
             for logits_BK in logits_RBK
         )
         assert isinstance(loss, Tensor)
-        return {"loss": loss, "logits": logits_RBK.detach()}
+        # The value of the mean, to be read beside an evaluation's, and the gradient of the sum.
+        mean = loss + (loss / len(self.heads) - loss).detach()
+        return {"loss": mean, "logits": logits_RBK.detach()}
 
 
 class LinearProbeTask:
@@ -281,7 +284,10 @@ class LinearProbeTask:
         return {"features_BD": batch.images, "labels_B": batch.classes}
 
     def evaluate(self, forward: Forward, world: World) -> dict[str, float]:
-        """Measures every classifier; the metrics are those of the one with the best top-1, `learning_rate` is its."""
+        """Measures every classifier; the metrics are those of the one with the best top-1, `learning_rate` is its.
+
+        Where that one is at an end of the sweep, a better one may lie beyond: a warning.
+        """
         if "evaluation" not in self.sets:
             return {}
         counters = [AccuracyCounter(self.num_classes) for _ in self.learning_rates]
@@ -291,11 +297,26 @@ class LinearProbeTask:
                 counter.add(logits_BK, batch.classes, batch.positions.tolist())
         found = [counter.result(world).metrics for counter in counters]
         best = max(range(len(found)), key=lambda index: found[index]["top1"])
+        if doubt := doubt_of_sweep(self.learning_rates, [metrics["top1"] for metrics in found]):
+            logger.warning("%s", doubt)
         return found[best] | {"learning_rate": self.learning_rates[best]}
 
     def pictures(self, batch: Batch, outputs: dict[str, Tensor]) -> dict[str, np.ndarray]:
         """There are none."""
         return {}
+
+
+def doubt_of_sweep(learning_rates: list[float], top1: list[float]) -> str:
+    """Says that the smallest or the largest learning rate does better than all others; empty: neither does."""
+    for end, which, change in ((min, "smallest", "lower"), (max, "largest", "raise")):
+        index = learning_rates.index(end(learning_rates))
+        others = top1[:index] + top1[index + 1 :]
+        if others and top1[index] > max(others):
+            return (
+                f"linear_probe.lr_factors: the {which} learning rate of the sweep, {learning_rates[index]:g}, is the "
+                f"best one, and one beyond it may be better; {change} optim.lr, or train for more epochs"
+            )
+    return ""
 
 
 def _moments(features_ND: npt.NDArray[np.float32]) -> tuple[Tensor, Tensor]:

@@ -12,10 +12,14 @@ import torch
 from PIL import Image
 from ranks import run_ranks
 from sklearn.linear_model import LogisticRegression
+from torch.nn import functional as F
 
+from fd_scale import api
 from fd_scale.config import build_recipe
 from fd_scale.data import ImageAlone, evaluation_transform, open_source
+from fd_scale.distributed import World
 from fd_scale.errors import UserError
+from fd_scale.finetune.linear_probe import LinearProbeModule, doubt_of_sweep
 from fd_scale.models import build_model, normalize, resolved
 from fd_scale.verbs.export import export
 
@@ -127,3 +131,59 @@ def test_other_classes_are_refused(values: dict[str, Any], tmp_path: Path) -> No
     [error] = run_ranks(cases.train_or_error, 1, values)
     assert "4 classes" in error
     assert not (Path(values["run_dir"]) / "features").exists()
+
+
+def test_the_loss_is_the_mean_of_the_heads_and_each_learns_alone() -> None:
+    torch.manual_seed(0)
+    module, x_BD, labels_B = LinearProbeModule(6, 4, 3), torch.randn(5, 6), torch.tensor([0, 3, -1, 2, 1])
+    loss = module(x_BD, labels_B)["loss"]
+    loss.backward()
+    alone = []
+    for head in module.heads:
+        weight = head.weight.detach().clone().requires_grad_()
+        alone.append(
+            F.cross_entropy(x_BD[labels_B >= 0] @ weight.T, labels_B[labels_B >= 0], reduction="sum")
+        )
+        alone[-1].backward()
+        torch.testing.assert_close(head.weight.grad, weight.grad)
+    assert loss.item() == pytest.approx(sum(each.item() for each in alone) / 3, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("top1", "words"),
+    [
+        ([0.1, 0.5, 0.6, 0.7], "the largest learning rate of the sweep, 0.3, is the best"),
+        ([0.8, 0.5, 0.6, 0.7], "the smallest learning rate of the sweep, 0.01, is the best"),
+        ([0.1, 0.5, 0.7, 0.7], ""),
+        ([0.7, 0.7, 0.1, 0.1], ""),
+        ([0.1, 0.7, 0.7, 0.2], ""),
+    ],
+)
+def test_the_best_at_an_end_of_the_sweep(top1: list[float], words: str) -> None:
+    found = doubt_of_sweep([0.01, 0.03, 0.1, 0.3], top1)
+    assert words in found
+    assert bool(found) == bool(words)
+    assert doubt_of_sweep([0.3, 0.1, 0.03, 0.01], top1[::-1]) == found
+    assert doubt_of_sweep([0.3], top1[:1]) == ""
+
+
+def test_an_evaluation_warns_of_the_end(values: dict[str, Any], caplog: pytest.LogCaptureFixture) -> None:
+    recipe = build_recipe(values)
+    task: Any = api.build_task(recipe, open_source("digits:train"))
+    folder = Path(values["run_dir"]) / "features/evaluation"
+    folder.mkdir(parents=True)
+    np.save(folder / "features.npy", np.zeros((len(open_source("digits:test")), 1), np.float32))
+    best = 1
+
+    def forward(features_BD: torch.Tensor, labels_B: torch.Tensor) -> dict[str, torch.Tensor]:
+        logits_RBK = torch.randn(3, len(labels_B), 10, generator=torch.Generator().manual_seed(0))
+        logits_RBK[best] = F.one_hot(labels_B, 10).float()
+        return {"logits": logits_RBK}
+
+    alone = World(rank=0, local_rank=0, size=1, device=torch.device("cpu"))
+    assert task.evaluate(forward, alone)["learning_rate"] == recipe.optim.lr
+    assert "lr_factors" not in caplog.text
+    best = 2
+    assert task.evaluate(forward, alone)["top1"] == 1.0
+    assert "linear_probe.lr_factors: the largest learning rate" in caplog.text
+    assert "optim.lr" in caplog.text
