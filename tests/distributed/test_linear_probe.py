@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from fd_scale import api
 from fd_scale.config import build_recipe
 from fd_scale.data import ImageAlone, evaluation_transform, open_source
+from fd_scale.diagnose.run import Options, diagnose
 from fd_scale.distributed import World
 from fd_scale.errors import UserError
 from fd_scale.finetune.linear_probe import LinearProbeModule, doubt_of_sweep
@@ -108,6 +109,8 @@ def test_comes_near_logistic_regression(values: dict[str, Any]) -> None:
     assert found["learning_rate"] > 1e-4
     with pytest.raises(UserError, match="hold no backbone"):
         export(values["run_dir"], folder.parent / "export")
+    with pytest.raises(UserError, match=r"holds no backbone; name its weights instead.*model\.weights"):
+        diagnose([values["run_dir"]], None, Options(num_images=4))
 
 
 def test_features_of_other_weights_are_not_taken(values: dict[str, Any]) -> None:
