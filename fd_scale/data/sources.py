@@ -2,6 +2,7 @@
 
 import difflib
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -101,10 +102,12 @@ def require_targets(
 def _open(config: SourceConfig) -> Source:
     kind, colon, rest = config.source.partition(":")
     if kind not in _KINDS or not colon:
-        nearest = difflib.get_close_matches(kind, _KINDS, n=1, cutoff=0)[0]
+        nearest = difflib.get_close_matches(kind, _KINDS, n=1, cutoff=0)[0] + ":..."
+        if not colon and Path(kind).is_dir():
+            nearest = f"imagefolder:{kind}"
         raise UserError(
             f"data set {config.source!r} must be KIND:REST, KIND one of {', '.join(_KINDS)}; "
-            f"nearest: '{nearest}:...'"
+            f"nearest: '{nearest}'"
         )
     source = _KINDS[kind](rest)
     if config.only is None and config.without is None:

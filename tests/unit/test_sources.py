@@ -200,6 +200,7 @@ def test_parquet_fingerprint_follows_the_content_not_the_place(tmp_path: Path) -
     [
         ("parket:data", "nearest: 'parquet:...'"),
         ("digits", "nearest: 'digits:...'"),
+        ("empty", "nearest: 'imagefolder:empty'"),
         ("digits:validation", "digits:train or digits:test"),
         ("imagefolder:missing", "is not a folder"),
         ("imagefolder:empty", "holds no images"),
