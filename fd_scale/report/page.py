@@ -9,8 +9,9 @@ from collections.abc import Sequence
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 0 auto; max-width: 75rem; padding: 1rem; color: #222; }
 h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; border-bottom: 1px solid #ccc; margin-top: 2rem; }
-.curves { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(24rem, 100%), 1fr)); gap: 1rem; }
-figure { margin: 0; } figcaption { font-size: .85rem; color: #555; } img { max-width: 100%; height: auto; }
+.curves { display: flex; flex-wrap: wrap; align-items: flex-start; gap: 1rem; }
+figure { margin: 0; max-width: 100%; }
+figcaption { font-size: .85rem; color: #555; } img { max-width: 100%; height: auto; }
 .wide { overflow-x: auto; } table { border-collapse: collapse; font-size: .85rem; }
 td, th { border: 1px solid #ddd; padding: .15rem .5rem; text-align: left; overflow-wrap: anywhere; min-width: 4.5rem; }
 td:first-child { white-space: nowrap; }
@@ -48,7 +49,7 @@ def table(rows: Sequence[Sequence[str]]) -> str:
 
 
 def grid(pictures: Sequence[tuple[str, str]]) -> str:
-    """Returns pictures side by side, as many as the screen is wide, from (title, source)."""
+    """Returns pictures of their own size, side by side as far as the page is wide, from (title, source)."""
     figures = [
         f"<figure><img src='{source}' alt='{html.escape(title, quote=True)}'><figcaption>{html.escape(title)}"
         "</figcaption></figure>"
