@@ -67,13 +67,13 @@ def effective_rank(values: Tensor) -> Tensor:
     return torch.exp(-torch.special.xlogy(shares, shares).sum(-1))
 
 
-def bias_share(logits_BMhNN: Tensor, bias_hNN: Tensor) -> Tensor:
+def bias_share(logits_BMhNN: Tensor, bias_hNN: Tensor, unmasked_MNN: Tensor | None = None) -> Tensor:
     """How much of what varies over the keys of a query is the bias: var(bias) / (var(bias) + var(the rest)).
 
-    Keys across a shift's border, which -100 hides, are left out. A scalar, the mean over queries.
+    Keys that a shift's mask hides are left out; without `unmasked_MNN` there are none. A scalar, the mean over queries.
     """
     rest = logits_BMhNN - bias_hNN
-    seen = rest > -50.0
+    seen = torch.ones_like(rest, dtype=torch.bool) if unmasked_MNN is None else unmasked_MNN[:, None]
 
     def variance(x: Tensor) -> Tensor:
         count = seen.sum(-1).clamp_min(1)
@@ -165,7 +165,7 @@ class LayerStatistics:
         self.map_sum = self.map_sum + count * probs.mean((0, 1, 2)).cpu()
         if attention.bias is not None:
             self.has_bias = True
-            self.bias += count * float(bias_share(attention.logits, attention.bias))
+            self.bias += count * float(bias_share(attention.logits, attention.bias, attention.unmasked))
         few = probs.shape[-1] <= FEW_TOKENS
         if len(self.ranks) < (NUM_RANKED if few else 1):
             # On the host: GPUs take singular values of small matrices one after the other.

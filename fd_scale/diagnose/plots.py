@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +11,13 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+
+_SMALL = 8
+Maps = Mapping[str, Mapping[int, np.ndarray]]
+"""By model and by the number of the layer."""
 
 
 def save(figure: Figure, folder: Path, name: str) -> Path:
@@ -29,11 +34,13 @@ def distances(found: Sequence[dict[str, Any]], folder: Path) -> Path:
         1, len(found), figsize=(4 * len(found), 3.4), sharey=True, squeeze=False, constrained_layout=True
     )
     for axis, model in zip(axes[0], found, strict=True):
-        for index, layer in enumerate(model["layers"]):
-            heads = layer["distance_px"]
+        for layer in model["layers"]:
+            index, heads = layer["layer"], layer["distance_px"]
             axis.scatter([index] * len(heads), heads, s=12, color="C0", alpha=0.6)
             axis.hlines(np.mean(heads), index - 0.3, index + 0.3, color="C1")
-        axis.set(title=model["name"], xlabel="layer")
+        rows, columns = model["grid"]
+        axis.set_title(f"{model['label']}\n{model['image_px']} px, grid {rows} x {columns}", fontsize=_SMALL)
+        axis.set(xlabel="layer", xlim=(-0.5, model["num_layers"] - 0.5))
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.grid(alpha=0.3)
     axes[0, 0].set_ylabel("attention distance (px)")
@@ -41,64 +48,93 @@ def distances(found: Sequence[dict[str, Any]], folder: Path) -> Path:
 
 
 def curves(found: Sequence[dict[str, Any]], folder: Path) -> Path:
-    """What is one number a layer, models in one panel."""
+    """What is one number a layer, models in one panel; without panels that would be empty."""
     titles = {
         "head_similarity": "cosine similarity of heads",
         "effective_rank": "effective rank of a map",
         "within_one_patch": "attention within one patch",
         "bias_share": "share of the position bias",
     }
-    figure, axes = plt.subplots(2, 2, figsize=(8, 6), constrained_layout=True)
+    titles = {
+        key: title
+        for key, title in titles.items()
+        if any(layer[key] is not None for model in found for layer in model["layers"])
+    }
+    rows, columns = (2, 2) if len(titles) == 4 else (1, len(titles))
+    figure, axes = plt.subplots(
+        rows, columns, figsize=(4 * columns, 3 * rows + 0.3), squeeze=False, constrained_layout=True
+    )
     for axis, (key, title) in zip(axes.flat, titles.items(), strict=True):
-        for model in found:
-            values = [np.nan if layer[key] is None else layer[key] for layer in model["layers"]]
-            if not np.isnan(values).all():
-                axis.plot(values, marker="o", markersize=3, label=model["name"])
+        for index, model in enumerate(found):
+            layers = [layer for layer in model["layers"] if layer[key] is not None]
+            axis.plot(
+                [layer["layer"] for layer in layers], [layer[key] for layer in layers],
+                marker="o", markersize=3, label=model["label"], color=f"C{index}",
+            )  # fmt: skip
         axis.set(title=title, xlabel="layer")
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.grid(alpha=0.3)
-    axes[0, 0].legend(fontsize=7)
+    _legend_below(figure, axes[0, 0])
     return save(figure, folder, "layers")
 
 
-def average_maps(names: Sequence[str], maps: Sequence[Sequence[np.ndarray]], folder: Path) -> Path:
-    """Average attention of each layer, a row a model."""
-    columns = max(len(row) for row in maps)
-    figure, axes = plt.subplots(
-        len(maps), columns, figsize=(1.5 * columns, 1.7 * len(maps)), squeeze=False, constrained_layout=True
-    )
+def _legend_below(figure: Figure, axis: Axes) -> None:
+    figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=_SMALL)
+
+
+def _a_row_each(maps: Maps) -> tuple[Figure, Iterator[tuple[np.ndarray, Axes]]]:
+    """A figure with a row a model and a panel a layer, and each map with its panel."""
+    columns = max(len(row) for row in maps.values())
+    size = (max(1.5 * columns, 4.5), 1.8 * len(maps))
+    figure, axes = plt.subplots(len(maps), columns, figsize=size, squeeze=False, constrained_layout=True)
     for axis in axes.flat:
         axis.axis("off")
-    for name, row, panels in zip(names, maps, axes, strict=True):
-        for index, (average_PP, axis) in enumerate(zip(row, panels, strict=False)):
-            # The scale of each is its own: a uniform map of many patches would be black beside one of few.
-            axis.imshow(average_PP, cmap="viridis")
-            axis.set_title(f"{name}\nlayer 0" if index == 0 else f"{index}", fontsize=7)
+
+    def panels() -> Iterator[tuple[np.ndarray, Axes]]:
+        for (name, row), line in zip(maps.items(), axes, strict=True):
+            for place, ((number, shown), axis) in enumerate(zip(row.items(), line, strict=False)):
+                # On a line of its own a name has the width of all panels.
+                title = f"{name}\nlayer {number}" if place == 0 else f"{number}"
+                axis.set_title(title, fontsize=7, loc="left")
+                yield shown, axis
+
+    return figure, panels()
+
+
+def average_maps(maps: Maps, folder: Path) -> Path:
+    """Average attention of each layer, a row a model."""
+    figure, panels = _a_row_each(maps)
+    for average_PP, axis in panels:
+        # The scale of each is its own: a uniform map of many patches would be black beside one of few.
+        axis.imshow(average_PP, cmap="viridis")
     return save(figure, folder, "average_maps")
 
 
 def spectra(found: Sequence[dict[str, Any]], folder: Path) -> Path:
     """Spectrum of the last tokens, before and after whitening."""
-    figure, axes = plt.subplots(1, 2, figsize=(8, 3.2), sharey=True, constrained_layout=True)
+    figure, axes = plt.subplots(1, 2, figsize=(8, 3.5), sharey=True, constrained_layout=True)
     for axis, key in zip(axes, ("raw", "whitened"), strict=True):
         for model in found:
             values = np.array(model["features"][key]["spectrum"])
-            axis.semilogy(np.arange(1, len(values) + 1), values / values.sum() + 1e-12, label=model["name"])
+            axis.semilogy(np.arange(1, len(values) + 1), values / values.sum() + 1e-12, label=model["label"])
         axis.set(title=f"spectrum, {key}", xlabel="component")
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("share of variance")
-    axes[0].legend(fontsize=7)
+    _legend_below(figure, axes[0])
     return save(figure, folder, "spectrum")
 
 
 def similarity(pairs: Sequence[dict[str, Any]], folder: Path) -> Path:
-    """CKA of the layers of two models, a panel a pair."""
+    """CKA of the blocks of two models, a panel a pair; blocks that are left out are blank."""
     figure, axes = plt.subplots(
         1, len(pairs), figsize=(4 * len(pairs), 3.6), squeeze=False, constrained_layout=True
     )
     for axis, pair in zip(axes[0], pairs, strict=True):
-        image = axis.imshow(pair["layers"], vmin=0, vmax=1, origin="lower", cmap="magma")
-        axis.set(title="CKA", xlabel=f"layer of {pair['second']}", ylabel=f"layer of {pair['first']}")
+        values = np.array(pair["layers"], dtype=float)  # None is NaN
+        image = axis.imshow(values, vmin=0, vmax=1, origin="lower", cmap="magma")
+        axis.set_title("CKA", fontsize=_SMALL)
+        axis.set_xlabel(f"block of {pair['second']}", fontsize=_SMALL)
+        axis.set_ylabel(f"block of {pair['first']}", fontsize=_SMALL)
         for line in (axis.xaxis, axis.yaxis):
             line.set_major_locator(MaxNLocator(integer=True))
         figure.colorbar(image, ax=axis)
@@ -109,30 +145,22 @@ def colours(names: Sequence[str], images: np.ndarray, maps: Sequence[np.ndarray]
     """Images, and each model's tokens as colours: the first three principal components."""
     rows = [images, *maps]
     figure, axes = plt.subplots(
-        len(rows), len(images), figsize=(1.4 * len(images), 1.5 * len(rows)), squeeze=False, constrained_layout=True
+        len(rows), len(images), figsize=(max(1.4 * len(images), 4.5), 1.6 * len(rows)), squeeze=False,
+        constrained_layout=True,
     )  # fmt: skip
     for label, row, panels in zip(["images", *names], rows, axes, strict=True):
         for picture, axis in zip(row, panels, strict=True):
             axis.imshow(picture)
             axis.set(xticks=[], yticks=[])
-        panels[0].set_ylabel(label, fontsize=7)
+        panels[0].set_title(label, fontsize=7, loc="left")
     return save(figure, folder, "feature_colours")
 
 
-def query_maps(
-    names: Sequence[str], image: np.ndarray, maps: Sequence[Sequence[np.ndarray]], folder: Path
-) -> Path:
+def query_maps(maps: Maps, image: np.ndarray, folder: Path) -> Path:
     """Where the middle patch of a picture looks, by layer, over the picture; models that attend globally."""
-    columns = max(len(row) for row in maps)
-    figure, axes = plt.subplots(
-        len(maps), columns, figsize=(1.5 * columns, 1.7 * len(maps)), squeeze=False, constrained_layout=True
-    )
+    figure, panels = _a_row_each(maps)
     side = image.shape[0]
-    for axis in axes.flat:
-        axis.axis("off")
-    for name, row, panels in zip(names, maps, axes, strict=True):
-        for index, (attention, axis) in enumerate(zip(row, panels, strict=False)):
-            axis.imshow(image)
-            axis.imshow(attention, cmap="inferno", alpha=0.6, extent=(0, side, side, 0))
-            axis.set_title(f"{name}\nlayer 0" if index == 0 else f"{index}", fontsize=7)
+    for attention, axis in panels:
+        axis.imshow(image)
+        axis.imshow(attention, cmap="inferno", alpha=0.6, extent=(0, side, side, 0))
     return save(figure, folder, "query_maps")

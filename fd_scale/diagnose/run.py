@@ -8,7 +8,10 @@ from __future__ import annotations
 import html
 import json
 import logging
+import re
+import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -35,6 +38,7 @@ from fd_scale.data import (
     spread,
 )
 from fd_scale.diagnose import plots
+from fd_scale.diagnose.blocks import as_map, followed, layouts
 from fd_scale.diagnose.capture import AttentionMap, look_at_attention
 from fd_scale.diagnose.measures import LayerStatistics, feature_statistics, linear_cka, patches_only
 from fd_scale.distill.pictures import principal_colours
@@ -47,12 +51,13 @@ from fd_scale.report.page import document, grid, picture, table
 
 logger = logging.getLogger(__name__)
 
-SCHEMA = 1
+SCHEMA = 2
 NUM_PICTURES = 6
 CKA_SIDE = 4
 """Tokens of a layer are averaged to so many by so many an image: models of different grids have the same rows."""
 LARGEST_MAP = 24 * 24
 """Patches of an average map that is drawn."""
+LONGEST_LABEL = 48
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,15 +102,32 @@ class _Found:
     """What a pass over the images gives of one model."""
 
     name: str
-    layers: list[LayerStatistics] = field(default_factory=list)
-    rows: list[list[Tensor]] = field(default_factory=list)
-    """For each block its tokens at `CKA_SIDE` squared places, a tensor a batch."""
+    label: str
+    """A short name, unlike those of the other models."""
+    image_px: int
+    layers: dict[int, LayerStatistics] = field(default_factory=dict)
+    """By its number among the model's."""
+    left_out: list[str | None] = field(default_factory=list)
+    """Of each attention of the model why it is none of `layers`; None where it is."""
+    rows: dict[int, list[Tensor]] = field(default_factory=dict)
+    """For each block, by number, its tokens at `CKA_SIDE` squared places, a tensor a batch."""
+    num_blocks: int = 0
+    """With those whose layout is not known, which are none of `rows`."""
     tokens: list[Tensor] = field(default_factory=list)
     """The last ones, patches alone, (B, L, D) fp32 on the host."""
     grid: tuple[int, int] = (0, 0)
     cost: _Cost = field(default_factory=_Cost)
-    queries: list[np.ndarray] = field(default_factory=list)
+    queries: dict[int, np.ndarray] = field(default_factory=dict)
     """Of the first image: where its middle patch looks, by layer, where all patches see each other."""
+
+    def look(self, index: int, attention: AttentionMap) -> None:
+        """See `capture.Look`."""
+        self.layers.setdefault(index, LayerStatistics(attention.shape)).add(attention)
+        if attention.is_image and not self.tokens:
+            probs_hPP = patches_only(attention.probs, attention.num_prefix_tokens)[0, 0]
+            rows, columns = attention.shape
+            middle = rows // 2 * columns + columns // 2
+            self.queries[index] = probs_hPP.mean(0)[middle].view(rows, columns).cpu().numpy()
 
 
 def diagnose(names: Sequence[str], out: str | Path | None, options: Options) -> dict[str, Any]:
@@ -126,21 +148,22 @@ def diagnose(names: Sequence[str], out: str | Path | None, options: Options) -> 
         )
     images, folder = _places(names[0], options.images, out)
     source = spread(open_source(images), options.num_images)
-    found, pictures = [], []
-    for name in names:
-        model = load_backbone(name, options.img_size)
-        size = options.img_size or resolved_model(_config_of(name)).size
-        logger.info("%s: %d images of %d px", name, len(source), size)
-        one, images_BHWC = _look(name, model, source, size, options)
-        found.append(one)
-        pictures.append(images_BHWC)
+    found = [
+        _Found(name, label, options.img_size or resolved_model(_config_of(name)).size)
+        for name, label in zip(names, labels(names), strict=True)
+    ]
+    for one in found[1:]:  # One that is refused is so before the others have seen all images.
+        _look(_Found(one.name, one.label, one.image_px), spread(source, 1), options)
+    _make(folder)
+    pictures = [_look(one, source, options) for one in found]
     result = {
         "schema": SCHEMA, "images": str(images), "num_images": len(source), "precision": options.precision,
         "environment": run_folder.environment(), "models": [_numbers(one) for one in found],
         "cka": [_cka(found[0], other) for other in found[1:] if found[0].rows and other.rows],
     }  # fmt: skip
+    for note in notes(result):
+        logger.info("%s", note)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         write_atomically(folder / "diagnosis.json", json.dumps(result, indent=1))
         drawn = _draw(result, found, pictures[0], folder)
         write_atomically(folder / "diagnosis.html", _page(result, drawn))
@@ -150,10 +173,59 @@ def diagnose(names: Sequence[str], out: str | Path | None, options: Options) -> 
     return result
 
 
+def labels(names: Sequence[str]) -> list[str]:
+    """Short names for pictures and tables: without folders, long ones without their middle, equal ones numbered."""
+    short = [re.sub(r"[^@:/]*/", "", name.rstrip("/")) for name in names]
+    half = LONGEST_LABEL // 2
+    short = [name if len(name) <= LONGEST_LABEL else f"{name[:half]}…{name[-half:]}" for name in short]
+    count = Counter(short)
+    numbers = [short[: index + 1].count(name) for index, name in enumerate(short)]
+    return [
+        f"{name} ({number})" if count[name] > 1 else name for name, number in zip(short, numbers, strict=True)
+    ]
+
+
+def _make(folder: Path) -> None:
+    """Makes the folder of the results, and a file in it, which shows that there can be more."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise run_folder.not_writable(folder, error, "--out") from None
+
+
+def notes(result: dict[str, Any]) -> list[str]:
+    """Returns sentences on what is left out of a diagnosis, and why."""
+    found = []
+    for model in result["models"]:
+        label = model["label"]
+        reasons: dict[str, list[str]] = {}
+        for each in model["left_out"]:
+            reasons.setdefault(each["reason"], []).append(str(each["layer"]))
+        if reasons:
+            said = "; ".join(f"{', '.join(layers)}: {reason}" for reason, layers in reasons.items())
+            found.append(
+                f"{label}: {len(model['layers'])} of {model['num_layers']} layers of attention are seen, without {said}"
+            )
+        if not any(_is_drawn(layer["patches"]) for layer in model["layers"]):
+            found.append(f"{label}: no average maps, which would be of more than {LARGEST_MAP} patches")
+        if len(result["models"]) == 1:
+            continue
+        if not model["num_blocks"]:
+            found.append(f"{label}: no CKA, as its blocks are not known")
+        elif model["blocks_left_out"]:
+            numbers = ", ".join(map(str, model["blocks_left_out"]))
+            found.append(
+                f"{label}: CKA without blocks {numbers} of {model['num_blocks']}, whose layout is not known"
+            )
+    return found
+
+
 def show(result: dict[str, Any]) -> None:
     """Prints a table of means over layers and heads."""
     head, *rows = means(result)
     shown = Table(*head)
+    shown.columns[0].overflow = "fold"  # labels differ at either end
     for row in rows:
         shown.add_row(*row)
     results().print(shown)
@@ -161,8 +233,8 @@ def show(result: dict[str, Any]) -> None:
 
 def means(result: dict[str, Any]) -> list[list[str]]:
     """Returns a table of means over layers and heads, its head first."""
-    rows = [["model", "distance, px", "similarity of heads", "rank of a map", "within one patch", "bias",
-             "rank of features", "s, x inference"]]  # fmt: skip
+    rows = [["model", "image, px", "grid", "layers", "distance, px", "similarity of heads", "rank of a map",
+             "within one patch", "bias", "rank of features", "s, x inference"]]  # fmt: skip
     for model in result["models"]:
         layers = model["layers"]
 
@@ -174,7 +246,11 @@ def means(result: dict[str, Any]) -> list[list[str]]:
         plain, look = (model["cost"]["seconds"][name] for name in ("plain", "look"))
         rank = model["features"]["raw"]["effective_rank"]
         took = f"{plain + look:.1f}, {(plain + look) / plain:.2f}"
-        rows.append([model["name"], *map(mean, keys), f"{rank:.3g}", took])
+        grid = " x ".join(map(str, model["grid"]))
+        seen = f"{len(layers)} of {model['num_layers']}"
+        rows.append(
+            [model["label"], str(model["image_px"]), grid, seen, *map(mean, keys), f"{rank:.3g}", took]
+        )
     return rows
 
 
@@ -184,7 +260,8 @@ def _page(result: dict[str, Any], drawn: Sequence[Path]) -> str:
     shown = [(path.stem.replace("_", " "), picture(path.read_bytes())) for path in drawn]
     return document(names[0], [
         f"<h1>{html.escape(', '.join(names))}</h1><p>{html.escape(of)}</p>", "<h2>Means over layers and heads</h2>",
-        table(means(result)), "<h2>Layer by layer</h2>", grid(shown),
+        table(means(result)), *(f"<p>{html.escape(note)}</p>" for note in notes(result)),
+        "<h2>Layer by layer</h2>", grid(shown),
     ])  # fmt: skip
 
 
@@ -250,41 +327,36 @@ class _WithoutTarget:
         return self.view(picture), UNLABELLED
 
 
-def _look(
-    name: str, model: Backbone, source: Source, size: int, options: Options
-) -> tuple[_Found, np.ndarray]:
+def _look(one: _Found, source: Source, options: Options) -> np.ndarray:
+    """Fills in what a pass over the images gives, and returns the first of them, (B, H, W, 3)."""
     device, dtype = _device(options.device), dtype_of(options.precision)
-    model.to(device, dtype)
-    one = _Found(Path(name).name if Path(name).exists() else name)
+    model = load_backbone(one.name, options.img_size).to(device, dtype)
+    logger.info("%s: %d images of %d px", one.name, len(source), one.image_px)
     pictures: list[Tensor] = []
-    blocks = [module for module in model.modules() if type(module) in model.block_classes()]
-    one.rows = [[] for _ in blocks]
+    blocks, size_px = model.list_blocks(), (one.image_px, one.image_px)
+    one.num_blocks, one.grid = len(blocks), model.grid_size(*size_px)
+    blank_1CHW = torch.zeros(1, 3, *size_px, device=device, dtype=dtype)
+    channels_last = layouts(model, blocks, blank_1CHW, one.grid)
+
+    def keep(index: int, block: nn.Module, tokens: Tensor) -> None:
+        map_BDHW = as_map(tokens, model.num_prefix_tokens, one.grid, channels_last.get(type(block)))
+        if map_BDHW is not None:
+            small = F.adaptive_avg_pool2d(map_BDHW.float(), CKA_SIDE)
+            one.rows.setdefault(index, []).append(small.flatten(2).mT.flatten(0, 1).cpu())
+
     batches = evaluation_batches(
-        source, _WithoutTarget(evaluation_transform(size, crop_fraction=1.0)), batch_size=options.batch_size,
+        source, _WithoutTarget(evaluation_transform(one.image_px, crop_fraction=1.0)), batch_size=options.batch_size,
         rank=0, world_size=1, num_workers=0,
     )  # fmt: skip
     for batch in batches:
         pixels = normalize(batch.images.to(device), model.mean, model.std).to(dtype)
-
-        def look(index: int, attention: AttentionMap) -> None:
-            if index == len(one.layers):
-                one.layers.append(LayerStatistics(attention.shape))
-            one.layers[index].add(attention)
-            if len(one.queries) == index and attention.is_image and not one.tokens:
-                probs_hPP = patches_only(attention.probs, attention.num_prefix_tokens)[0, 0]
-                rows, columns = attention.shape
-                middle = rows // 2 * columns + columns // 2
-                one.queries.append(probs_hPP.mean(0)[middle].view(rows, columns).cpu().numpy())
-
         with torch.no_grad(), one.cost.of("plain", device):
             tokens_BLD = model(pixels)
-        with one.cost.of("look", device), _kept_tokens(one, blocks, model):
-            look_at_attention(model, pixels, tokens_BLD, look)
-        one.grid = model.grid_size(*pixels.shape[-2:])
+        with one.cost.of("look", device), followed(blocks, keep):
+            one.left_out = look_at_attention(model, pixels, tokens_BLD, one.look)
         one.tokens.append(tokens_BLD[:, model.num_prefix_tokens :].float().cpu())
         pictures.append(batch.images)
-    images = torch.cat(pictures)[:NUM_PICTURES].permute(0, 2, 3, 1).numpy()
-    return one, images
+    return torch.cat(pictures)[:NUM_PICTURES].permute(0, 2, 3, 1).numpy()
 
 
 def _device(name: str) -> torch.device:
@@ -292,30 +364,6 @@ def _device(name: str) -> torch.device:
     if name == "cuda" and not available:
         raise UserError("--device cuda: torch sees no CUDA device; take cpu or auto")
     return torch.device("cuda" if available and name != "cpu" else "cpu")
-
-
-@contextmanager
-def _kept_tokens(one: _Found, blocks: Sequence[nn.Module], model: Backbone) -> Iterator[None]:
-    """Keeps the tokens of each block while the model runs."""
-    handles = [block.register_forward_hook(_keeper(one, index, model)) for index, block in enumerate(blocks)]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _keeper(one: _Found, index: int, model: Backbone) -> Any:
-    def keep(_: Any, inputs: Any, output: Any) -> None:
-        tokens = output[0] if isinstance(output, tuple) else output
-        if tokens.dim() == 3:
-            tokens = tokens[:, model.num_prefix_tokens :]
-            side = round(tokens.shape[1] ** 0.5)
-            tokens = tokens.unflatten(1, (side, -1))
-        small = F.adaptive_avg_pool2d(tokens.float().permute(0, 3, 1, 2), CKA_SIDE)
-        one.rows[index].append(small.flatten(2).mT.flatten(0, 1).cpu())
-
-    return keep
 
 
 def _numbers(one: _Found) -> dict[str, Any]:
@@ -327,33 +375,47 @@ def _numbers(one: _Found) -> dict[str, Any]:
             "effective_rank": found.effective_rank, "token_norm": found.token_norm,
             "channel_std": found.channel_std.tolist(), "spectrum": found.spectrum.tolist(),
         }  # fmt: skip
-    layers = [layer.numbers() for layer in one.layers]
+    layers = [{"layer": number, **layer.numbers()} for number, layer in one.layers.items()]
+    left_out = [
+        {"layer": number, "reason": reason}
+        for number, reason in enumerate(one.left_out)
+        if reason is not None
+    ]
     cost = {"seconds": one.cost.seconds, "peak_gib": one.cost.peak_gib}
-    return {"name": one.name, "grid": list(one.grid), "layers": layers, "features": features, "cost": cost}
+    return {
+        "name": one.name, "label": one.label, "image_px": one.image_px, "grid": list(one.grid),
+        "num_layers": len(one.left_out), "left_out": left_out, "num_blocks": one.num_blocks,
+        "blocks_left_out": [index for index in range(one.num_blocks) if index not in one.rows], "layers": layers,
+        "features": features, "cost": cost,
+    }  # fmt: skip
 
 
 def _cka(first: _Found, second: _Found) -> dict[str, Any]:
-    rows = [[torch.cat(parts) for parts in one.rows] for one in (first, second)]
-    return {
-        "first": first.name,
-        "second": second.name,
-        "layers": linear_cka(*rows),
-    }
+    rows = [[torch.cat(parts) for parts in one.rows.values()] for one in (first, second)]
+    blocks: list[list[float | None]] = [[None] * second.num_blocks for _ in range(first.num_blocks)]
+    for row, values in zip(first.rows, linear_cka(*rows), strict=True):
+        for column, value in zip(second.rows, values, strict=True):
+            blocks[row][column] = value
+    return {"first": first.label, "second": second.label, "layers": blocks}
+
+
+def _is_drawn(shape: Sequence[int]) -> bool:
+    return shape[0] * shape[1] <= LARGEST_MAP
 
 
 def _draw(result: dict[str, Any], found: Sequence[_Found], images: np.ndarray, folder: Path) -> list[Path]:
-    names = [one.name for one in found]
+    names = [one.label for one in found]
     paths = [plots.curves(result["models"], folder), plots.distances(result["models"], folder)]
     drawn = [
-        [layer.average_map.numpy() for layer in one.layers if layer.shape[0] * layer.shape[1] <= LARGEST_MAP]
+        {number: layer.average_map.numpy() for number, layer in one.layers.items() if _is_drawn(layer.shape)}
         for one in found
     ]
-    if all(drawn):
-        paths.append(plots.average_maps(names, drawn, folder))
-    globally = [one for one in found if one.queries]
-    if globally:
-        maps = [one.queries for one in globally]
-        paths.append(plots.query_maps([one.name for one in globally], images[0], maps, folder))
+    if any(drawn):
+        shown = {name: maps for name, maps in zip(names, drawn, strict=True) if maps}
+        paths.append(plots.average_maps(shown, folder))
+    if any(one.queries for one in found):
+        shown = {one.label: one.queries for one in found if one.queries}
+        paths.append(plots.query_maps(shown, images[0], folder))
     paths.append(plots.colours(names, images, [_colours(one) for one in found], folder))
     paths.append(plots.spectra(result["models"], folder))
     if result["cka"]:

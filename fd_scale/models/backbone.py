@@ -85,6 +85,11 @@ class Backbone(nn.Module, ABC):
         """Classes of its blocks: what ZeRO-3 gathers, and lets go, at a time."""
         return {type(module) for module in self.modules() if isinstance(module, ResidualBlock)}
 
+    def list_blocks(self) -> list[nn.Module]:
+        """Its blocks, in order; none where they are not known."""
+        classes = self.block_classes()
+        return [module for module in self.modules() if type(module) in classes]
+
     def set_activation_checkpointing(self, mode: CheckpointingMode, period: int = 1) -> None:
         """Chooses what the backward pass computes again.
 

@@ -110,6 +110,17 @@ class HuggingFaceBackbone(Backbone):
                 )
         return found
 
+    def list_blocks(self) -> list[nn.Module]:
+        """The innermost layers that Transformers can recompute apart, see `Backbone.list_blocks`."""
+        from transformers.modeling_layers import GradientCheckpointingLayer
+
+        layers = [module for module in self.modules() if isinstance(module, GradientCheckpointingLayer)]
+        return [
+            layer
+            for layer in layers
+            if not any(inner is not layer and inner in layers for inner in layer.modules())
+        ]
+
     def grid_size(self, height: int, width: int) -> tuple[int, int]:
         """See `Backbone.grid_size`."""
         return -(-height // self.reduction), -(-width // self.reduction)

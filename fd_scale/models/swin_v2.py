@@ -69,21 +69,23 @@ class WindowAttention(nn.Module):
         bias = shared_bias if self.position_bias is None else self.position_bias()
         assert bias is not None
         qkv_BHWE, pad_qkv_E = self.qkv(x_BHWC)
-        grid = x_BHWC.shape[1:3]
-        # Of images smaller than the model was made for, a window may cover the grid.
-        shift = [
-            shift if side > window else 0
-            for side, window, shift in zip(grid, self.window_size, self.shift_size, strict=True)
-        ]
         out_BHWC = window_attention(
             qkv_BHWE,
             bias,
             at_least_fp32(self.logit_scale).clamp(max=LOGIT_SCALE_MAX).exp().flatten(),
             window_size=self.window_size,
-            shift_size=(shift[0], shift[1]),
+            shift_size=self.shift_on(x_BHWC.shape[1:3]),
             pad_qkv_E=pad_qkv_E,
         )
         return self.proj(out_BHWC)
+
+    def shift_on(self, grid: Sequence[int]) -> tuple[int, int]:
+        """The shift on a grid of (rows, columns), which a window may cover where images are small."""
+        rows, columns = (
+            shift if side > window else 0
+            for side, window, shift in zip(grid, self.window_size, self.shift_size, strict=True)
+        )
+        return rows, columns
 
 
 class Block(ResidualBlock):

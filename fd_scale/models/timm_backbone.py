@@ -151,7 +151,12 @@ class TimmBackbone(Backbone):
     def block_classes(self) -> set[type[nn.Module]]:
         """See `Backbone`: what timm's models keep in a list `blocks`."""
         lists = [module for name, module in self.named_modules() if name.endswith(".blocks")]
-        return super().block_classes() | {type(block) for blocks in lists for block in blocks.children()}
+        found = super().block_classes()
+        while lists:  # of some models they are lists of stages
+            children = [child for blocks in lists for child in blocks.children()]
+            lists = [child for child in children if type(child) in (nn.ModuleList, nn.Sequential)]
+            found |= {type(child) for child in children} - {nn.ModuleList, nn.Sequential}
+        return found
 
     def _checkpoint_blocks(self, mode: CheckpointingMode, period: int) -> None:
         if any(isinstance(module, ResidualBlock) for module in self.modules()):

@@ -15,7 +15,8 @@ from timm.utils import AttentionExtract
 from torch import Tensor
 
 from fd_scale.config import ModelConfig
-from fd_scale.diagnose import diagnose, measures
+from fd_scale.diagnose import diagnose, measures, plots, run
+from fd_scale.diagnose.blocks import as_map, layouts
 from fd_scale.diagnose.capture import AttentionMap, look_at_attention
 from fd_scale.diagnose.measures import (
     LayerStatistics,
@@ -27,7 +28,7 @@ from fd_scale.diagnose.measures import (
     patch_distances,
     patches_only,
 )
-from fd_scale.diagnose.run import Options, load_backbone
+from fd_scale.diagnose.run import Options, labels, load_backbone
 from fd_scale.errors import UserError
 from fd_scale.models import build_model, create_model
 
@@ -120,9 +121,44 @@ def test_share_of_the_bias() -> None:
     assert float(bias_share(both.expand(1, 1, -1, -1, -1), bias)) == pytest.approx(0.5)
     hidden = both.clone()
     hidden[..., 4:] -= 100
+    unmasked = (torch.arange(6) < 4).expand(1, 6, 6)
     shown = both[..., :4].expand(1, 1, -1, -1, -1)
     expected = float(bias_share(shown, bias[..., :4]))
-    assert float(bias_share(hidden.expand(1, 1, -1, -1, -1), bias)) == pytest.approx(expected, rel=1e-5)
+    found = float(bias_share(hidden.expand(1, 1, -1, -1, -1), bias, unmasked))
+    assert found == pytest.approx(expected, rel=1e-5)
+
+
+def test_share_of_the_bias_where_logits_are_as_large_as_a_mask() -> None:
+    """Beside numpy, which takes pairs of one region of a shifted window of a 6 x 6 grid by their places."""
+    torch.manual_seed(0)
+    overrides = {"depths": [2], "num_heads": [2], "embed_dim": 16, "patch_size": 4, "window_size": 4}
+    model = build_model(ModelConfig(name="swin_v2_tiny", img_size=24, overrides=overrides)).eval()
+    for name, parameter in model.named_parameters():
+        parameter.data.add_(0.2 * torch.randn_like(parameter))
+        if "logit_scale" in name:
+            parameter.data.fill_(math.log(100))
+    _, shifted = seen(model, torch.randn(2, 3, 24, 24))
+    assert shifted.bias is not None
+    rest = shifted.logits[:, 0] - shifted.bias
+    # The first window is whole, and both that reach over the grid are left out: no pair of it is masked.
+    assert shifted.probs.shape[1] == 1
+    assert float(rest.min()) < -50, "as large as the mask"
+    variances = [x.double().numpy().var(-1) for x in (shifted.bias.expand_as(rest), rest)]
+    expected = (variances[0] / (variances[0] + variances[1])).mean()
+    found = bias_share(shifted.logits, shifted.bias, shifted.unmasked)
+    assert float(found) == pytest.approx(expected, rel=1e-4)
+
+
+def test_masked_pairs_of_a_shifted_window() -> None:
+    overrides = {"depths": [2], "num_heads": [2], "embed_dim": 16, "patch_size": 4, "window_size": 4}
+    model = build_model(ModelConfig(name="swin_v2_tiny", img_size=32, overrides=overrides)).eval()
+    plain, shifted = seen(model, torch.randn(1, 3, 32, 32))
+    assert plain.unmasked is not None
+    assert shifted.unmasked is not None
+    assert bool(plain.unmasked.all())
+    # Of the last window's four regions of 2 x 2 tokens each sees itself: the others get nothing of random weights.
+    np.testing.assert_array_equal(shifted.unmasked, (shifted.probs[0] > 1e-20).all(1))
+    assert shifted.unmasked.flatten(1).float().mean(1).tolist() == [1, 0.5, 0.5, 0.25]
 
 
 @pytest.mark.parametrize("few_rows", [0, measures.FEW_ROWS])
@@ -221,6 +257,162 @@ def test_windows_of_transformers(kind: str, stages: int, tmp_path: Path) -> None
     assert found == [each for each in expected[:stages] for _ in range(2)]
 
 
+@pytest.mark.parametrize("kind", ["Swin", "Swinv2"])
+def test_windows_of_transformers_that_hold_padding_are_left_out(kind: str, tmp_path: Path) -> None:
+    """It is padded before the shift: rows of zeros in windows of the attention's input show where it lies."""
+    transformers = pytest.importorskip("transformers", reason="needs the extra hf")
+    config = getattr(transformers, f"{kind}Config")(
+        image_size=64, patch_size=4, embed_dim=16, depths=[2], num_heads=[2], window_size=7
+    )
+    getattr(transformers, f"{kind}Model")(config).save_pretrained(tmp_path)
+    model = load_backbone(f"hf:{tmp_path}@pretrained", 64)  # 16 x 16 tokens in 3 x 3 windows
+    whole: list[int] = []
+    for module in model.modules():
+        if type(module).__name__ == f"{kind}Attention":
+            module.register_forward_pre_hook(
+                lambda _, inputs: whole.append(int((inputs[0] != 0).any(-1).all(-1).sum()))
+            )
+        elif isinstance(module, torch.nn.LayerNorm):
+            torch.nn.init.ones_(module.bias)  # no token is zero but padding
+    maps = seen(model, torch.randn(1, 3, 64, 64))
+    assert whole[:2] == [4, 1]
+    assert [attention.probs.shape[1] for attention in maps] == whole[:2]
+
+
+def test_layers_keep_their_numbers_where_some_are_left_out() -> None:
+    """PVT's first stages look at fewer keys; the last has two blocks of eight."""
+    model = load_backbone("pvt_v2_b0@none", 64)
+    pixels, numbers = torch.randn(1, 3, 64, 64), []
+    with torch.no_grad():
+        left_out = look_at_attention(model, pixels, model(pixels), lambda number, _: numbers.append(number))
+    assert numbers == [6, 7]
+    assert (
+        left_out
+        == ["256 queries and 4 keys"] * 2
+        + ["64 queries and 4 keys"] * 2
+        + ["16 queries and 4 keys"] * 2
+        + [None] * 2
+    )
+
+
+@pytest.mark.parametrize(
+    ("shape", "expected"),
+    [
+        ((2, 17, 6), "tokens"),  # a prefix token and 4 x 4
+        ((2, 16, 6), "tokens without prefix"),
+        ((2, 6, 8, 8), "first"),
+        ((2, 8, 8, 6), "last"),
+        ((2, 8, 8, 8), None),
+        ((2, 6, 8, 4), None),
+        ((2, 15, 6), None),
+    ],
+)
+def test_what_blocks_give_as_maps(shape: tuple[int, ...], expected: str | None) -> None:
+    tokens = torch.randn(shape)
+    found = as_map(tokens, 1, (4, 4), None)
+    if expected is None:
+        assert found is None
+        return
+    values = tokens.numpy()
+    if expected.startswith("tokens"):
+        values = values[:, -16:].reshape(2, 4, 4, 6)
+    if expected != "first":
+        values = np.moveaxis(values, -1, 1)
+    assert found is not None
+    np.testing.assert_array_equal(found, values)
+
+
+def test_blocks_with_as_many_channels_as_rows_are_laid_out_as_others() -> None:
+    """The first two of FastViT give 64 channels of 64 x 64 places; timm says that all of its maps are NCHW."""
+    model = load_backbone("fastvit_sa12@none", 256)
+    blocks, image = model.list_blocks(), torch.randn(1, 3, 256, 256)
+    assert len(blocks) == 12
+    found = layouts(model, blocks, image, (8, 8))
+    assert set(found) == {type(block) for block in blocks}
+    assert not any(found.values())
+    square = torch.randn(1, 8, 8, 8)
+    assert as_map(square, 0, (8, 8), False) is square
+
+
+def test_cka_keeps_the_numbers_of_blocks_where_some_are_left_out() -> None:
+    torch.manual_seed(0)
+    rows = {0: [torch.randn(8, 3), torch.randn(8, 3)], 2: [torch.randn(8, 4), torch.randn(8, 4)]}
+    first = run._Found("a", "a", 32, num_blocks=3, rows=rows)
+    second = run._Found("b", "b", 32, num_blocks=2, rows={1: rows[2]})
+    found = run._cka(first, second)["layers"]
+    assert [[value is None for value in row] for row in found] == [[True, False], [True, True], [True, False]]
+    assert found[2][1] == pytest.approx(1)
+
+
+def test_blocks_of_stages_in_lists_are_found() -> None:
+    twins = load_backbone("twins_pcpvt_small@none", 224)
+    assert [type(block).__name__ for block in twins.list_blocks()] == ["Block"] * 16
+    hybrid = load_backbone("mobilenetv4_conv_small@none", 32)
+    assert not hybrid.block_classes() & {torch.nn.Sequential, torch.nn.ModuleList}
+
+
+@pytest.mark.parametrize(
+    ("kind", "block"), [("ViT", "ViTLayer"), ("Swin", "SwinLayer"), ("Dinov2", "Dinov2Layer")]
+)
+def test_blocks_of_transformers_are_found(kind: str, block: str, tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers", reason="needs the extra hf")
+    sizes = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    if kind == "Swin":
+        sizes = {"embed_dim": 8, "depths": [1, 1], "num_heads": [1, 2], "window_size": 4}
+    config = getattr(transformers, f"{kind}Config")(image_size=32, patch_size=4, **sizes)
+    getattr(transformers, f"{kind}Model")(config).save_pretrained(tmp_path)
+    blocks = load_backbone(f"hf:{tmp_path}@pretrained", 32).list_blocks()
+    assert [type(each).__name__ for each in blocks] == [block] * 2
+
+
+def test_labels_are_short_and_unlike() -> None:
+    long = "vit_so400m_patch14_siglip_gap_896.pali2_10b_pt@weights_of_the_last_night.safetensors"
+    names = [
+        "a/export",
+        "b/export/",
+        "teacher:runs/a",
+        "vit@/some/where/x.pth",
+        "hf:/there/model@pretrained",
+        long,
+    ]
+    found = labels(names)
+    assert found[:5] == ["export (1)", "export (2)", "teacher:a", "vit@x.pth", "hf:model@pretrained"]
+    assert re.fullmatch(r"vit_so400m.{,30}\.safetensors", found[5])
+
+
+def test_panels_that_would_be_empty_are_not_drawn(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    drawn: list[Any] = []
+    monkeypatch.setattr(plots, "save", lambda figure, folder, name: drawn.append(figure) or folder)  # type: ignore[func-returns-value]
+    layers = [{"layer": 6, **one_layer(torch.eye(NUM_PATCHES), heads=2)}]
+    for share, panels in ((None, 3), (0.5, 4)):
+        layers[0]["bias_share"] = share
+        plots.curves([{"label": "a", "layers": layers}], tmp_path)
+        assert len(drawn[-1].axes) == panels
+        assert all(axis.lines[0].get_xdata() == [6] for axis in drawn[-1].axes)
+        assert not any(axis.get_legend() for axis in drawn[-1].axes), "no legend over the curves"
+
+
+def test_what_cannot_be_done_is_refused_before_all_images_are_seen(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    looked: list[tuple[str, int]] = []
+    look = run._look
+
+    def recorded(one: Any, source: Any, options: Options) -> Any:
+        looked.append((one.name, len(source)))
+        return look(one, source, options)
+
+    monkeypatch.setattr(run, "_look", recorded)
+    options = Options(images="digits:test", num_images=4, img_size=32)
+    with pytest.raises(UserError, match="ResNet has no attention"):
+        diagnose(["test_vit@none", "resnet18@none"], tmp_path / "out", options)
+    assert looked == [("resnet18@none", 1)]
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"--out: .*file/out cannot be written"):
+        diagnose(["test_vit@none"], tmp_path / "file" / "out", options)
+    assert len(looked) == 1
+
+
 def test_large_windows_are_seen_one_after_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
     """As together; of 2 x 3 windows those of the last column reach over the grid."""
     torch.manual_seed(0)
@@ -277,7 +469,15 @@ def test_the_rank_of_large_windows_is_of_a_few_heads(monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.slow
-def test_models_side_by_side(tmp_path: Path) -> None:
+def test_models_side_by_side(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The average maps of the first one, of 16 patches, are too large: those of the second are drawn alone."""
+    monkeypatch.setattr(run, "LARGEST_MAP", 15)
+    drawn = {}
+    monkeypatch.setattr(
+        plots,
+        "average_maps",
+        lambda maps, folder, draw=plots.average_maps: drawn.update(maps) or draw(maps, folder),
+    )
     names = ["vit_tiny_patch16_224@none", "swin_v2_tiny@none"]
     options = Options(images="digits:test", num_images=4, batch_size=3, img_size=64)
     found = diagnose(names, tmp_path, options)
@@ -285,6 +485,10 @@ def test_models_side_by_side(tmp_path: Path) -> None:
     first, second = found["models"]
     assert (first["grid"], second["grid"]) == ([4, 4], [2, 2])
     assert [len(model["layers"]) for model in found["models"]] == [12, 12]
+    assert list(drawn) == ["swin_v2_tiny@none"]
+    assert run.notes(found) == [
+        "vit_tiny_patch16_224@none: no average maps, which would be of more than 15 patches"
+    ]
     assert len(first["features"]["raw"]["spectrum"]) == 192
     [pair] = found["cka"]
     assert np.array(pair["layers"]).shape == (12, 12)
@@ -301,7 +505,7 @@ def test_models_side_by_side(tmp_path: Path) -> None:
             assert (tmp_path / f"{name}.{suffix}").stat().st_size > 1000, name
     page = (tmp_path / "diagnosis.html").read_text()
     assert page.count("<img src='data:image/png;base64,") == 7
-    assert "<td>vit_tiny_patch16_224@none</td>" in page
+    assert "<td>vit_tiny_patch16_224@none</td><td>64</td><td>4 x 4</td><td>12 of 12</td>" in page
     assert not re.findall(r"(?:src|href)='(?!data:)", page), "it stands alone"
     for model in found["models"]:
         assert min(model["cost"]["seconds"].values()) > 0
@@ -314,6 +518,10 @@ def test_models_side_by_side(tmp_path: Path) -> None:
         ("resnet18@none", "ResNet has no attention among equally many queries and keys"),
         ("mobilevit_xxs@none", "ByobNet lets .* tokens or channels see each other in each of 4 groups"),
         ("xcit_nano_12_p8_224@none", "lets 32 tokens or channels see each other in each of 1 groups"),
+        ("cait_xxs24_224@none", r"Cait changes its attention maps between softmax and values \(by linear\)"),
+        ("convit_tiny@none", r"ConVit changes its attention maps between .* \(by another softmax\)"),
+        ("vit_dwee_patch16_reg1_gap_256@none", "applies two attention maps to the same values"),
+        ("botnet26t_256@none", r"ByobNet has no attention .* \(it has 3-d maps"),
         ("vit_tiny_patch16_224", "expected NAME@pretrained, NAME@PATH, or NAME@none"),
         ("teacher:nowhere", "no recipe.yaml there"),
         ("no_such_model@none", "no_such_model"),
