@@ -233,7 +233,7 @@ def show(result: dict[str, Any]) -> None:
 
 def means(result: dict[str, Any]) -> list[list[str]]:
     """Returns a table of means over layers and heads, its head first."""
-    rows = [["model", "image, px", "grid", "layers", "distance, px", "similarity of heads", "rank of a map",
+    rows = [["model", "image, grid", "layers", "distance, px", "similarity of heads", "rank of a map",
              "within one patch", "bias", "rank of features", "s, x inference"]]  # fmt: skip
     for model in result["models"]:
         layers = model["layers"]
@@ -246,11 +246,9 @@ def means(result: dict[str, Any]) -> list[list[str]]:
         plain, look = (model["cost"]["seconds"][name] for name in ("plain", "look"))
         rank = model["features"]["raw"]["effective_rank"]
         took = f"{plain + look:.1f}, {(plain + look) / plain:.2f}"
-        grid = " x ".join(map(str, model["grid"]))
+        grid = f"{model['image_px']} px, {model['grid'][0]} x {model['grid'][1]}"
         seen = f"{len(layers)} of {model['num_layers']}"
-        rows.append(
-            [model["label"], str(model["image_px"]), grid, seen, *map(mean, keys), f"{rank:.3g}", took]
-        )
+        rows.append([model["label"], grid, seen, *map(mean, keys), f"{rank:.3g}", took])
     return rows
 
 

@@ -505,7 +505,7 @@ def test_models_side_by_side(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
             assert (tmp_path / f"{name}.{suffix}").stat().st_size > 1000, name
     page = (tmp_path / "diagnosis.html").read_text()
     assert page.count("<img src='data:image/png;base64,") == 7
-    assert "<td>vit_tiny_patch16_224@none</td><td>64</td><td>4 x 4</td><td>12 of 12</td>" in page
+    assert "<td>vit_tiny_patch16_224@none</td><td>64 px, 4 x 4</td><td>12 of 12</td>" in page
     assert not re.findall(r"(?:src|href)='(?!data:)", page), "it stands alone"
     for model in found["models"]:
         assert min(model["cost"]["seconds"].values()) > 0
