@@ -277,6 +277,12 @@ def test_windows_of_transformers_that_hold_padding_are_left_out(kind: str, tmp_p
     maps = seen(model, torch.randn(1, 3, 64, 64))
     assert whole[:2] == [4, 1]
     assert [attention.probs.shape[1] for attention in maps] == whole[:2]
+    whole.clear()
+    pixels = torch.randn(1, 3, 32, 32)  # 8 x 8 tokens: of those that are shifted none is whole
+    with torch.no_grad():
+        left_out = look_at_attention(model, pixels, model(pixels), lambda _, attention: None)
+    assert whole[:2] == [1, 0]
+    assert left_out == [None, "padding in each window"]
 
 
 def test_layers_keep_their_numbers_where_some_are_left_out() -> None:
@@ -363,6 +369,22 @@ def test_blocks_of_transformers_are_found(kind: str, block: str, tmp_path: Path)
     getattr(transformers, f"{kind}Model")(config).save_pretrained(tmp_path)
     blocks = load_backbone(f"hf:{tmp_path}@pretrained", 32).list_blocks()
     assert [type(each).__name__ for each in blocks] == [block] * 2
+
+
+def test_what_is_left_out_is_said() -> None:
+    shared: dict[str, Any] = {"layers": [{"patches": [7, 7]}], "num_layers": 3, "num_blocks": 0}
+    few = [{"layer": 0, "reason": "9 queries and 4 keys"}, {"layer": 1, "reason": "9 queries and 4 keys"}]
+    models = [
+        shared | {"label": "a", "left_out": few, "blocks_left_out": []},
+        shared | {"label": "b", "left_out": [], "blocks_left_out": [0, 2], "num_blocks": 4},
+    ]
+    assert run.notes({"models": models}) == [
+        "a: 1 of 3 layers of attention are seen, without 0, 1: 9 queries and 4 keys",
+        "a: no CKA, as its blocks are not known",
+        "b: CKA without blocks 0, 2 of 4, whose layout is not known",
+    ]
+    alone = run.notes({"models": models[1:]})
+    assert alone == [], "one model has no CKA"
 
 
 def test_labels_are_short_and_unlike() -> None:
