@@ -23,7 +23,8 @@ Maps = Mapping[str, Mapping[int, np.ndarray]]
 def save(figure: Figure, folder: Path, name: str) -> Path:
     """Writes a figure in both formats and lets it go; returns the PNG."""
     for suffix in ("svg", "png"):
-        figure.savefig(path := folder / f"{name}.{suffix}", dpi=120)
+        # Tight: a label may be longer than its axis, and lead out of the figure.
+        figure.savefig(path := folder / f"{name}.{suffix}", dpi=120, bbox_inches="tight")
     plt.close(figure)
     return path
 

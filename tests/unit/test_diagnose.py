@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from timm.models.swin_transformer_v2 import SwinTransformerV2 as TimmSwinV2
 from timm.utils import AttentionExtract
 from torch import Tensor
@@ -385,6 +386,15 @@ def test_what_is_left_out_is_said() -> None:
     ]
     alone = run.notes({"models": models[1:]})
     assert alone == [], "one model has no CKA"
+
+
+def test_labels_lie_within_the_picture(tmp_path: Path) -> None:
+    """As long as labels become, beside an axis that is shorter."""
+    name = "n" * run.LONGEST_LABEL
+    pair = {"layers": [[0.5]], "first": name, "second": name}
+    picture_HW = np.array(Image.open(plots.similarity([pair], tmp_path)).convert("L"))
+    for border in (picture_HW[0], picture_HW[-1], picture_HW[:, 0], picture_HW[:, -1]):
+        assert (border == 255).all()
 
 
 def test_labels_are_short_and_unlike() -> None:
