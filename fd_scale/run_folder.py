@@ -41,8 +41,8 @@ _FREE_SETTINGS = (
     "run_dir", "checkpoint", "watch", "log", "data.train", "data.evaluation", "data.num_workers",
     "data.max_bad_fraction", "train.micro_batch", "train.device", "train.ds_config", "train.mics_shard_size",
     "train.timeout_s", "train.activation_checkpointing", "train.checkpointing_period", "train.kernels",
-    "train.compile", "train.cuda_graphs", "distill.knn_images", "distill.features.folder", "model.weights",
-    *PREDICTION_SETTINGS,
+    "train.compile", "train.cuda_graphs", "distill.knn_images", "linear_probe.knn_images",
+    "distill.features.folder", "model.weights", *PREDICTION_SETTINGS,
 )  # fmt: skip
 
 

@@ -192,8 +192,11 @@ class LinearProbeConfig:
 
     lr_factors: list[float] = field(default_factory=lambda: [0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0])
     """A classifier for each: factors of `optim.lr`. All are trained in one pass; the best by top-1 is reported."""
+    knn_images: int = 0
+    """As `distill.knn_images`, of the same features."""
 
     def __post_init__(self) -> None:
+        require(self.knn_images >= 0, "linear_probe.knn_images", self.knn_images, "0 or more")
         require(
             len(self.lr_factors) > 0 and 0 < min(self.lr_factors) <= max(self.lr_factors) < inf,
             "linear_probe.lr_factors", self.lr_factors, "positive numbers, at least one",

@@ -50,7 +50,7 @@ def nearest_neighbours(
     labels_Q = torch.cat(world.gather(own_labels_Q.cpu()))
     if not len(labels_Q) or not sum(world.gather(len(labels_N))):
         raise UserError(
-            "distill.knn_images: nearest neighbours need labels, of data.train and of data.evaluation"
+            "knn_images: nearest neighbours need labels, of data.train and of data.evaluation; set it to 0"
         )
     found = [_most_similar(chunk_QD, bank_ND, labels_N) for chunk_QD in queries_QD.split(_QUERIES_AT_A_TIME)]
     similarity_Qn, neighbour_Qn = (torch.cat(parts).cpu() for parts in zip(*found, strict=True))

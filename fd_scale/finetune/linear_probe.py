@@ -21,10 +21,16 @@ from torch import Tensor, nn
 
 from fd_scale.checkpoint import write_atomically
 from fd_scale.config import Recipe
-from fd_scale.data import UNLABELLED, Batch, Labels, Source, Targets, TrainLoader
+from fd_scale.data import UNLABELLED, Batch, Labels, Source, Targets, TrainLoader, spread
 from fd_scale.distributed import World
 from fd_scale.errors import UserError
-from fd_scale.evaluation import AccuracyCounter, EvaluationSet, Forward, evaluated_batches
+from fd_scale.evaluation import (
+    AccuracyCounter,
+    EvaluationSet,
+    Forward,
+    evaluated_batches,
+    nearest_neighbours,
+)
 from fd_scale.finetune.classes import require_same_classes
 from fd_scale.finetune.labels import doubts_of_labels
 from fd_scale.models import (
@@ -299,7 +305,15 @@ class LinearProbeTask:
         best = max(range(len(found)), key=lambda index: found[index]["top1"])
         if doubt := doubt_of_sweep(self.learning_rates, [metrics["top1"] for metrics in found]):
             logger.warning("%s", doubt)
-        return found[best] | {"learning_rate": self.learning_rates[best]}
+        return found[best] | {"learning_rate": self.learning_rates[best]} | self._neighbours(world)
+
+    def _neighbours(self, world: World) -> dict[str, float]:
+        assert self.recipe.linear_probe is not None, "checked at the start"
+        count, train = self.recipe.linear_probe.knn_images, self.features("train")
+        if not count:
+            return {}
+        bank = replace(train, source=spread(train.source, count))
+        return nearest_neighbours(bank, self.features("evaluation"), lambda batch: batch.images, world)
 
     def pictures(self, batch: Batch, outputs: dict[str, Tensor]) -> dict[str, np.ndarray]:
         """There are none."""

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from ranks import run_ranks
 from sklearn.linear_model import LogisticRegression
+from sklearn.neighbors import KNeighborsClassifier
 from torch.nn import functional as F
 
 from fd_scale import api
@@ -90,7 +91,7 @@ def test_features_are_the_backbones_and_computed_once(values: dict[str, Any]) ->
 def test_comes_near_logistic_regression(values: dict[str, Any]) -> None:
     """scikit-learn's, on the same features: the classifier of the best learning rate is as good within 5%."""
     values["train"]["steps"] = 460
-    values["linear_probe"]["lr_factors"] = [0.1, 10.0, 30.0, 100.0]
+    values["linear_probe"] |= {"lr_factors": [0.1, 10.0, 30.0, 100.0], "knn_images": 500}
     values["log"]["evaluate_every_steps"] = 0
     values["checkpoint"]["save_every_steps"] = 460
     values["log"]["every_steps"] = 100
@@ -107,6 +108,12 @@ def test_comes_near_logistic_regression(values: dict[str, Any]) -> None:
     assert expected > 0.6
     assert found["top1"] > expected - 0.05, expected
     assert found["learning_rate"] > 1e-4
+    spread_N = np.arange(500) * len(x) // 500
+    neighbours = KNeighborsClassifier(
+        20, metric="cosine", algorithm="brute", weights=lambda distances: np.exp((1 - distances) / 0.07)
+    ).fit(x[spread_N], y[spread_N])
+    # One image in 300 may have two neighbours that are equally far in fp32.
+    assert found["knn_top1"] == pytest.approx(neighbours.score(x_test, y_test), abs=1 / 300)
     with pytest.raises(UserError, match="hold no backbone"):
         export(values["run_dir"], folder.parent / "export")
     with pytest.raises(UserError, match=r"holds no backbone; name its weights instead.*model\.weights"):

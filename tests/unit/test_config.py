@@ -133,7 +133,7 @@ def test_every_setting_is_described() -> None:
         ("train.timeout_s", 0), ("train.steps", 0),
         ("checkpoint.save_every_steps", 0), ("checkpoint.keep_last", 0),
         ("log.every_steps", 0), ("log.images_every_steps", -1), ("log.evaluate_every_steps", -1),
-        ("distill.beta", 0.0), ("distill.phi_s_images", 0), ("distill.knn_images", -1),
+        ("distill.beta", 0.0), ("distill.phi_s_images", 0), ("distill.knn_images", -1), ("linear_probe.knn_images", -1),
         ("distill.features.views", 0),
         ("distill.teachers.0.weight", 0.0),
         ("distill.teachers.0.share", 0.0), ("distill.teachers.0.share", 1.1), ("distill.teachers.0.cls_weight", -1.0),

@@ -21,7 +21,7 @@ ADE20K = sorted(
 COCO = sorted(name for name in packaged_recipes() if name.startswith("coco/") and not name.endswith("/tiny"))
 # Its first stage has the shapes of the second but for the masks, and takes as long.
 SHAPES_OF_COCO = [name for name in COCO if not name.endswith("objects365")]
-DISTILLATION = [name for name in IMAGENET if name not in FINE_TUNING]
+DISTILLATION = [name for name in IMAGENET if name not in FINE_TUNING and "/probe_" not in name]
 
 
 LARGE = ("giant", "large", "large_336", "esvit_swin_base")
