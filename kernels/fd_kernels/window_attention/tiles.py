@@ -57,7 +57,12 @@ _HOPPER: dict[tuple[str, int], Rules] = {
     ("keys", 64): ((inf, Tiles(64, 64, num_stages=1, maxnreg=168, may_spill=True)),),
     ("bias", 64): ((inf, Tiles(64, 64, may_spill=True)),),
 }
-# Elsewhere: what spills nothing when compiled for sm_80, sm_90 and sm_100. Not measured.
+# fp32, where the tiles below would spill hundreds of registers and more. Not measured.
+_FP32: dict[tuple[str, int], Rules] = {
+    ("forward", 64): ((inf, Tiles(64, 32, 8)),),
+    ("queries", 128): ((inf, Tiles(64, 16, 8)),),
+}
+# Elsewhere: what in 16 bits spills nothing when compiled for sm_80, sm_90 and sm_100. Not measured.
 _ANYWHERE: dict[tuple[str, int], Rules] = {
     ("forward", 32): ((inf, Tiles(64, 32)),),
     ("forward", 64): ((inf, Tiles(64, 32)),),
@@ -87,7 +92,8 @@ def find_tile(
         table: whether the bias is one number for each relative position.
         architecture: as 90 for compute capability 9.0.
     """
-    rules = _HOPPER if architecture == HOPPER and sixteen_bit else _ANYWHERE
+    own = _HOPPER if architecture == HOPPER else {}
+    rules = own if sixteen_bit else _FP32
     found = rules.get((kernel, head_dim)) or _ANYWHERE.get((kernel, head_dim), ())
     for most, tile in found:
         # The gradient of a table is not that of the dense bias which `keys` keeps.
