@@ -283,7 +283,9 @@ def _config_of(name: str) -> ModelConfig:
         return recipe.distill.teachers[0].model
     path = Path(name)
     if (path / "recipe.yaml").is_file():
-        return replace(run_folder.read_recipe(path).model, weights=None)
+        recipe = run_folder.read_recipe(path)
+        # A probe's model stays what it was at the start, and is in no checkpoint.
+        return recipe.model if recipe.task == "linear_probe" else replace(recipe.model, weights=None)
     if (path / "config.json").is_file():
         described = json.loads((path / "config.json").read_text(encoding="utf-8"))
         if "model" not in described:
@@ -310,7 +312,7 @@ def load_backbone(name: str, img_size: int | None) -> Backbone:
     if img_size is not None:
         config = replace(config, img_size=img_size)
     model = build_model(config)
-    if (Path(name) / "recipe.yaml").is_file():
+    if (Path(name) / "recipe.yaml").is_file() and config.weights is None:
         saved_weights(newest_checkpoint(Path(name))).copy_into(model, f"{BACKBONE}.")
     return model.eval().requires_grad_(False)
 

@@ -15,10 +15,10 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
 from torch.nn import functional as F
 
-from fd_scale import api
+from fd_scale import api, run_folder
 from fd_scale.config import build_recipe
 from fd_scale.data import ImageAlone, evaluation_transform, open_source
-from fd_scale.diagnose.run import Options, diagnose
+from fd_scale.diagnose.run import Options, diagnose, load_backbone
 from fd_scale.distributed import World
 from fd_scale.errors import UserError
 from fd_scale.finetune.linear_probe import LinearProbeModule, doubt_of_sweep
@@ -131,6 +131,16 @@ def test_features_of_other_weights_are_not_taken(values: dict[str, Any]) -> None
     (folder / "metrics.jsonl").unlink()
     run_ranks(cases.train, 1, values | {"seed": 5})
     assert np.abs(np.load(folder / "features/train/features.npy") - features).max() > 0.1
+
+
+def test_diagnose_takes_the_backbone_from_the_weights(values: dict[str, Any], tmp_path: Path) -> None:
+    torch.manual_seed(7)
+    model = build_model(resolved(build_recipe(values)).model)
+    torch.save(model.state_dict(), tmp_path / "weights.pth")
+    values["model"]["weights"] = str(tmp_path / "weights.pth")
+    folder = run_folder.create(build_recipe(values), open_source("digits:train"))
+    found = load_backbone(str(folder), None).state_dict()
+    assert all(torch.equal(found[name], tensor) for name, tensor in model.state_dict().items())
 
 
 def test_other_classes_are_refused(values: dict[str, Any], tmp_path: Path) -> None:
