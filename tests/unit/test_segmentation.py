@@ -97,6 +97,15 @@ def test_heads_equal_transformers() -> None:
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
+def test_class_scores_are_not_rounded_to_16_bits() -> None:
+    head = FCNHead(8, 16, 5, NORMS["group"]).to(torch.bfloat16)
+    map_BDhw = torch.randn(2, 8, 6, 7, dtype=torch.bfloat16)
+    with torch.no_grad():
+        hidden, logits = head.conv(map_BDhw).double(), head(map_BDhw)
+        weight, bias = (each.double() for each in (head.classifier.weight, head.classifier.bias))
+    torch.testing.assert_close(logits.double(), F.conv2d(hidden, weight, bias), rtol=1e-5, atol=1e-6)
+
+
 def test_batch_norm_equals_torch() -> None:
     ours, theirs = NORMS["batch"](6), nn.BatchNorm2d(6)
     randomise(theirs)

@@ -90,7 +90,7 @@ class ConvNormReLU(nn.Module):
 
 
 class Classifier(nn.Conv2d):
-    """A linear layer on each place; small weights."""
+    """A linear layer on each place, in fp32 whatever its weights are in: classes are compared; small weights."""
 
     def __init__(self, channels: int, num_classes: int) -> None:
         super().__init__(channels, num_classes, kernel_size=1)
@@ -99,6 +99,11 @@ class Classifier(nn.Conv2d):
         nn.init.normal_(self.weight, std=0.01)
         assert self.bias is not None
         nn.init.zeros_(self.bias)
+
+    def forward(self, x_BChw: Tensor) -> Tensor:
+        """Of any float dtype -> fp32."""
+        assert self.bias is not None
+        return F.conv2d(x_BChw.float(), self.weight.float(), self.bias.float())
 
 
 class UPerNetHead(nn.Module):
@@ -124,7 +129,7 @@ class UPerNetHead(nn.Module):
         self.classifier = Classifier(channels, num_classes)
 
     def forward(self, maps: Sequence[Tensor]) -> Tensor:
-        """Returns logits_BKhw at the resolution of the finest map."""
+        """Returns logits_BKhw, fp32, at the resolution of the finest map."""
         *finer, coarsest_BDhw = maps
         parts = [coarsest_BDhw]
         for side, conv in zip(POOLED_SIDES, self.pooled, strict=True):

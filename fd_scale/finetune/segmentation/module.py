@@ -101,7 +101,7 @@ class SegmentationModule(nn.Module):
                 outputs["loss"] = self.head.loss_sum(decoded, masks_BHW, point_seeds)
             return outputs
         logits_BKhw = self.head(maps)
-        outputs = {"logits": logits_BKhw.detach().float()}
+        outputs = {"logits": logits_BKhw.detach()}
         if masks_BHW is not None:
             outputs["loss"] = cross_entropy_sum(logits_BKhw, masks_BHW)
             if self.auxiliary is not None:
@@ -123,5 +123,5 @@ def _mask2former() -> Any:
 
 def cross_entropy_sum(logits_BKhw: Tensor, masks_BHW: Tensor) -> Tensor:
     """Sums the cross entropy over the pixels with a class, of logits resized to the masks, bilinear; fp32 scalar."""
-    logits_BKHW = F.interpolate(logits_BKhw.float(), size=masks_BHW.shape[1:], mode="bilinear")
+    logits_BKHW = F.interpolate(logits_BKhw, size=masks_BHW.shape[1:], mode="bilinear")
     return F.cross_entropy(logits_BKHW, masks_BHW.long(), ignore_index=IGNORED, reduction="sum")
