@@ -21,6 +21,8 @@ from fd_scale.models.backbone import Backbone, resolve_layers
 # Final norms that these models leave to their pooler.
 _NORMS_BEHIND_POOLING = {
     "clip_vision_model": "post_layernorm",
+    "chinese_clip_vision_model": "post_layernorm",
+    "mlcd_vision_model": "post_layernorm",
     "convnext": "layernorm",
     "convnextv2": "layernorm",
     "beit": "pooler.layernorm",
@@ -170,10 +172,16 @@ class HuggingFaceBackbone(Backbone):
                 config=self.config,
                 local_files_only=True,
                 output_loading_info=True,
+                ignore_mismatched_sizes=True,
                 use_safetensors=True,
             )
         except (OSError, RuntimeError, ValueError) as error:
             raise UserError(f"hf:{folder}: cannot be loaded: {' '.join(str(error).split())[:300]}") from None
+        for name, found, expected in sorted(report["mismatched_keys"]):
+            raise UserError(
+                f"hf:{folder}: {name} has shape {tuple(found)}, and {tuple(expected)} at model.img_size "
+                f"{self.config.image_size}; leave img_size and overrides out: they are the folder's then"
+            )
         missing = sorted(str(name) for name in report["missing_keys"])
         of_pooler = [name for name in missing if name.startswith("pooler.")]
         if of_pooler and not (self.norm_name or "").startswith("pooler."):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
+import logging
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,8 @@ from fd_scale.errors import UserError
 from fd_scale.models.huggingface import read_config
 from fd_scale.models.registry import HUGGING_FACE, default_img_size
 from fd_scale.models.timm_backbone import is_timm_model
+
+logger = logging.getLogger(__name__)
 
 
 def resolved(recipe: Recipe) -> Recipe:
@@ -33,26 +37,31 @@ def resolved_model(config: ModelConfig) -> ModelConfig:
     Raises:
         UserError: an `hf:` folder that is not there.
     """
-    own = _own_input(config.name)
+    exported = _exported(config.weights)
+    own = _own_input(config.name) | {
+        key: tuple(exported[key]) for key in ("mean", "std") if exported.get(key)
+    }
     given = {key: getattr(config, key) for key in ("img_size", "mean", "std")}
     filled = {key: own[key] if value is None else value for key, value in given.items()}
     license_name = config.license
     if license_name == "unknown":
-        license_name = _exported_license(config.weights) or own["license"]
+        license_name = exported.get("license", license_name)
+    if license_name == "unknown":
+        license_name = own["license"]
     return replace(config, **filled, license=license_name)
 
 
-def _exported_license(weights: str | None) -> str | None:
-    """What an export says of its weights, where these are one."""
-    if weights is None:
-        return None
-    folder = Path(weights) if Path(weights).is_dir() else Path(weights).parent
+def _exported(weights: str | None) -> dict[str, Any]:
+    """What an export says of its model, where weights are one; else nothing."""
+    if weights in (None, PRETRAINED, TEACHER):
+        return {}
+    place = Path(str(weights))
+    folder = place.parent if place.name == "model.safetensors" else place
     try:
         described = json.loads((folder / "config.json").read_text(encoding="utf-8"))["model"]
-        license_name: str = described["license"]
     except (OSError, ValueError, KeyError, TypeError):
-        return None
-    return None if license_name == "unknown" else license_name
+        return {}
+    return described if isinstance(described, dict) else {}
 
 
 def _own_input(name: str) -> dict[str, Any]:
@@ -66,16 +75,41 @@ def _own_input(name: str) -> dict[str, Any]:
         folder = hugging_face_folder(name)
         size = getattr(read_config(folder), "image_size", None) or 224
         own["img_size"] = size if isinstance(size, int) else size[0]
-        processor = folder / "preprocessor_config.json"
-        values = json.loads(processor.read_text(encoding="utf-8")) if processor.is_file() else {}
-        own["mean"] = tuple(values.get("image_mean", IMAGENET_MEAN))
-        own["std"] = tuple(values.get("image_std", IMAGENET_STD))
+        own["mean"], own["std"] = _processing(folder)
     elif is_timm_model(name):
         published = _published(name)
         own["img_size"] = published.input_size[-1]
         own["mean"], own["std"] = tuple(published.mean), tuple(published.std)
         own["license"] = published.license or "unknown"
     return own
+
+
+@functools.cache
+def _processing(folder: Path) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation by which a Transformers model wants its pixels normalised.
+
+    Raises:
+        UserError: it wants blue in the place of red.
+    """
+    values: dict[str, Any] = {}
+    # The first is Transformers 5's, of processors of several kinds.
+    for file in ("processor_config.json", "preprocessor_config.json"):
+        if (path := folder / file).is_file():
+            found = json.loads(path.read_text(encoding="utf-8"))
+            values |= found.get("image_processor", found)
+    if values.get("do_flip_channel_order"):
+        raise UserError(
+            f"hf:{folder}: wants blue in the place of red (do_flip_channel_order), and images here begin with red; "
+            "choose another model"
+        )
+    if "image_mean" not in values and "do_normalize" not in values:
+        logger.warning(
+            "hf:%s: no preprocessor_config.json says how its pixels are normalised: by ImageNet's mean and standard "
+            "deviation, where the recipe names no others", folder,
+        )  # fmt: skip
+    elif not values.get("do_normalize", True):
+        return (0.0,) * 3, (1.0,) * 3
+    return tuple(values.get("image_mean", IMAGENET_MEAN)), tuple(values.get("image_std", IMAGENET_STD))
 
 
 def _published(name: str) -> Any:

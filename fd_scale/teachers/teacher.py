@@ -150,10 +150,14 @@ def targets_of(config: TeacherConfig) -> tuple[Target, ...]:
         targets = _computed(model, config, torch.zeros(1, 3, img_size, img_size))
     if config.target != "feature_map":
         return tuple(Target(tokens_BLD.shape[2], None, has_cls=False) for tokens_BLD in targets)
-    rows, columns = model.grid_size(img_size, img_size)
     found = []
     for tokens_BLD in targets:
         num_patches = tokens_BLD.shape[1] - model.has_cls
-        scale = math.isqrt(num_patches // (rows * columns))  # earlier stages have larger grids
-        found.append(Target(tokens_BLD.shape[2], (rows * scale, columns * scale), model.has_cls))
+        side = math.isqrt(num_patches)  # images are square; earlier stages have larger grids
+        if side * side != num_patches:
+            raise UserError(
+                f"distill.teachers: {config.model.name} gives {num_patches} patches of {img_size} px images, no square "
+                "grid; leave out `layers`, or choose another model"
+            )
+        found.append(Target(tokens_BLD.shape[2], (side, side), model.has_cls))
     return tuple(found)

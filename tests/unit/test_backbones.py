@@ -1,5 +1,6 @@
 """Models of timm and Transformers as backbones: their own tokens, in one layout."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from fd_scale.config import ModelConfig
+from fd_scale.config import IMAGENET_MEAN, IMAGENET_STD, ModelConfig
 from fd_scale.errors import UserError
 from fd_scale.models import Backbone, build_model, create_model, load_tensors, read_weights, resolved_model
 
@@ -266,6 +267,8 @@ def transformers_models() -> dict[str, Callable[[Any], tuple[Any, int, bool]]]:
         "clip": lambda t: (
             t.CLIPModel(t.CLIPConfig(vision_config=patches, text_config=small | {
                 "vocab_size": 9, "eos_token_id": 1, "bos_token_id": 0, "pad_token_id": 2})), 1, True),
+        "mlcd": lambda t: (t.MLCDVisionModel(t.MLCDVisionConfig(**patches)), 1, True),
+        "chinese_clip": lambda t: (t.ChineseCLIPVisionModel(t.ChineseCLIPVisionConfig(**patches)), 1, True),
         "beit": lambda t: (t.BeitModel(t.BeitConfig(**patches)), 1, True),
         "convnextv2": lambda t: (
             t.ConvNextV2Model(t.ConvNextV2Config(image_size=64, hidden_sizes=[8, 8, 8, 16], depths=[1, 1, 1, 1])),
@@ -292,8 +295,10 @@ def test_a_hugging_face_folder(kind: str, tmp_path: Path) -> None:
     vision = theirs.vision_model if kind == "clip" else theirs
     with torch.no_grad():
         expected = vision(pixel_values=images(size)).last_hidden_state
-        if kind == "clip":
-            expected = vision.post_layernorm(expected)
+        if kind in ("clip", "mlcd", "chinese_clip"):
+            expected = next(part for name, part in vision.named_modules() if name.endswith("post_layernorm"))(
+                expected
+            )
         elif kind == "beit":
             expected = vision.pooler.layernorm(expected)
         elif "convnext" in kind:
@@ -314,6 +319,57 @@ def test_a_hugging_face_folder(kind: str, tmp_path: Path) -> None:
     read, own = read_weights(nowhere, str(tmp_path)), model.state_dict()
     assert read.keys() == own.keys()
     assert all(torch.equal(tensor, own[name]) for name, tensor in read.items())
+
+
+@pytest.mark.parametrize(
+    ("files", "mean", "std", "words"),
+    [
+        ({"processor_config": {"image_processor": {"image_mean": [0.1] * 3, "image_std": [0.2] * 3}}}, 0.1, 0.2, ""),
+        ({"preprocessor_config": {"image_mean": [0.1] * 3, "image_std": [0.2] * 3, "do_normalize": False}}, 0, 1, ""),
+        ({}, None, None, "by ImageNet's mean"),
+    ],
+)  # fmt: skip
+def test_how_a_hugging_face_folder_normalises(
+    files: dict[str, Any], mean: float | None, std: float | None, words: str, tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    (tmp_path / "config.json").write_text('{"model_type": "vit", "image_size": 32}')
+    for name, text in files.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(text))
+    found = resolved_model(ModelConfig(name=f"hf:{tmp_path}"))
+    assert found.mean == (IMAGENET_MEAN if mean is None else (mean,) * 3)
+    assert found.std == (IMAGENET_STD if std is None else (std,) * 3)
+    assert words in caplog.text
+    assert bool(words) == bool(caplog.text)
+
+
+def test_a_model_that_wants_blue_first_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "vit", "image_size": 32}')
+    (tmp_path / "preprocessor_config.json").write_text('{"do_flip_channel_order": true}')
+    with pytest.raises(UserError, match="wants blue in the place of red"):
+        resolved_model(ModelConfig(name=f"hf:{tmp_path}"))
+
+
+def test_an_exports_own_mean_and_deviation(tmp_path: Path) -> None:
+    described = {"model": {"name": "swin_v2_tiny", "mean": [0.3] * 3, "std": [0.4] * 3, "license": "MIT"}}
+    (tmp_path / "config.json").write_text(json.dumps(described))
+    for weights in (tmp_path, tmp_path / "model.safetensors"):
+        found = resolved_model(ModelConfig(name="swin_v2_tiny", weights=str(weights)))
+        assert (found.mean, found.std, found.license) == ((0.3,) * 3, (0.4,) * 3, "MIT")
+    given = ModelConfig(name="swin_v2_tiny", weights=str(tmp_path), mean=(0.1, 0.1, 0.1))
+    assert resolved_model(given).mean == (0.1, 0.1, 0.1)
+    other = resolved_model(ModelConfig(name="swin_v2_tiny", weights=str(tmp_path / "other.pth")))
+    assert other.mean == IMAGENET_MEAN
+
+
+def test_a_hugging_face_folder_at_another_size_is_refused(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers", reason="needs the extra hf")
+    theirs, *_ = transformers_models()["vit"](transformers)
+    theirs.save_pretrained(tmp_path)
+    with pytest.raises(
+        UserError, match=r"position_embeddings has shape .* at model\.img_size 64; leave img_size"
+    ):
+        build_model(ModelConfig(name=f"hf:{tmp_path}", weights="pretrained", img_size=64))
 
 
 def test_a_classifiers_hugging_face_folder_has_no_pooler(tmp_path: Path) -> None:
