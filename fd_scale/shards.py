@@ -232,9 +232,9 @@ class Shards:
             for name, tensor in module.state_dict(keep_vars=True).items():
                 if prefix + name not in self.shapes:
                     raise UserError(
-                        f"{self.folder}: the checkpoint holds no {prefix}{name}, as a linear probe's holds no "
-                        "backbone; name its weights instead, an exported folder or NAME@PATH (model.name and "
-                        "model.weights in the run's recipe.yaml)"
+                        f"{self.folder}: the checkpoint holds no {prefix}{name}; give the settings that it was trained "
+                        "with, or, of a linear probe, whose checkpoints hold no backbone, name its weights instead: an "
+                        "exported folder or NAME@PATH (model.name and model.weights in the run's recipe.yaml)"
                     )
                 if self.shapes[prefix + name] != tensor.shape:
                     raise UserError(

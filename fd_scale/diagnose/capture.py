@@ -28,18 +28,13 @@ _SOFTMAX = (torch.softmax, torch.Tensor.softmax, F.softmax)
 # What leaves a map as it is (in eval mode), by torch's names; getters, as of `mT`, are `__get__`.
 _SAME_MAP = frozenset(
     {
-        "__get__",
-        "clone",
-        "contiguous",
-        "detach",
-        "dropout",
-        "expand",
-        "flatten",
-        "float",
-        "permute",
-        "reshape",
+        "__get__", "bfloat16", "clone", "contiguous", "detach", "dropout", "expand", "flatten", "float", "half",
+        "permute", "reshape", "squeeze", "to", "transpose", "type", "type_as", "unflatten", "unsqueeze", "view",
     }
-    | {"squeeze", "to", "transpose", "type", "type_as", "unflatten", "unsqueeze", "view"}
+)  # fmt: skip
+# What tells something of a map, and is none.
+_ASKS = frozenset(
+    {"__get__", "__len__", "data_ptr", "dim", "element_size", "is_contiguous", "numel", "size", "stride"}
 )
 _PRODUCTS = frozenset({"__matmul__", "bmm", "einsum", "matmul"})
 # Of the last tokens: another order of sums (fp32), another rounding (bf16, which also rounds what lies between).
@@ -103,7 +98,7 @@ class _SecondPath(TorchFunctionMode):
         if function in _SOFTMAX and result.dim() >= 3:
             self._begin(args[0], result)
         elif self.maps:
-            self._follow(function.__name__, tree_leaves((args, kwargs)), result)
+            self._follow(function.__name__, tree_leaves((args, kwargs or {})), result)
         return result
 
     def _begin(self, logits: Tensor, probs: Tensor) -> None:
@@ -113,14 +108,24 @@ class _SecondPath(TorchFunctionMode):
             self.show(logits, probs)
 
     def _follow(self, function: str, taken: list[Any], result: Any) -> None:
-        others = [x for x in taken if isinstance(x, Tensor) and not any(x is seen for seen in self.maps)]
-        if len(others) == sum(isinstance(x, Tensor) for x in taken) or not isinstance(result, Tensor):
+        tensors = [x for x in taken if isinstance(x, Tensor)]
+        is_map = [any(x is seen for seen in self.maps) for x in tensors]
+        if not any(is_map):
             return
-        if function in _SAME_MAP:
+        if function in _SAME_MAP and isinstance(result, Tensor):
             self.maps.append(result)
-        elif function in _PRODUCTS and len(others) == 1:
-            self._applied(others[0])
-        else:
+        elif (
+            function in _PRODUCTS
+            and sorted(is_map) == [False, True]
+            and _sums_over_keys(
+                next((x for x in taken if isinstance(x, str)), None),
+                tensors,
+                is_map[0],
+                self.maps[0].shape[-1],
+            )
+        ):
+            self._applied(tensors[is_map.index(False)])
+        elif function not in _ASKS or isinstance(result, Tensor):
             self._lose(function)
 
     def _lose(self, function: str) -> None:
@@ -167,6 +172,17 @@ class _SecondPath(TorchFunctionMode):
         self._begin(logits, probs)
         self._applied(v)
         return (probs @ v.float()).to(v.dtype)
+
+
+def _sums_over_keys(equation: str | None, factors: list[Tensor], map_first: bool, num_keys: int) -> bool:
+    """Whether a product of a map and another tensor is one with values, and not, say, of heads."""
+    seen = factors[0 if map_first else 1]
+    if equation is None:
+        return seen.shape[-1 if map_first else -2] == num_keys
+    inputs, _, output = equation.replace(" ", "").partition("->")
+    letters = inputs.split(",")[0 if map_first else 1].removeprefix("...")
+    sizes = zip(reversed(letters), reversed(seen.shape), strict=False)
+    return [size for letter, size in sizes if letter not in output] == [num_keys]
 
 
 def _unlike(probs: Tensor) -> str | None:

@@ -6,12 +6,12 @@ Shape legend: B = images, L = tokens, D = channels, R = rows (tokens of all imag
 from __future__ import annotations
 
 import html
+import itertools
 import json
 import logging
 import re
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -178,11 +178,12 @@ def labels(names: Sequence[str]) -> list[str]:
     short = [re.sub(r"[^@:/]*/", "", name.rstrip("/")) for name in names]
     half = LONGEST_LABEL // 2
     short = [name if len(name) <= LONGEST_LABEL else f"{name[:half]}…{name[-half:]}" for name in short]
-    count = Counter(short)
-    numbers = [short[: index + 1].count(name) for index, name in enumerate(short)]
-    return [
-        f"{name} ({number})" if count[name] > 1 else name for name, number in zip(short, numbers, strict=True)
-    ]
+    found: list[str] = []
+    for name in short:
+        numbered = (f"{name} ({number})" for number in itertools.count(1))
+        candidates = itertools.chain([name] if short.count(name) == 1 else [], numbered)
+        found.append(next(each for each in candidates if each not in found))
+    return found
 
 
 def _make(folder: Path) -> None:

@@ -6,6 +6,7 @@ Python a sixth of its time and more. The engine alone imports this.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -27,7 +28,6 @@ _TORCH_LINEAR = F.linear
 _PARAMETERS: WeakKeyDictionary[nn.Module, dict[bool, list[tuple[str, nn.Parameter]]]] = WeakKeyDictionary()
 _PRINT = partition_parameters.print_rank_0
 _TO_TENSORS = parameter_offload.apply_to_tensors_only
-_HOOKS: WeakKeyDictionary[type[torch.autograd.Function], type[torch.autograd.Function]] = WeakKeyDictionary()
 
 
 def quicken_zero3() -> None:
@@ -45,8 +45,7 @@ def quicken_zero3() -> None:
 
 def remember_modules(root: nn.Module) -> None:
     """Lists modules, which change no more: DeepSpeed walks over them before and after each forward pass."""
-    found = list(root.modules())
-    root.modules = lambda remove_duplicate=True: iter(found)  # type: ignore[method-assign]
+    root.modules = functools.partial(iter, list(root.modules()))  # type: ignore[method-assign]
 
 
 def look_at_gradients_together(optimizer: DeepSpeedZeroOptimizer | DeepSpeedZeroOptimizer_Stage3) -> None:
@@ -135,10 +134,10 @@ def _hooked(
     """
     if not torch.is_grad_enabled():
         return value
-    of_module: type[torch.autograd.Function] = function.__self__  # type: ignore[attr-defined]
-    if of_module not in _HOOKS:
-        _HOOKS[of_module] = _in_one(of_module)
-    return _TO_TENSORS(_HOOKS[of_module].apply, value, warning_msg_fn)
+    of_module: Any = function.__self__  # type: ignore[attr-defined]
+    if "in_one" not in of_module.__dict__:
+        of_module.in_one = _in_one(of_module)  # there it lives no longer than the module
+    return _TO_TENSORS(of_module.in_one.apply, value, warning_msg_fn)
 
 
 def _in_one(function: type[torch.autograd.Function]) -> type[torch.autograd.Function]:

@@ -322,13 +322,14 @@ class LinearProbeTask:
 
 def doubt_of_sweep(learning_rates: list[float], top1: list[float]) -> str:
     """Says that the smallest or the largest learning rate does better than all others; empty: neither does."""
-    for end, which, change in ((min, "smallest", "lower"), (max, "largest", "raise")):
+    advice = (min, "smallest", "lower optim.lr"), (max, "largest", "raise optim.lr, or train for more epochs")
+    for end, which, change in advice:
         index = learning_rates.index(end(learning_rates))
         others = top1[:index] + top1[index + 1 :]
         if others and top1[index] > max(others):
             return (
                 f"linear_probe.lr_factors: the {which} learning rate of the sweep, {learning_rates[index]:g}, is the "
-                f"best one, and one beyond it may be better; {change} optim.lr, or train for more epochs"
+                f"best one, and one beyond it may be better; {change}"
             )
     return ""
 

@@ -16,7 +16,7 @@ from timm.utils import AttentionExtract
 from torch import Tensor
 
 from fd_scale.config import ModelConfig
-from fd_scale.diagnose import diagnose, measures, plots, run
+from fd_scale.diagnose import capture, diagnose, measures, plots, run
 from fd_scale.diagnose.blocks import as_map, layouts
 from fd_scale.diagnose.capture import AttentionMap, look_at_attention
 from fd_scale.diagnose.measures import (
@@ -395,6 +395,33 @@ def test_labels_lie_within_the_picture(tmp_path: Path) -> None:
     picture_HW = np.array(Image.open(plots.similarity([pair], tmp_path)).convert("L"))
     for border in (picture_HW[0], picture_HW[-1], picture_HW[:, 0], picture_HW[:, -1]):
         assert (border == 255).all()
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda map_BhNN, v: map_BhNN @ v, ""),
+        (lambda map_BhNN, v: (v.mT @ map_BhNN.clone().float().mT).mT, ""),
+        (lambda map_BhNN, v: torch.einsum("bhij,bhjd->bhid", map_BhNN, v), ""),
+        (lambda map_BhNN, v: map_BhNN[..., : map_BhNN.shape[-1]] @ v, "by __getitem__"),
+        (lambda map_BhNN, v: torch.einsum("bhij,gh->bgij", map_BhNN, torch.ones(2, 2)) @ v, "by einsum"),
+        (lambda map_BhNN, v: (map_BhNN.permute(0, 2, 3, 1) @ torch.ones(2, 2))[..., 0] @ v, "by (__)?matmul"),
+        (lambda map_BhNN, v: torch.cat([map_BhNN.chunk(2, 1)[0]] * 2, 1) @ v, "by chunk"),
+        (lambda map_BhNN, v: map_BhNN.index_fill_(3, torch.tensor([0]), 0.0) @ v, "by index_fill_"),
+        (lambda map_BhNN, v: map_BhNN.__setitem__((..., 0), 0.0) or map_BhNN @ v, "by __setitem__"),
+    ],
+)  # fmt: skip
+def test_a_map_is_followed_to_the_values(change: Any, words: str) -> None:
+    shown: list[Tensor] = []
+    logits, v = torch.randn(1, 2, 5, 5), torch.randn(1, 2, 5, 3)
+    expected = logits.softmax(-1) @ v
+    with capture._SecondPath("it", lambda logits, probs: shown.append(probs), lambda reason: None):
+        if words:
+            with pytest.raises(UserError, match=words):
+                change(logits.softmax(-1), v)
+        else:
+            torch.testing.assert_close(change(logits.softmax(-1), v), expected)
+    assert shown
 
 
 def test_labels_are_short_and_unlike() -> None:

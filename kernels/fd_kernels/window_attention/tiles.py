@@ -17,7 +17,7 @@ class Tiles:
     num_warps: int = 4
     num_stages: int = 2
     images: int = 1
-    """Images that a program does at a time: they share what it reads of the bias."""
+    """Images that a program does at a time, forward or for queries: they share what it reads of the bias."""
     keeps_bias: bool = False
     """Whether the bias of all keys, or bias and gradient of all queries, stay in registers."""
     maxnreg: int | None = None

@@ -50,8 +50,13 @@ def test_tiles_of_other_gpus(name: str, monkeypatch: pytest.MonkeyPatch) -> None
     assert_no_further_from_fp64_than_plain_torch(CASES[name], CASES[name].inputs(torch.bfloat16))
 
 
-@pytest.mark.parametrize(("length", "gradient"), [(100.0, 0.1), (10.0, 1e-3), (0.1, 500.0), (0.01, 50.0)])
-@pytest.mark.parametrize("name", ["w8", "w12"])
+@pytest.mark.parametrize(
+    ("name", "length", "gradient"),
+    [
+        ("w8", 100.0, 0.1), ("w8", 3000.0, 1e-2), ("w8", 0.1, 500.0), ("w8", 0.01, 50.0), ("w12", 10.0, 1e-3),
+        ("w12_padded", 300.0, 1e-4), ("w12_padded", 100.0, 1e-3),
+    ],
+)  # fmt: skip
 def test_fp16_bears_long_and_short_rows(name: str, length: float, gradient: float) -> None:
     """A cosine's gradient is that of its logits over the row's length, and fp16 holds 6e-8 to 6e4 alone."""
     values = CASES[name].inputs(torch.float16)
