@@ -110,6 +110,9 @@ def test_other_targets() -> None:
     stages = Teacher(TeacherConfig(model=ModelConfig(**SWIN), layers=[0, 1]), torch.float32)
     assert stages.targets == (Target(16, (6, 6), has_cls=False), Target(32, (3, 3), has_cls=False))
     assert [tuple(tokens.shape) for tokens in stages.features(views(size=24))] == [(3, 36, 16), (3, 9, 32)]
+    odd = Teacher(TeacherConfig(model=ModelConfig(**SWIN | {"img_size": 20}), layers=[0, 1]), torch.float32)
+    assert [target.grid for target in odd.targets] == [(5, 5), (3, 3)]
+    assert [tokens.shape[1] for tokens in odd.features(views(size=20))] == [25, 9]
 
 
 @pytest.mark.parametrize(
