@@ -193,7 +193,7 @@ def test_hooks_are_put_on_what_has_a_gradient() -> None:
     """As DeepSpeed's own: its function knows the module's, sees the gradient, and changes no value."""
     seen: list[Any] = []
 
-    class OfModule(torch.autograd.Function):
+    class Hook(torch.autograd.Function):
         @staticmethod
         def forward(x: torch.Tensor) -> torch.Tensor:
             raise AssertionError("what looks at signatures is not called")
@@ -209,9 +209,9 @@ def test_hooks_are_put_on_what_has_a_gradient() -> None:
 
     x = torch.randn(3, requires_grad=True)
     with torch.no_grad():
-        assert quicker_deepspeed._hooked(OfModule.apply, (x, 1))[0] is x
+        assert quicker_deepspeed._hooked(Hook.apply, (x, 1))[0] is x
     assert seen == []
-    out, other = quicker_deepspeed._hooked(OfModule.apply, (x, 1))
+    out, other = quicker_deepspeed._hooked(Hook.apply, (x, 1))
     (2 * out).sum().backward()
     assert torch.equal(out, x)
     assert other == 1
