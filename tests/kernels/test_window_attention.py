@@ -7,7 +7,10 @@ import pytest
 import torch
 from fd_kernels import window_attention
 from fd_kernels.window_attention import reference
+from fd_kernels.window_attention.launch import architecture
+from fd_kernels.window_attention.op import not_served
 from fd_kernels.window_attention.reference import shift_mask
+from fd_kernels.window_attention.tiles import HOPPER
 from timm.models.swin_transformer_v2 import SwinTransformerV2Block
 from torch import Tensor
 
@@ -268,3 +271,28 @@ def test_wrong_arguments_are_named(changes: dict[str, Any], message: str) -> Non
     arguments = {**inputs(), "window_size": (2, 3), "shift_size": (1, 1), **changes}
     with pytest.raises(ValueError, match=message):
         window_attention(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("qkv_shape", "bias_shape", "served"),
+    [
+        ((1, 64, 64, 96), (1, 64, 64), True),
+        ((9, 2**12, 2**13, 3 * 32), (1, 64, 64), False),  # 3 * 2^30 numbers an image
+        ((1, 2**11, 2**12, 3 * 32), (1, 64, 64), True),
+        ((1, 64, 64, 96), (1, 2**16, 2**15), False),
+    ],
+)
+def test_images_and_biases_beyond_32_bits_are_not_served(
+    qkv_shape: tuple[int, ...], bias_shape: tuple[int, ...], served: bool
+) -> None:
+    qkv, bias = (torch.empty(shape, device="meta") for shape in (qkv_shape, bias_shape))
+    reason = not_served(qkv, bias, torch.empty(1, device="meta"))
+    assert (reason is None) is served
+    assert served or "expected fewer than 2**31 numbers" in str(reason)
+
+
+@pytest.mark.parametrize(("capability", "expected"), [((8, 6), 80), ((9, 0), 90), ((12, 0), 120)])
+def test_architectures(capability: tuple[int, int], expected: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert architecture(torch.device("cuda")) == expected
+    assert architecture(torch.device("cpu")) == HOPPER, "the interpreter"
