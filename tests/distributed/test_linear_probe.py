@@ -116,7 +116,9 @@ def test_comes_near_logistic_regression(values: dict[str, Any]) -> None:
     assert found["knn_top1"] == pytest.approx(neighbours.score(x_test, y_test), abs=1 / 300)
     with pytest.raises(UserError, match="hold no backbone"):
         export(values["run_dir"], folder.parent / "export")
-    with pytest.raises(UserError, match=r"of a linear probe, whose checkpoints hold no backbone.*model\.weights"):
+    with pytest.raises(
+        UserError, match=r"of a linear probe, whose checkpoints hold no backbone.*model\.weights"
+    ):
         diagnose([values["run_dir"]], None, Options(num_images=4))
 
 
