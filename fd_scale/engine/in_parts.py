@@ -33,9 +33,9 @@ _SHAPE = torch.Tensor.shape.__get__  # type: ignore[attr-defined]
 class _BuildInParts(TorchFunctionMode):
     """Builds modules of which DeepSpeed's ZeRO-3 holds a part on each rank, with the values of a plain build.
 
-    A parameter is partitioned as soon as one of another module is made or another one is touched, and gathered again
-    when it is touched, to torch's default device, where it was made. So code that initialises, in whatever order, draws
-    the same numbers as where all is whole; and what one constructor makes, or one call of torch touches, is all that is
+    A parameter is partitioned as soon as one of another module is made or touched, and gathered again when it is touched,
+    to torch's default device, where it was made. So code that initialises, in whatever order, draws the same numbers as
+    where all is whole; and the parameters of one module, or of those that one call of torch touches, are all that is
     whole there at a time.
 
     Args:
@@ -48,6 +48,7 @@ class _BuildInParts(TorchFunctionMode):
         self.init = init
         self.dtype = dtype
         self.made: list[weakref.ref[nn.Parameter]] = []
+        self.owners: dict[int, weakref.ref[nn.Module]] = {}
         self.whole: list[Any] = []
         self.freed = 0
 
@@ -76,7 +77,7 @@ class _BuildInParts(TorchFunctionMode):
         if touched and function == _SHAPE:
             return touched[0].ds_shape
         if touched:
-            self._partition(touched)
+            self._partition([self._owner(parameter) for parameter in touched])
             for parameter in touched:
                 if parameter.ds_status == ZeroParamStatus.NOT_AVAILABLE:
                     parameter.all_gather()
@@ -87,18 +88,27 @@ class _BuildInParts(TorchFunctionMode):
     def _take(self, module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
         if parameter is None or parameter.is_meta or is_zero_param(parameter):
             return
-        # Those of the same module stay: they are to be initialised, and a gather would bring back what was never set.
-        siblings = [other for other in module._parameters.values() if other is not None]
         with torch._C.DisableTorchFunction():  # called by a constructor, not by way of this mode
-            self._partition(siblings)
+            self._partition([module])
             self.init._convert_to_deepspeed_param(parameter)
         self.made.append(weakref.ref(parameter))
+        self.owners[id(parameter)] = weakref.ref(module)
         self.whole.append(parameter)
 
-    def _partition(self, kept: list[nn.Parameter]) -> None:
-        """Partitions what is whole, but for `kept`."""
+    def _owner(self, parameter: nn.Parameter) -> nn.Module | None:
+        return self.owners.get(id(parameter), lambda: None)()
+
+    def _partition(self, kept: list[nn.Module | None]) -> None:
+        """Partitions what is whole, but for the parameters of modules that are `kept`.
+
+        They are to be initialised still, perhaps, and a gather would bring back what was never set.
+        """
+        still_whole = []
         for parameter in self.whole:
-            if all(parameter is not other for other in kept):
+            owner = self._owner(parameter)
+            if any(owner is other for other in kept):
+                still_whole.append(parameter)
+            else:
                 self.freed += parameter.data.nbytes
                 parameter.data = parameter.data.to(self.init.local_device)
                 parameter.partition(has_been_updated=True)
@@ -106,7 +116,7 @@ class _BuildInParts(TorchFunctionMode):
             # What is freed lies between the parts, and glibc would keep it: more than the whole model, in the end.
             ctypes.CDLL(None).malloc_trim(0)
             self.freed = 0
-        self.whole = [parameter for parameter in self.whole if any(parameter is other for other in kept)]
+        self.whole = still_whole
 
 
 class Partition:

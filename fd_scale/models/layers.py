@@ -1,9 +1,10 @@
 """Small layers that models share.
 
-Every module initialises the parameters that it owns in its own constructor: a value set by a parent is
-lost where DeepSpeed partitions parameters as soon as their owner is built.
+Every module initialises the parameters that it owns in its own constructor: what a parent sets later is gathered for it
+where DeepSpeed has partitioned them.
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, Literal
@@ -93,6 +94,18 @@ class Linear(nn.Linear):
             nn.init.zeros_(self.bias)
 
 
+class BranchEnd(Linear):
+    """The last linear layer of a residual branch of block `layer_id`, from 1: weights smaller by sqrt(2 * layer_id).
+
+    Source: Bao et al. 2021 (arXiv:2106.08254), section 2.5; the released code of feature distillation.
+    """
+
+    def __init__(self, in_features: int, out_features: int, layer_id: int) -> None:
+        super().__init__(in_features, out_features)
+        with torch.no_grad():
+            self.weight.div_(math.sqrt(2 * layer_id))
+
+
 class PostNorm(nn.LayerNorm):
     """LayerNorm that ends a residual branch; its gain starts at `gain_init`, so the branch starts small."""
 
@@ -102,12 +115,12 @@ class PostNorm(nn.LayerNorm):
 
 
 class Mlp(nn.Module):
-    """Two linear layers with a GELU between them."""
+    """Two linear layers with a GELU between them; of block `layer_id`."""
 
-    def __init__(self, dim: int, hidden_dim: int) -> None:
+    def __init__(self, dim: int, hidden_dim: int, layer_id: int) -> None:
         super().__init__()
         self.fc1 = Linear(dim, hidden_dim)
-        self.fc2 = Linear(hidden_dim, dim)
+        self.fc2 = BranchEnd(hidden_dim, dim, layer_id)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc2(F.gelu(self.fc1(x)))

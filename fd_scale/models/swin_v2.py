@@ -21,7 +21,7 @@ from fd_scale.config import ModelConfig
 from fd_scale.errors import UserError
 from fd_scale.models import layouts
 from fd_scale.models.backbone import Backbone, resolve_layers
-from fd_scale.models.layers import INIT_STD, Linear, Mlp, PostNorm, ResidualBlock, at_least_fp32
+from fd_scale.models.layers import INIT_STD, BranchEnd, Linear, Mlp, PostNorm, ResidualBlock, at_least_fp32
 from fd_scale.models.position_bias import ContinuousPositionBias
 from fd_scale.models.timm_backbone import timm_config
 
@@ -56,6 +56,7 @@ class WindowAttention(nn.Module):
         window_size: tuple[int, int],
         shift_size: tuple[int, int],
         position_bias: ContinuousPositionBias | None,
+        layer_id: int,
     ) -> None:
         super().__init__()
         self.window_size = window_size
@@ -63,7 +64,7 @@ class WindowAttention(nn.Module):
         self.logit_scale = nn.Parameter(torch.full((num_heads, 1, 1), LOGIT_SCALE_INIT))
         self.position_bias = position_bias
         self.qkv = QKV(dim)
-        self.proj = Linear(dim, dim)
+        self.proj = BranchEnd(dim, dim, layer_id)
 
     def forward(self, x_BHWC: Tensor, shared_bias: Tensor | None) -> Tensor:
         bias = shared_bias if self.position_bias is None else self.position_bias()
@@ -92,12 +93,18 @@ class Block(ResidualBlock):
     """Attention and MLP, each normalised at the end of its residual branch, then perhaps an extra norm."""
 
     def __init__(
-        self, dim: int, attn: WindowAttention, mlp_ratio: float, post_norm_gain_init: float, extra_norm: bool
+        self,
+        dim: int,
+        attn: WindowAttention,
+        mlp_ratio: float,
+        post_norm_gain_init: float,
+        extra_norm: bool,
+        layer_id: int,
     ) -> None:
         super().__init__()
         self.attn = attn
         self.norm1 = PostNorm(dim, post_norm_gain_init)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio))
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), layer_id)
         self.norm2 = PostNorm(dim, post_norm_gain_init)
         self.norm3 = nn.LayerNorm(dim) if extra_norm else nn.Identity()
 
@@ -132,6 +139,9 @@ class PatchEmbed(nn.Module):
     def __init__(self, patch_size: int, in_chans: int, embed_dim: int) -> None:
         super().__init__()
         self.proj = nn.Conv2d(in_chans, embed_dim, kernel_size=patch_size, stride=patch_size)
+        nn.init.trunc_normal_(self.proj.weight, std=INIT_STD)
+        assert self.proj.bias is not None
+        nn.init.zeros_(self.proj.bias)
         self.norm = nn.LayerNorm(embed_dim)
 
     def forward(self, images_BCHW: Tensor) -> Tensor:
@@ -164,6 +174,7 @@ class Stage(nn.Module):
         grid: rows and columns of its token grid at the model's `img_size`.
         window_size: rows and columns wanted; where a side covers the grid it is clamped and not shifted.
         downsample: whether the stage starts with patch merging, from half the channels.
+        first_layer_id: number of its first block in the model, from 1.
 
     The other arguments are those of `SwinTransformerV2`, for this stage.
     """
@@ -177,6 +188,7 @@ class Stage(nn.Module):
         grid: Sequence[int],
         window_size: Sequence[int],
         downsample: bool,
+        first_layer_id: int,
         mlp_ratio: float,
         shared_bias: bool,
         extra_norm_period: int | None,
@@ -195,9 +207,10 @@ class Stage(nn.Module):
         self.blocks = nn.ModuleList()
         for index in range(depth):
             own_bias = None if shared_bias else position_bias()
-            attn = WindowAttention(dim, num_heads, window, shift if index % 2 else (0, 0), own_bias)
+            layer_id = first_layer_id + index
+            attn = WindowAttention(dim, num_heads, window, shift if index % 2 else (0, 0), own_bias, layer_id)
             extra_norm = extra_norm_period is not None and (index + 1) % extra_norm_period == 0
-            self.blocks.append(Block(dim, attn, mlp_ratio, post_norm_gain_init, extra_norm))
+            self.blocks.append(Block(dim, attn, mlp_ratio, post_norm_gain_init, extra_norm, layer_id))
 
     def forward(self, x_BHWC: Tensor, drop_path_scale_RB: Tensor | None) -> Tensor:
         x_BHWC = self.downsample(x_BHWC)
@@ -291,6 +304,7 @@ class SwinTransformerV2(Backbone):
                 grid=_halved(grid, index),
                 window_size=window,
                 downsample=index > 0,
+                first_layer_id=1 + sum(depths[:index]),
                 mlp_ratio=mlp_ratio,
                 shared_bias=shared_bias,
                 extra_norm_period=extra_norm_period,

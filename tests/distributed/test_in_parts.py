@@ -43,9 +43,9 @@ def test_initial_values_are_those_of_a_whole_build(ranks: int, dtype: torch.dtyp
 
 
 def test_what_was_never_set_is_not_gathered() -> None:
-    """Of a module that initialises what it owns, only what it initialises second travels: the biases."""
+    """What a module initialises in its own constructor, in whatever order and however often, does not travel."""
     for sent, whole in run_ranks(parts_cases.bytes_sent_by_building, 2, SWIN_TEACHER):
-        assert sent < 0.05 * whole
+        assert sent == 0 < whole
 
 
 def test_weights_of_files_are_read_into_parts(tmp_path: Path) -> None:

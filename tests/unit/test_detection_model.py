@@ -348,7 +348,7 @@ def test_a_mirrored_view_is_mirrored_back() -> None:
 
 
 def test_more_views_compete_and_share_masks() -> None:
-    detector = built("swin", replace(CONFIGS["cascade"], score_threshold=0.2)).eval()
+    detector = built("swin", replace(CONFIGS["cascade"], score_threshold=0.1)).eval()
     image = pictures(1)[0].float()
     one = View(image, SIDE, SIDE, (1.0, 1.0), False)
     half = F.interpolate(image[None], size=(32, 32), mode="bilinear", antialias=True)[0]

@@ -244,19 +244,24 @@ def test_bfloat16_weights() -> None:
 def test_initial_values() -> None:
     torch.manual_seed(0)
     model = SwinTransformerV2(**SMALL, extra_norm_period=2)
-    parameters = dict(model.named_parameters())
-    for name, parameter in parameters.items():
+    divisors = {
+        f"layers.{stage}.blocks.{block}.{end}.weight": (2.0 * layer_id) ** 0.5
+        for layer_id, (stage, block) in enumerate([(0, 0), (0, 1), (1, 0), (1, 1)], start=1)
+        for end in ("attn.proj", "mlp.fc2")
+    }
+    for name, parameter in model.named_parameters():
         if "norm1" in name or "norm2" in name:
             assert (parameter == (1e-5 if name.endswith("weight") else 0.0)).all(), name
         elif "norm" in name:
             assert (parameter == (1.0 if name.endswith("weight") else 0.0)).all(), name
         elif name.endswith("logit_scale"):
             torch.testing.assert_close(parameter.exp(), torch.full_like(parameter, 10.0))
-        elif name.endswith("bias") and "patch_embed" not in name:
+        elif name.endswith("bias"):
             assert (parameter == 0).all(), name
-        elif parameter.dim() == 2:
-            # Drawn with std 0.02: at least 512 values, so 0.2 is more than four standard errors.
-            assert parameter.std().item() == pytest.approx(0.02, rel=0.2), name
+        else:
+            # At least 512 values are drawn, so 0.2 is more than four standard errors.
+            assert parameter.std().item() == pytest.approx(0.02 / divisors.pop(name, 1.0), rel=0.2), name
+    assert not divisors
     zero_gain: Any = SwinTransformerV2(**SMALL, post_norm_gain_init=0.0)
     assert (zero_gain.layers[0].blocks[0].norm1.weight == 0).all()
 

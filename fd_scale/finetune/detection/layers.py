@@ -1,6 +1,6 @@
 """Layers of the detection heads, each with its initial weights.
 
-They set them in their own constructors: where DeepSpeed partitions parameters, a parent would come too late.
+They set them in their own constructors: where DeepSpeed partitions parameters, a parent's would be gathered for it.
 
 Shape legend: B = images or boxes, C = channels, h, w = rows and columns.
 """
