@@ -33,10 +33,10 @@ _SHAPE = torch.Tensor.shape.__get__  # type: ignore[attr-defined]
 class _BuildInParts(TorchFunctionMode):
     """Builds modules of which DeepSpeed's ZeRO-3 holds a part on each rank, with the values of a plain build.
 
-    A parameter is partitioned as soon as one of another module is made or touched, and gathered again when it is touched,
-    to torch's default device, where it was made. So code that initialises, in whatever order, draws the same numbers as
-    where all is whole; and the parameters of one module, or of those that one call of torch touches, are all that is
-    whole there at a time.
+    A parameter is partitioned as soon as one of another module is made or touched, and gathered again when it is
+    touched, to torch's default device, where it was made. So code that initialises, in whatever order, draws the same
+    numbers as where all is whole; and the parameters of one module, or of those that one call of torch touches, are all
+    that is whole there at a time.
 
     Args:
         init: DeepSpeed's, which partitions and gathers.

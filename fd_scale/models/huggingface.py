@@ -4,19 +4,24 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fd_scale import hub
 from fd_scale.config import ModelConfig
 from fd_scale.errors import UserError
 from fd_scale.models.backbone import Backbone, resolve_layers
+
+logger = logging.getLogger(__name__)
 
 # Final norms that these models leave to their pooler.
 _NORMS_BEHIND_POOLING = {
@@ -28,6 +33,8 @@ _NORMS_BEHIND_POOLING = {
     "beit": "pooler.layernorm",
     "data2vec-vision": "pooler.layernorm",
 }
+# Position embeddings that are smoothed where they are resampled for fewer patches.
+_ANTIALIASED = {"dinov2_with_registers"}
 
 
 class HuggingFaceBackbone(Backbone):
@@ -140,10 +147,36 @@ class HuggingFaceBackbone(Backbone):
         return {name for name, _ in self.named_parameters() if any(part in name for part in kept)}
 
     def translate(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Knows our names and those of the model itself."""
-        return {
-            name if name.startswith("model.") else f"model.{name}": tensor for name, tensor in state.items()
-        }
+        """Knows our names and those of the model itself; position embeddings of another grid are resampled."""
+        own = self.state_dict(keep_vars=True)
+        found = {}
+        for name, tensor in state.items():
+            name = name if name.startswith("model.") else f"model.{name}"
+            if "position_embedding" in name and name in own and tensor.shape != own[name].shape:
+                before = tuple(tensor.shape)
+                tensor = self._resampled(tensor, own[name].shape[-2])
+                logger.warning("weights: %s is resampled from %s to %s", name, before, tuple(tensor.shape))
+            found[name] = tensor
+        return found
+
+    def _resampled(self, table: Tensor, num_rows: int) -> Tensor:
+        """Position embeddings of a square grid, (L, D) or (1, L, D), for the grid here, which wants `num_rows`.
+
+        Those of prefix tokens stay. A table of no such grid is returned as it is: the caller names its shape.
+
+        Source: what Transformers' models do for images of another size.
+        """
+        rows_LD = table.flatten(0, -2)
+        num_prefix = num_rows - self.grid[0] * self.grid[1]  # registers have no position
+        side = math.isqrt(max(len(rows_LD) - num_prefix, 0))
+        if num_prefix < 0 or num_prefix + side**2 != len(rows_LD):
+            return table
+        old_1Drc = rows_LD[num_prefix:].T.unflatten(1, (side, side))[None].float()
+        new_1Drc = F.interpolate(
+            old_1Drc, size=self.grid, mode="bicubic", antialias=self.config.model_type in _ANTIALIASED
+        )
+        rows_LD = torch.cat([rows_LD[:num_prefix], new_1Drc[0].flatten(1).T.to(table.dtype)])
+        return rows_LD.view(*table.shape[:-2], *rows_LD.shape)
 
     def layout_config(self, layout: str, config: ModelConfig) -> dict[str, Any]:
         """`config.json` of layout `hf`."""
@@ -166,10 +199,12 @@ class HuggingFaceBackbone(Backbone):
         Raises:
             UserError: weights are missing or of other shapes.
         """
+        config = copy.copy(self.config)
+        config.image_size = getattr(read_config(folder), "image_size", config.image_size)
         try:
             model, report = type(self.model).from_pretrained(
                 folder,
-                config=self.config,
+                config=config,
                 local_files_only=True,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,
@@ -177,7 +212,12 @@ class HuggingFaceBackbone(Backbone):
             )
         except (OSError, RuntimeError, ValueError) as error:
             raise UserError(f"hf:{folder}: cannot be loaded: {' '.join(str(error).split())[:300]}") from None
-        for name, found, expected in sorted(report["mismatched_keys"]):
+        state, own = self.translate(model.state_dict()), self.state_dict(keep_vars=True)
+        mismatched = list(report["mismatched_keys"])
+        mismatched += [
+            (name, state[name].shape, own[name].shape) for name in own if state[name].shape != own[name].shape
+        ]
+        for name, found, expected in sorted(mismatched):
             raise UserError(
                 f"hf:{folder}: {name} has shape {tuple(found)}, and {tuple(expected)} at model.img_size "
                 f"{self.config.image_size}; leave img_size and overrides out: they are the folder's then"
@@ -192,7 +232,7 @@ class HuggingFaceBackbone(Backbone):
                 f"hf:{folder}: weights of another architecture: {', '.join(missing[:3])} missing"
                 f"{f' and {len(missing) - 3} more' if len(missing) > 3 else ''}"
             )
-        return {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+        return state
 
     def _outputs(self, images_BCHW: Tensor, **options: Any) -> Any:
         weight = next(self.model.parameters())

@@ -2,12 +2,14 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import timm
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fd_scale.config import IMAGENET_MEAN, IMAGENET_STD, ModelConfig
@@ -267,6 +269,7 @@ def transformers_models() -> dict[str, Callable[[Any], tuple[Any, int, bool]]]:
         "clip": lambda t: (
             t.CLIPModel(t.CLIPConfig(vision_config=patches, text_config=small | {
                 "vocab_size": 9, "eos_token_id": 1, "bos_token_id": 0, "pad_token_id": 2})), 1, True),
+        "deit": lambda t: (t.DeiTModel(t.DeiTConfig(**patches)), 2, True),
         "mlcd": lambda t: (t.MLCDVisionModel(t.MLCDVisionConfig(**patches)), 1, True),
         "chinese_clip": lambda t: (t.ChineseCLIPVisionModel(t.ChineseCLIPVisionConfig(**patches)), 1, True),
         "beit": lambda t: (t.BeitModel(t.BeitConfig(**patches)), 1, True),
@@ -362,12 +365,38 @@ def test_an_exports_own_mean_and_deviation(tmp_path: Path) -> None:
     assert other.mean == IMAGENET_MEAN
 
 
-def test_a_hugging_face_folder_at_another_size_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("size", [24, 48])
+@pytest.mark.parametrize("kind", ["vit", "deit", "clip", "siglip", "dinov2_registers"])
+def test_a_hugging_face_folder_at_another_size(kind: str, size: int, tmp_path: Path) -> None:
+    """Its position embeddings are resampled as Transformers does; so are those of an export of ours."""
     transformers = pytest.importorskip("transformers", reason="needs the extra hf")
-    theirs, *_ = transformers_models()["vit"](transformers)
+    theirs, *_ = transformers_models()[kind](transformers)
+    shake(theirs)
+    theirs.eval().save_pretrained(tmp_path)
+    vision = theirs.vision_model if kind == "clip" else theirs
+    given = {} if kind == "dinov2_registers" else {"interpolate_pos_encoding": True}
+    with torch.no_grad():
+        expected = vision(pixel_values=images(size), **given).last_hidden_state
+        if kind == "clip":
+            expected = vision.post_layernorm(expected)
+    section = ModelConfig(name=f"hf:{tmp_path}", img_size=size)
+    model = build_model(replace(section, weights="pretrained"))
+    own_size = build_model(replace(section, weights="pretrained", img_size=32))
+    save_file(own_size.state_dict(), tmp_path / "32.safetensors")
+    exported = build_model(replace(section, weights=str(tmp_path / "32.safetensors")))
+    for found in (model, exported):
+        torch.testing.assert_close(found(images(size)), expected, rtol=1e-4, atol=1e-5)  # fp32 rounding
+
+
+def test_tables_that_are_not_resampled_are_named(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers", reason="needs the extra hf")
+    theirs = transformers.BeitModel(transformers_models()["beit"](transformers)[0].config.__class__(
+        hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64, image_size=32, patch_size=8,
+        use_relative_position_bias=True,
+    ))  # fmt: skip
     theirs.save_pretrained(tmp_path)
     with pytest.raises(
-        UserError, match=r"position_embeddings has shape .* at model\.img_size 64; leave img_size"
+        UserError, match=r"relative_position_bias_table has shape .* at model\.img_size 64; leave img_size"
     ):
         build_model(ModelConfig(name=f"hf:{tmp_path}", weights="pretrained", img_size=64))
 
