@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 # A company's certificates count too.
 export UV_SYSTEM_CERTS := 1
 
-.PHONY: help setup demo miniature-cpu miniature-gpu test lint bench gpu-bench gpu-3b gpu-check aot lock clean
+.PHONY: help setup demo miniature-cpu miniature-gpu test lint bench gpu-bench gpu-3b gpu-check aot docs lock clean
 
 help:  ## this list
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -36,12 +36,13 @@ test: setup  ## all tests; no GPU, no network; those of SLURM where it is instal
 	$(BIN)/python -m pytest tests/unit tests/kernels --numprocesses 2 --dist loadfile $(PYTEST_OPTIONS)
 	$(BIN)/python -m pytest tests/distributed tests/end_to_end tests/slurm $(PYTEST_OPTIONS)
 
-lint: setup  ## ruff, mypy, codespell, shellcheck
+lint: setup  ## ruff, mypy, codespell, shellcheck, links between the pages of docs/
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/codespell
 	$(BIN)/shellcheck .ci/run slurm/*.sh slurm/*.sbatch slurm/cluster.env.example
+	$(BIN)/mkdocs build --strict --quiet
 
 bench: setup  ## our step against a bare loop, and the loader
 	$(BIN)/fd-scale bench step
@@ -59,9 +60,12 @@ gpu-check: setup  ## the tests that need a CUDA device, and compute-sanitizer
 aot: setup  ## compiles the Triton kernels with no GPU: registers, spills, tensor cores
 	$(BIN)/python -m fd_kernels.aot
 
+docs: setup  ## docs/ as a site in site/
+	$(BIN)/mkdocs build --strict
+
 lock:  ## writes requirements.lock anew (needs uv)
 	uv pip compile --quiet --universal --generate-hashes --no-emit-index-url --all-extras \
 	  --python-version 3.11 -c constraints.txt setup.py -o requirements.lock
 
 clean:  ## removes the environment and caches, not runs/
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache *.egg-info build
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache *.egg-info build site

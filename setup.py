@@ -36,6 +36,7 @@ EXTRAS = {
     "remote": ["aiohttp"],  # shards by http; s3fs, which wants an older python-dateutil, and gcsfs: by hand
     "dev": [
         "codespell",
+        "mkdocs",
         "mypy",
         "playwright",
         "pre-commit",
