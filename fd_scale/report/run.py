@@ -142,8 +142,14 @@ def _curves(runs: Sequence[Run]) -> list[tuple[str, str]]:
         series = [(run.name, run.train, name) for run in runs if any(name in line for line in run.train)]
         if series:
             found.append((title, _curve(series, smooth=name == "loss")))
+    # What each run measured once stands among the results.
     measured = dict.fromkeys(
-        name for run in runs for line in run.evaluation for name in line if name not in ("step", "kind")
+        name
+        for run in runs
+        if len({line["step"] for line in run.evaluation}) > 1
+        for line in run.evaluation
+        for name in line
+        if name not in ("step", "kind")
     )
     for name in measured:
         series = [(run.name, run.evaluation, name) for run in runs]

@@ -34,6 +34,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, values_in: Callable[..., dict
             data__evaluation="digits:test",
             optim__lr=rate,
             log__images_every_steps=2,
+            log__evaluate_every_steps=2 if name == "fast" else 0,
             train__steps=4,
         )
         (root / "recipe.yaml").write_text(to_yaml(build_recipe(values)))
@@ -71,9 +72,16 @@ def test_the_page_stands_alone_and_its_pictures_can_be_read(page: Path) -> None:
         assert words in text
 
 
+def test_what_was_measured_once_is_no_curve(runs: list[Path], tmp_path: Path) -> None:
+    text = report([str(runs[0])], tmp_path / "slow.html").read_text()
+    assert "training loss" in text
+    assert "evaluation: loss" not in text
+
+
 def test_only_settings_that_differ_are_listed(page: Path) -> None:
     settings = page.read_text().split("<h2>Settings</h2>")[1].split("<h2>")[0]
-    assert set(re.findall(r"<tr><td>([^<]*)</td>", settings)) == {"run_dir", "optim.lr"}
+    names = set(re.findall(r"<tr><td>([^<]*)</td>", settings))
+    assert names == {"run_dir", "optim.lr", "log.evaluate_every_steps"}
     numbers = json.loads(page.with_suffix(".json").read_text())
     assert [run["recipe"]["optim.lr"] for run in numbers] == ["0.0001", "0.001"]
     assert all(run["final"]["step"] == 4 and run["final"]["loss"] > 0 for run in numbers)
