@@ -10,7 +10,7 @@ from torch import Tensor
 from torchvision.models.detection._utils import BoxCoder, Matcher
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.image_list import ImageList
-from torchvision.ops import MultiScaleRoIAlign, box_iou, roi_align
+from torchvision.ops import MultiScaleRoIAlign, box_iou, nms, roi_align
 
 from fd_scale.data.instances import Instances, packed
 from fd_scale.finetune.detection import pooling
@@ -278,3 +278,17 @@ def test_suppression_keeps_classes_apart() -> None:
     twice = torch.tensor([[0.0, 0, 10, 10]]).repeat(4, 1)
     scores, labels = torch.tensor([0.1, 0.9, 0.9, 0.5]), torch.tensor([0, 0, 1, 1])
     assert suppressed(twice, scores, labels, 0.5).tolist() == [1, 2], "equal scores in their order"
+
+
+def test_suppression_of_the_thousandth_class_is_that_of_the_first() -> None:
+    generator = torch.Generator().manual_seed(0)
+    around = boxes(240, 2000, seed=1, least=4, most=0.006)
+    around = torch.cat([around, around + 1.5 * torch.randn(240, 4, generator=generator).clamp(-1, 1)])
+    scores = torch.rand(480, generator=generator)
+    labels = torch.randint(1000, 1200, (240,), generator=generator).repeat(2)
+    expected = set()
+    for label in labels.unique():
+        own = torch.where(labels == label)[0]
+        expected |= set(own[nms(around[own], scores[own], 0.5)].tolist())
+    assert set(suppressed(around, scores, labels, 0.5).tolist()) == expected
+    assert 240 < len(expected) < 480, "some are dropped"

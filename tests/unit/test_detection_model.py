@@ -332,6 +332,21 @@ def test_views_are_one_image() -> None:
     assert narrow.from_image(boxes).tolist() == [[1.0, 3, 5, 6]]
 
 
+@pytest.mark.parametrize("soft_nms", ["none", "linear", "gaussian"])
+def test_boxes_that_were_moved_out_of_the_image_are_none(soft_nms: Any) -> None:
+    config = replace(CONFIGS["mask_rcnn"], score_threshold=0.1, soft_nms=soft_nms, max_detections=1000)
+    detector = built("swin", config).eval()
+    view = View(pictures(1)[0].float(), SIDE, SIDE, (1.0, 1.0), False)
+    with torch.no_grad():
+        before = Detections(**detector(views=[view]))
+        detector.heads.box_heads[0].deltas.bias[0] = 1e4  # boxes of the first class, far to the right
+        after = Detections(**detector(views=[view]))
+    others = before.labels_N != 0
+    assert 0 < others.sum() < len(others)
+    for found, expected in zip(after, before, strict=True):
+        torch.testing.assert_close(found, expected[others], rtol=1e-4, atol=1e-4)
+
+
 def test_a_mirrored_view_is_mirrored_back() -> None:
     detector = built("swin", replace(CONFIGS["mask_rcnn"], score_threshold=0.2)).eval()
     pixels = pictures(1)[0].float()

@@ -26,6 +26,8 @@ from fd_scale.models import build_model, normalize
 
 SEMANTIC_WEIGHT = 0.2
 """Source: the released configuration of Hybrid Task Cascade."""
+SMALLEST_SIDE_PX = 1e-2
+"""Of a detection in a view; as in torchvision."""
 
 
 class View(NamedTuple):
@@ -160,7 +162,10 @@ class DetectionModule(nn.Module):
             proposals_1P4, valid_1P = self.rpn.proposals(logits, deltas, anchors, view.height, view.width)
             features, _ = self._features(maps, view.height, view.width)
             boxes_PK4, scores_PK = self.heads.candidates(features, proposals_1P4)
-            row_M, label_M = ((scores_PK > self.config.score_threshold) & valid_1P[0][:, None]).nonzero().T
+            # What was moved out of the image has no area there, and no overlap with anything: 0 / 0.
+            seen_PK = (boxes_PK4[..., 2:] - boxes_PK4[..., :2] >= SMALLEST_SIDE_PX).all(-1)
+            likely_PK = scores_PK > self.config.score_threshold
+            row_M, label_M = (likely_PK & seen_PK & valid_1P[0][:, None]).nonzero().T
             found_M4 = boxes_PK4[row_M, label_M.clamp(max=boxes_PK4.shape[1] - 1)]
             all_features.append(features)
             boxes.append(view.of_image(found_M4))
