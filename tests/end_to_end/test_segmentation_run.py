@@ -10,11 +10,13 @@ import pytest
 from PIL import Image
 
 from fd_scale import api, cli
+from fd_scale.checkpoint import newest_checkpoint
 from fd_scale.config import build_recipe, load_recipe
 from fd_scale.diagnose.run import Options, diagnose
 from fd_scale.errors import UserError
 from fd_scale.finetune.segmentation.pictures import colours
 from fd_scale.metrics import read_metrics
+from fd_scale.verbs.evaluate import recipe_of
 from fd_scale.verbs.predict import mask_values_of
 
 pytestmark = pytest.mark.slow
@@ -124,6 +126,11 @@ def test_each_way_to_evaluate_has_a_file(run: Path) -> None:
     long = [f"segmentation.scales={[1.0 + index / 100 for index in range(20)]}", "segmentation.flip_too=true"]
     for size in (24, 32):
         api.evaluate(run, [f"model.img_size={size}", *long])
+    windows = recipe_of(run, newest_checkpoint(run), ["model.img_size=64"]).model.overrides[
+        "pretrained_window_size"
+    ]
+    assert windows == [4, 3], "as trained at 24 px, where the last map has 3 x 3 places"
+    assert "pretrained_window_size" not in recipe_of(run, newest_checkpoint(run), []).model.overrides
     assert len(list((run / "evaluations").glob("*flip_too_True-*.json"))) == 2
 
 

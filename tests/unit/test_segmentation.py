@@ -27,6 +27,7 @@ from fd_scale.finetune.segmentation.pictures import colours, error_map, overlay
 from fd_scale.models import create_model
 from fd_scale.models.pyramid import Pyramid
 from fd_scale.plan.counts import Meter
+from fd_scale.verbs.evaluate import at_trained_scale
 
 ALONE = World(rank=0, local_rank=0, size=1, device=torch.device("cpu"))
 SWIN = {"patch_size": 4, "embed_dim": 16, "depths": [1, 1, 1], "num_heads": [1, 2, 4], "window_size": 4}
@@ -490,3 +491,29 @@ def test_memory_does_not_grow_with_classes_times_pixels(side: int) -> None:
         assert settings(pixels, segment).shape == (side, side)
     # Four to five tensors of a band, the image in fp32, and logits of two rows of windows.
     assert meter.peak < 1.4 * 2**30
+
+
+@pytest.mark.parametrize("shared_bias", [True, False])
+def test_another_size_has_the_biases_that_were_trained(shared_bias: bool) -> None:
+    """At 32 px the windows of 4 cover the later stages' maps of 4 and 2."""
+    trained = replace(MODELS["swin"], overrides=SWIN | {"shared_bias": shared_bias})
+    larger = replace(trained, img_size=64, overrides=trained.overrides | {"window_size": 8})
+    before, after = (
+        create_model(config.name, img_size=config.size, **config.overrides)
+        for config in (trained, at_trained_scale(trained, larger))
+    )
+    randomise(before)
+    after.load_state_dict(before.state_dict())
+    sides = ([4, 4, 2], [8, 8, 4])
+    for old_side, new_side, old, new in zip(*sides, before.layers, after.layers, strict=True):
+        old_hNN, new_hNN = (
+            (stage if shared_bias else stage.blocks[0].attn).position_bias() for stage in (old, new)
+        )
+        old_hyx, new_hyx = (
+            old_hNN[:, 0].unflatten(1, (old_side, -1)),
+            new_hNN[:, 0].unflatten(1, (new_side, -1)),
+        )
+        torch.testing.assert_close(new_hyx[:, :old_side, :old_side], old_hyx)
+        assert not torch.allclose(new_hyx[:, old_side:, :old_side], old_hyx), "it goes on beyond them"
+    pretrained = replace(trained, overrides=trained.overrides | {"pretrained_window_size": [6, 6, 3]})
+    assert at_trained_scale(pretrained, larger).overrides["pretrained_window_size"] == [6, 6, 3]
