@@ -76,13 +76,15 @@ def test_a_skipped_step_leaves_no_nan_in_batch_statistics(values: Values) -> Non
 
 
 def test_mask2former_trains_alike_on_two_ranks(values: Values) -> None:
-    """Its matching and its points are a function of the image, in parts, too."""
+    """Its matching and its points are a function of the image, in parts, too; three of eight images have no class."""
     pytest.importorskip("transformers", reason="needs the extra [hf]")
     head = {"head": "mask2former", "channels": 32, "num_queries": 5, "auxiliary_weight": 0.0}
     changes = {"segmentation": head, "model": VIT, "train__steps": 2, "train__global_batch": 4}
     changes["data__evaluation"] = None
     alone = values("alone", train__micro_batch=4, **changes)
     together = values("together", train__ds_config="zero3", train__micro_batch=1, **changes)
+    for path in sorted(Path(alone["data"]["train"][6:]).glob("masks/*.png"))[:3]:
+        Image.new("L", Image.open(path).size, 255).save(path)
     run_ranks(cases.train, 1, alone)
     run_ranks(cases.train, 2, together)
     found, expected = (np.array(cases.curve(run["run_dir"])) for run in (together, alone))

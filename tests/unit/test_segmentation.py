@@ -203,7 +203,12 @@ def test_mask2former_draws_points_by_image_and_leaves_the_global_generator() -> 
     assert head.loss_sum(swapped, masks.flip(0), [4, 3]).item() == pytest.approx(both, rel=1e-6)
     assert head.loss_sum(layers, masks, [5, 4]).item() != pytest.approx(both, rel=1e-6)
     masks[0] = IGNORED
+    calls: list[Any] = []
+    head.criterion.register_forward_pre_hook(lambda *given: calls.append(given))
     alone = head.loss_sum(layers, masks, [3, 4])
+    assert len(calls) == 2, "as often as on other ranks, which ZeRO-3 waits for"
+    gradients = torch.autograd.grad(alone, list(layers[0].values()))
+    assert all((gradient[0] == 0).all() and gradient[1].abs().max() > 0 for gradient in gradients)
     rest = [{name: part[1:] for name, part in layer.items()} for layer in layers]
     assert alone.item() == pytest.approx(head.loss_sum(rest, masks[1:], [4]).item(), rel=1e-6)
 

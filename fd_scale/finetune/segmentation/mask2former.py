@@ -93,14 +93,14 @@ class Mask2FormerHead(Mask2FormerPreTrainedModel):
             seeds: of each image, by which the points of its masks are drawn.
         """
         layers = [{name: part.float() for name, part in layer.items()} for layer in layers]
-        total = sum(part.sum() * 0 for layer in layers for part in layer.values())
-        assert isinstance(total, Tensor)
+        total = masks_BHW.new_zeros((), dtype=torch.float32)
         devices = [masks_BHW.device] if masks_BHW.is_cuda else []
         for index, (mask_HW, seed) in enumerate(zip(masks_BHW, seeds, strict=True)):
             present = mask_HW.unique()
             present = present[present != IGNORED].long()
-            if not len(present):
-                continue
+            counts = float(len(present) > 0)
+            # The criterion is a module: under ZeRO-3 all ranks call it equally often, here with an empty mask.
+            present = present if counts else present.new_zeros(1)
             of_image = [{name: part[index : index + 1] for name, part in layer.items()} for layer in layers]
             targets = ([(mask_HW == present[:, None, None]).float()], [present])
             # Transformers draws points from the global generator, which knows of no image.
@@ -112,7 +112,7 @@ class Mask2FormerHead(Mask2FormerPreTrainedModel):
                     class_labels=targets[1],
                     auxiliary_predictions=of_image[:-1],
                 )
-            total = total + sum(
+            total = total + counts * sum(
                 weight * loss
                 for name, weight in self.weights.items()
                 for key, loss in losses.items()
