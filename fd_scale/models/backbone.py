@@ -172,7 +172,8 @@ class Backbone(nn.Module, ABC):
             UserError: it has none that tokens can be given to.
         """
         raise UserError(
-            f"{type(self).__name__} has no LayerNorm at its end; take a swin_v2_* or fd_vit_* model"
+            f"{type(self).__name__} has no LayerNorm at its end that can be given tokens; take a swin_v2_* or fd_vit_* "
+            "model, or a ViT or Swin of timm; to classify, classification.norm=own does without"
         )
 
     def norm_behind_pooling(self) -> None:
