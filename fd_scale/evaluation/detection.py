@@ -31,7 +31,7 @@ from fd_scale.evaluation.loop import EvaluationSet, single_images
 from fd_scale.evaluation.progress import Progress
 
 MAX_DETECTIONS = 100
-"""Of an image, the surest ones: COCO counts no more."""
+"""Of an image, the surest ones, as is usual; COCO itself counts as many of each class."""
 _BAND_PIXELS = 2**24  # of a mask that is enlarged, at a time: 64 MiB as fp32
 _ROUNDS = 100  # an image a rank each, from one exchange to the next
 _EMPTY_SIDE = 32  # of the image that a rank without one runs through the model
