@@ -12,7 +12,14 @@ from fd_scale.models.build import (
     undecayed_parameters,
 )
 from fd_scale.models.layers import Fp32Linear
-from fd_scale.models.pretrained import hub_files, model_identity, resolved, resolved_model, weights_path
+from fd_scale.models.pretrained import (
+    exported_model,
+    hub_files,
+    model_identity,
+    resolved,
+    resolved_model,
+    weights_path,
+)
 from fd_scale.models.registry import create_model
 from fd_scale.models.swin_v2 import SwinTransformerV2
 from fd_scale.models.timm_classifier import timm_classifier
@@ -37,6 +44,7 @@ __all__ = [
     "create_model",
     "drop_path_scale",
     "dtype_of",
+    "exported_model",
     "hub_files",
     "interpolate",
     "learning_rate_scales",

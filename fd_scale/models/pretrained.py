@@ -37,7 +37,7 @@ def resolved_model(config: ModelConfig) -> ModelConfig:
     Raises:
         UserError: an `hf:` folder that is not there.
     """
-    exported = _exported(config.weights)
+    exported = exported_model(config.weights)
     own = _own_input(config.name) | {
         key: tuple(exported[key]) for key in ("mean", "std") if exported.get(key)
     }
@@ -51,7 +51,7 @@ def resolved_model(config: ModelConfig) -> ModelConfig:
     return replace(config, **filled, license=license_name)
 
 
-def _exported(weights: str | None) -> dict[str, Any]:
+def exported_model(weights: str | None) -> dict[str, Any]:
     """What an export says of its model, where weights are one; else nothing."""
     if weights in (None, PRETRAINED, TEACHER):
         return {}

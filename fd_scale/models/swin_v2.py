@@ -315,6 +315,15 @@ class SwinTransformerV2(Backbone):
         )
         self.norm = nn.LayerNorm(self.num_features)
 
+    @property
+    def bias_windows(self) -> list[int]:
+        """Side of the windows, of each stage, over whose distances its position biases are learned."""
+        stages: Any = self.layers
+        return [
+            side or stage.blocks[0].attn.window_size[0]
+            for side, stage in zip(self.pretrained_window_sizes, stages, strict=True)
+        ]
+
     def grid_size(self, height: int, width: int) -> tuple[int, int]:
         """Rows and columns of the output tokens for images of `height` x `width` pixels.
 

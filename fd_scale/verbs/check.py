@@ -46,7 +46,14 @@ from fd_scale.finetune.classes import require_same_classes
 from fd_scale.finetune.labels import doubts_of_labels
 from fd_scale.hardware import find_gpu
 from fd_scale.log import results
-from fd_scale.models import Backbone, build_model, resolved
+from fd_scale.models import (
+    Backbone,
+    SwinTransformerV2,
+    build_model,
+    create_model,
+    exported_model,
+    resolved,
+)
 from fd_scale.optim import apex_is_importable, refuse_average_of_statistics
 from fd_scale.plan import NotCountedError, memory_table, plan, present_gpu, require_fit
 from fd_scale.pretrain import ContrastiveTask, MaskedTask
@@ -289,7 +296,24 @@ def _student(subject: _Subject) -> str:
     with torch.device("meta"):
         model = build_model(config)  # of weights, the header is compared
         model(torch.zeros(1, 3, config.size, config.size))
-    return _described(config, model)
+        doubt = _doubt_of_windows(config, model)
+    described = _described(config, model)
+    return _Warning(f"{described}; {doubt}") if doubt else described
+
+
+def _doubt_of_windows(config: ModelConfig, model: Backbone) -> str:
+    """Says that an export's biases were learned over the distances of other windows; empty: they were not."""
+    exported = exported_model(config.weights)
+    if not (isinstance(model, SwinTransformerV2) and str(exported.get("name")).startswith("swin_v2_")):
+        return ""
+    before = create_model(exported["name"], img_size=exported["img_size"], **exported["overrides"])
+    assert isinstance(before, SwinTransformerV2), "by its name"
+    if before.bias_windows == model.bias_windows:
+        return ""
+    return (
+        f"its position biases were trained over windows of {before.bias_windows} tokens a side, by stage, and are "
+        f"stretched over {model.bias_windows}; set model.overrides.pretrained_window_size={before.bias_windows}"
+    )
 
 
 def _teacher(subject: _Subject) -> str:

@@ -122,12 +122,7 @@ def at_trained_scale(trained: ModelConfig, wanted: ModelConfig) -> ModelConfig:
     with torch.device("meta"):
         model = create_model(trained.name, img_size=trained.size, **trained.overrides)
     assert isinstance(model, SwinTransformerV2), "others are measured at the size that they were trained at"
-    stages: Any = model.layers
-    windows = [
-        said or stage.blocks[0].attn.window_size[0]
-        for said, stage in zip(model.pretrained_window_sizes, stages, strict=True)
-    ]
-    return replace(wanted, overrides=dict(wanted.overrides) | {"pretrained_window_size": windows})
+    return replace(wanted, overrides=dict(wanted.overrides) | {"pretrained_window_size": model.bias_windows})
 
 
 @contextmanager

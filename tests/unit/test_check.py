@@ -267,6 +267,22 @@ def test_weights_are_compared_by_their_header_alone(
     assert read == []
 
 
+def test_biases_of_other_windows_are_doubted(recipe_values: Values, check: Check, tmp_path: Path) -> None:
+    """At 24 px, exported, the windows have 4 and 3 tokens a side; at 64 px two times 4 of the same, or of 8."""
+    values = recipe_values("classification")
+    model = values["model"]
+    save_file(build_model(ModelConfig(**model)).state_dict(), tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps({"model": model}))
+    start = f"model.weights={tmp_path}"
+    assert check(values, start)["student"][0] == "ok"
+    verdict, detail = check(values, start, "model.img_size=64", "model.overrides.window_size=8")["student"]
+    assert verdict == "warning"
+    assert "trained over windows of [4, 3] tokens a side, by stage, and are stretched over [8, 8]" in detail
+    told = re.search(r"set (model\.overrides\.pretrained_window_size=\[4, 3\])", detail)
+    assert told, detail
+    assert check(values, start, "model.img_size=64", told[1])["student"][0] == "ok"
+
+
 def test_three_billion_parameters_take_no_memory(recipe_values: Values, check: Check) -> None:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     rows = check(
