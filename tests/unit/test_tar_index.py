@@ -72,7 +72,8 @@ def test_the_index_is_what_the_scan_finds(tmp_path: Path, cache: Path, scanned: 
     assert source.fingerprint == "0a94bcf0917fb2d6e26a7caed89c24ad", (
         "that of the runs before there was an index"
     )
-    assert scanned == ["0.tar", "1.tar", "2.tar", "3.tar"] * 2, "by the index, and above"
+    # Threads share the first four.
+    assert sorted(scanned[:4]) == scanned[4:] == ["0.tar", "1.tar", "2.tar", "3.tar"], "by the index, and above"
     assert len(list(cache.glob("*.index"))) == 1
 
 
