@@ -31,8 +31,9 @@ logger = logging.getLogger(__name__)
 # Names under which timm keeps the norm of models that pool before they normalise.
 _NORMS_BEHIND_POOLING = ("fc_norm", "head.norm")
 # What published files hold besides the backbone.
-_NOT_BACKBONE = ("decoder.", "feature_model.", "ln_tgt.", "mask_token", "projection_head.")
-_HEADS = ("head.", "head_dist.", "fc.", "classifier.", "fc_norm.", "attn_pool.")
+_NOT_BACKBONE = ("decoder", "feature_model.", "ln_tgt.", "projection_head.")
+# And what timm's filters see before it goes: by a mask token they tell DINOv2 and EVA.
+_HEADS = ("head.", "head_dist.", "lm_head.", "fc.", "classifier.", "fc_norm.", "attn_pool.", "mask_token")
 # Arguments of timm that would change what a backbone is, or draw from a global generator.
 _NOT_OVERRIDES = frozenset(
     {

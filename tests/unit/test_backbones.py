@@ -236,6 +236,46 @@ def test_published_positions_are_resampled_by_timm(caplog: pytest.LogCaptureFixt
     load_tensors(small, small.to_layout(small.state_dict(), "timm"), "again")
 
 
+def _dinov2_with_registers(own: dict[str, Tensor]) -> dict[str, Tensor]:
+    """CLS has a position of its own, which timm adds to it."""
+    cls, positions = own.pop("cls_token"), own.pop("pos_embed")
+    place = torch.randn(1, 1, cls.shape[-1])
+    return own | {
+        "cls_token": cls - place, "pos_embed": torch.cat([place, positions], dim=1),
+        "register_tokens": own.pop("reg_token"), "mask_token": torch.zeros(1, 32),
+    }  # fmt: skip
+
+
+def _eva_masked(own: dict[str, Tensor]) -> dict[str, Tensor]:
+    norm = {f"norm.{part}": own.pop(f"fc_norm.{part}") for part in ("weight", "bias")}
+    return own | norm | {"mask_token": torch.zeros(1, 1, 32), "lm_head.weight": torch.zeros(8, 32)}
+
+
+PRE_TRAINED: dict[str, Callable[[dict[str, Tensor]], dict[str, Tensor]]] = {
+    "vit_base_patch14_reg4_dinov2.lvd142m": _dinov2_with_registers,
+    "vit_base_patch14_dinov2.lvd142m": lambda own: own | {"mask_token": torch.zeros(1, 32)},
+    "vit_base_patch16_224.mae": lambda own: own | {
+        "mask_token": torch.zeros(1, 1, 8), "decoder_pos_embed": torch.zeros(1, 5, 8),
+        "decoder_blocks.0.norm1.weight": torch.zeros(8), "decoder_pred.bias": torch.zeros(8),
+    },
+    "fd_vit_tiny_patch16": lambda own: own | {  # BEiT's
+        "mask_token": torch.zeros(1, 1, 32), "lm_head.weight": torch.zeros(8, 32), "lm_head.bias": torch.zeros(8),
+    },
+    "eva02_base_patch14_224.mim_in22k": _eva_masked,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PRE_TRAINED)
+def test_what_pre_training_on_masks_leaves_behind(name: str) -> None:
+    """Files as their authors give them out, with decoders, heads and mask tokens."""
+    side = 28 if "patch14" in name else 32
+    source: Any = create_model(name, img_size=side, **VIT)
+    shake(source)
+    target = create_model(name, img_size=side, **VIT)
+    load_tensors(target, PRE_TRAINED[name](dict(source.model.state_dict())), name)
+    torch.testing.assert_close(target(images(side)), source(images(side)), rtol=1e-4, atol=1e-5)
+
+
 def test_official_swin_v1_keys(caplog: pytest.LogCaptureFixture) -> None:
     """EsViT and SimMIM: patch merging at the end of a stage, buffers, heads, a prefix."""
     shape = {"embed_dim": 8, "depths": [1, 1, 1], "num_heads": [1, 2, 4]}
