@@ -19,9 +19,9 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 from fd_scale.checkpoint import write_atomically
 from fd_scale.config import Recipe, as_list
 from fd_scale.data import evaluation_batches, measuring_transform, open_source
-from fd_scale.data.base import IMAGE_SUFFIXES, UNLABELLED
+from fd_scale.data.base import UNLABELLED
 from fd_scale.data.decode import DecodeError, decode
-from fd_scale.data.folders import FileSource
+from fd_scale.data.folders import FileSource, walk_images
 from fd_scale.data.masks import ade20k_names
 from fd_scale.data.picture import Picture
 from fd_scale.data.transforms import Transform, Unfinished
@@ -81,7 +81,7 @@ def images_below(path: Path) -> list[Path]:
     """
     if path.is_file():
         return [path]
-    found = sorted(file for file in path.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES)
+    found = sorted(path / name for name in walk_images(path))
     if not found:
         raise UserError(f"{path}: no image there; expected a file, or a folder with images")
     return found

@@ -109,11 +109,17 @@ def test_predict_writes_a_table(run: Path, tmp_path: Path, capsys: pytest.Captur
     photos = tmp_path / "photos"
     shutil.copytree(run.parent / "images" / NAMES[0], photos)
     (photos / "broken.png").write_bytes(b"no image")
+    (photos / "._broken.png").write_bytes(b"macOS lays such beside files")
+    (photos / "a folder.png").mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    shutil.copy(next(photos.glob("0*")), tmp_path / "elsewhere/linked.png")
+    (photos / "link").symlink_to(tmp_path / "elsewhere")
     with pytest.raises(
-        UserError, match=r"1 of 5 images cannot be decoded: broken\.png; .* the others gave is in"
+        UserError, match=r"1 of 6 images cannot be decoded: broken\.png; .* the others gave is in"
     ):
         api.predict(run, photos, tmp_path / "rest")
     table = (tmp_path / "rest/predictions.csv").read_text(encoding="utf-8").splitlines()
-    assert len(table) == 5, "a head, and a row for each of the others"
+    assert len(table) == 6, "a head, and a row for each of the others"
+    assert table[-1].startswith("link/linked.png,")
     with pytest.raises(UserError, match="--masks: a class for each pixel"):
         api.predict(run, run.parent / "images", tmp_path, masks=True)
