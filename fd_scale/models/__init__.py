@@ -29,6 +29,7 @@ from fd_scale.models.weights import (
     load_tensors,
     load_weights,
     read_weights,
+    weights_folder,
     weights_sha256,
 )
 
@@ -57,6 +58,7 @@ __all__ = [
     "resolved_model",
     "timm_classifier",
     "undecayed_parameters",
+    "weights_folder",
     "weights_path",
     "weights_sha256",
 ]

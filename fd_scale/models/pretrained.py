@@ -18,6 +18,7 @@ from fd_scale.errors import UserError
 from fd_scale.models.huggingface import read_config
 from fd_scale.models.registry import HUGGING_FACE, default_img_size
 from fd_scale.models.timm_backbone import is_timm_model
+from fd_scale.models.weights import weights_folder
 
 logger = logging.getLogger(__name__)
 
@@ -55,10 +56,9 @@ def exported_model(weights: str | None) -> dict[str, Any]:
     """What an export says of its model, where weights are one; else nothing."""
     if weights in (None, PRETRAINED, TEACHER):
         return {}
-    place = Path(str(weights))
-    folder = place.parent if place.name == "model.safetensors" else place
+    config = weights_folder(str(weights)) / "config.json"
     try:
-        described = json.loads((folder / "config.json").read_text(encoding="utf-8"))["model"]
+        described = json.loads(config.read_text(encoding="utf-8"))["model"]
     except (OSError, ValueError, KeyError, TypeError):
         return {}
     return described if isinstance(described, dict) else {}

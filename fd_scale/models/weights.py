@@ -66,6 +66,12 @@ def weights_files(path: str) -> list[Path]:
     return [found, *files]
 
 
+def weights_folder(path: str) -> Path:
+    """Returns the folder whose `config.json` speaks of weights: they themselves, or what holds them by a usual name."""
+    place = Path(path)
+    return place.parent if place.name in WEIGHTS_FILES else place
+
+
 def weights_sha256(path: str) -> str:
     """Returns the SHA-256 of the weights' file, or of index and shards in a row, in hexadecimal."""
     facts = ((file, file.stat()) for file in weights_files(path))

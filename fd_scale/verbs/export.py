@@ -31,6 +31,7 @@ from fd_scale.models import (
     resolved,
     resolved_model,
     timm_classifier,
+    weights_folder,
     weights_path,
     weights_sha256,
 )
@@ -101,20 +102,20 @@ def convert(source: str, out: str | Path, model: ModelConfig, layout: str) -> Pa
     Raises:
         UserError: weights of another model, or as in `export`.
     """
-    model = resolved_model(model)
+    model = resolved_model(replace(model, weights=source))  # of an export also its images' mean
     backbone = _on_meta(model)
     named = backbone.to_layout(read_weights(backbone, source), layout)
     return _write_named(Path(out), named, layout, _texts(_described(backbone, model, layout), model, layout))
 
 
 def interpolate(first: str, second: str, out: str | Path, alpha: float) -> Path:
-    """Writes `models.interpolate` of two files or folders, and the `config.json` of the first if it has one.
+    """Writes `models.interpolate` of two files or folders, and what lies beside the first and says how to read it.
 
     Raises:
         UserError: their tensors differ in name or shape, or as in `export`.
     """
-    config = Path(first) / "config.json"
-    texts = {"config.json": config.read_text(encoding="utf-8")} if config.is_file() else {}
+    beside = (weights_folder(first) / name for name in ("config.json", "preprocessor_config.json"))
+    texts = {file.name: file.read_text(encoding="utf-8") for file in beside if file.is_file()}
     weights = models.interpolate(first, second, alpha)
     return _write(Path(out), "model.safetensors", lambda file: _write_whole(file, weights), texts)
 
@@ -179,9 +180,10 @@ def _write(target: Path, file: str, write: Callable[[Path], None], texts: dict[s
         mode = temporary.stat().st_mode
         write(temporary)
         temporary.chmod(mode)  # safetensors' own is for the owner alone
-        temporary.replace(target / file)
         for name, text in texts.items():
             write_atomically(target / name, text)
+        # Last: weights without the rest would be read with another mean.
+        temporary.replace(target / file)
     except (OSError, SafetensorError, RuntimeError) as error:
         with contextlib.suppress(OSError):
             temporary.unlink()

@@ -10,6 +10,7 @@ import pickle
 import re
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -18,11 +19,16 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers import AutoImageProcessor
 
 from fd_scale import cli
+from fd_scale.config import ModelConfig
 from fd_scale.errors import UserError
-from fd_scale.models import SwinTransformerV2, interpolate, load_weights, weights_sha256
+from fd_scale.models import SwinTransformerV2, interpolate, load_weights, resolved_model, weights_sha256
 from fd_scale.models.weights import read_state
+from fd_scale.verbs import export
+from fd_scale.verbs.export import convert
+from fd_scale.verbs.export import interpolate as write_mean
 
 SHAPE: dict[str, Any] = {"embed_dim": 8, "depths": [1, 2], "num_heads": [1, 2], "window_size": 4}
 
@@ -279,6 +285,43 @@ def test_the_command_line_converts_and_interpolates(
         torch.equal(mean, state[name] / 2) for name, mean in load_file(out / "model.safetensors").items()
     )
     assert (out / "config.json").read_text() == (tmp_path / "ours" / "config.json").read_text()
+
+
+@pytest.mark.parametrize("layout", ["ours", "hf", "official"])
+def test_what_an_export_says_of_its_images_goes_with_its_weights(tmp_path: Path, layout: str) -> None:
+    """As a folder and as the file in it, through conversions and means."""
+    model = ModelConfig(name="swin_v2_tiny", img_size=32, overrides=SHAPE)
+    save_file(build().state_dict(), tmp_path / "a.safetensors")
+    first = convert(str(tmp_path / "a.safetensors"), tmp_path / "first", model, layout)
+    described = json.loads((first / "config.json").read_text())
+    described["model"] |= {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6], "license": "MIT"}
+    (first / "config.json").write_text(json.dumps(described))
+    [file] = [first / name for name in ("model.safetensors", "model.pth") if (first / name).is_file()]
+    converted = convert(str(file), tmp_path / "converted", model, "hf")
+    assert tuple(AutoImageProcessor.from_pretrained(converted).image_mean) == (0.1, 0.2, 0.3)
+    mean = write_mean(str(converted / "model.safetensors"), str(converted), tmp_path / "mean", 0.5)
+    assert tuple(AutoImageProcessor.from_pretrained(mean).image_std) == (0.4, 0.5, 0.6)
+    for weights in (first, file, converted, mean, mean / "model.safetensors"):
+        own = resolved_model(replace(model, weights=str(weights)))
+        assert (own.mean, own.std, own.license) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6), "MIT"), weights
+
+
+def test_weights_come_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of an export that is killed no weights remain that would be read with the mean of others."""
+
+    def killed(path: Path, text: str) -> None:
+        raise KeyboardInterrupt
+
+    save_file(build().state_dict(), tmp_path / "a.safetensors")
+    monkeypatch.setattr(export, "write_atomically", killed)
+    with pytest.raises(KeyboardInterrupt):
+        convert(
+            str(tmp_path / "a.safetensors"),
+            tmp_path / "out",
+            ModelConfig(name="swin_v2_tiny", img_size=32, overrides=SHAPE),
+            "ours",
+        )
+    assert not (tmp_path / "out/model.safetensors").exists()
 
 
 @pytest.mark.parametrize(
