@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import itertools
 import logging
 import os
 import re
@@ -74,10 +73,12 @@ def shard(source: str, out: str, size: str, decode: bool = False) -> Iterator[st
         if any(folder.iterdir()):
             raise UserError(f"shard: {out} is not empty; give a folder of its own, or remove what is in it")
         with log.counting("images") as told:
-            _write(folder, _samples(opened, labels, told, decode), max_bytes)
+            unnamed = _write(folder, _samples(opened, labels, told, decode), max_bytes)
         if opened.class_names is not None:
             names = "".join(f"{name}\n" for name in opened.class_names)
             (folder / "classes.txt").write_text(names, encoding="utf-8")
+        for file in unnamed:
+            file.rename(file.with_suffix(""))
     except OSError as error:
         raise UserError(
             f"shard: {out} cannot be written ({error.strerror}); make room, or give another folder"
@@ -144,15 +145,15 @@ def _sample(key: str, encoded: bytes, label: int) -> _Sample:
     return _Sample(os.path.join(folder, base.replace(".", "_")), members, label)
 
 
-def _write(folder: Path, samples: Iterator[_Sample], max_bytes: int) -> None:
-    """Writes shards under other names first, so that what has a shard's name is whole."""
+def _write(folder: Path, samples: Iterator[_Sample], max_bytes: int) -> list[Path]:
+    """Writes shards by names that no source reads: of a call that is killed, the first ones would be taken for all."""
+    files: list[Path] = []
     following = next(samples, None)
-    for number in itertools.count():
-        if following is None:
-            return
+    while following is not None:
+        files.append(folder / f"{len(files):06d}.tar.unfinished")
         keys: set[str] = set()
         with (
-            written_whole(folder / f"{number:06d}.tar") as out,
+            written_whole(files[-1]) as out,
             tarfile.open(fileobj=out, mode="w") as archive,
         ):
             os.fchmod(out.fileno(), 0o644)  # a temporary file is its owner's alone
@@ -165,6 +166,7 @@ def _write(folder: Path, samples: Iterator[_Sample], max_bytes: int) -> None:
                     info.size = len(content)
                     archive.addfile(info, io.BytesIO(content))
                 following = next(samples, None)
+    return files
 
 
 def _size(sample: _Sample) -> int:

@@ -3,6 +3,7 @@
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from shard_files import image_file, numbered, write_tar
@@ -11,7 +12,7 @@ from fd_scale.cli import main
 from fd_scale.data import Source, open_source
 from fd_scale.data.decode import FORMATS
 from fd_scale.errors import UserError
-from fd_scale.verbs.shard import shard
+from fd_scale.verbs.shard import _sample, shard
 
 
 def members(folder: Path) -> dict[str, bytes]:
@@ -139,6 +140,28 @@ def test_the_suffix_of_every_format_is_read_again(tmp_path: Path, kind: str) -> 
     pq.write_table(pa.table({"image": [row]}), tmp_path / "a.parquet")
     list(shard(f"parquet:{tmp_path}/a.parquet", str(tmp_path / "out"), "1MB"))
     assert [*members(tmp_path / "out").values()] == [row["bytes"]]
+
+
+def test_a_call_that_is_killed_leaves_no_shards(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first ones would be taken for all."""
+    left, out = [2], tmp_path / "out"
+
+    def made(*arguments: Any) -> Any:
+        if not left[0]:
+            raise KeyboardInterrupt
+        left[0] -= 1
+        return _sample(*arguments)
+
+    monkeypatch.setattr("fd_scale.verbs.shard._sample", made)
+    with pytest.raises(KeyboardInterrupt):
+        list(shard(f"imagefolder:{images}", str(out), "0.01MB"))
+    assert len(list(out.iterdir())) == 1, "of the second it was told that it would not fit"
+    with pytest.raises(UserError, match=r"a folder without \*\.tar files"):
+        open_source(f"tar:{out}")
+    with pytest.raises(UserError, match="is not empty; give a folder of its own"):
+        list(shard(f"imagefolder:{images}", str(out), "1MB"))
 
 
 def test_what_is_refused(
