@@ -68,7 +68,9 @@ class Launcher:
         if child.returncode in _STOPPED:
             raise late
         if child.returncode:
-            shown = "see above" if said is None else "; ".join(said.strip().splitlines()[-3:])
+            lines = (said or "see above").strip().splitlines()
+            # Its own sentence, behind which torchrun has a report of each rank.
+            shown = "; ".join([line for line in lines if line.startswith("fd-scale: ")][-1:] or lines[-3:])
             command = shlex.join(["fd-scale", verb, recipe, f"run_dir={run_dir}", *settings])
             raise UserError(f"`{command}` ended with code {child.returncode}: {shown}")
         return run_dir

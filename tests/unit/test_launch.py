@@ -58,6 +58,11 @@ def test_what_a_run_that_failed_said(program: Path, tmp_path: Path) -> None:
         UserError, match=r"`fd-scale distill a\.yaml run_dir=.*` ended with code 2: the reason"
     ):
         Launcher().run("distill", "a.yaml", tmp_path / "run", [])
+    # torchrun's report of each rank follows.
+    report = "  exitcode: 2\n  error_file: <N/A>\n  traceback: none\n======"
+    program.write_text(f"#!/bin/sh\nprintf 'step 1\nfd-scale: the reason\n{report}\n' >&2\nexit 1\n")
+    with pytest.raises(UserError, match=r"` ended with code 1: fd-scale: the reason$"):
+        Launcher(num_ranks=2).run("distill", "a.yaml", tmp_path / "run", [])
 
 
 def test_which_runs_are_complete(tmp_path: Path) -> None:
