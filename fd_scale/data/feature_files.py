@@ -86,8 +86,9 @@ class FeatureFiles:
                     f"{json.dumps(ours.get(key))}; restore it, or give distill.features.folder another one"
                 )
         if not make and (missing := self.missing()):
+            of = self.num_views * self._files_per_view
             raise UserError(
-                f"{self.folder}: {len(missing)} of {self.num_views * self._files_per_view} files are not there, as "
+                f"{self.folder}: {len(missing)} of {of} files are not there, or cut off, as "
                 f"{self._path(*missing[0])}; {how}, it makes them"
             )
 
@@ -101,15 +102,18 @@ class FeatureFiles:
         return min(self.samples_per_file, self.num_samples) * self._stride
 
     def missing(self) -> list[tuple[int, int]]:
-        """Returns view and number of each file that is not there."""
+        """Returns view and number of each file that is not there, or not as long as it was written."""
         found: list[tuple[int, int]] = []
         for view in range(self.num_views):
+            folder = self._view(view)
             here = (
-                {entry.name for entry in os.scandir(folder)}
-                if (folder := self._view(view)).is_dir()
-                else set()
+                {entry.name: entry.stat().st_size for entry in os.scandir(folder)} if folder.is_dir() else {}
             )
-            found += [(view, n) for n in range(self._files_per_view) if self._path(view, n).name not in here]
+            found += [
+                (view, number)
+                for number in range(self._files_per_view)
+                if here.get(self._path(view, number).name) != len(self.samples(number)) * self._stride
+            ]
         return found
 
     def samples(self, number: int) -> range:
