@@ -197,13 +197,15 @@ def predict_images(
     names = _named(class_names, task.num_classes)
     root = path if path.is_dir() else path.parent
     targets = {file: (out / file.relative_to(root)).with_suffix(".png") for file in images_below(path)}
-    # Resolved: one folder has many names.
-    places = {target.resolve() for target in targets.values()}
-    if len(places - {file.resolve() for file in targets}) < len(targets):
-        raise UserError(
-            f"--out {out}: a picture would take the place of an image, or of another picture; name another folder, and "
-            "files that differ in more than their suffix"
-        )
+    taken = {file.resolve(): file for file in targets}  # resolved: one folder has many names
+    for file, target in targets.items():
+        place = target.resolve()
+        if place in taken:
+            raise UserError(
+                f"--out {out}: the picture of {file} would take the place of {taken[place]}, or of its picture; name "
+                "another folder, and files that differ in more than their suffix"
+            )
+        taken[place] = file
 
     broken = []
     for file, target in targets.items():

@@ -97,8 +97,15 @@ def test_predict_paints_what_evaluate_measures(
     before = (images / "2.png").read_bytes()
     monkeypatch.chdir(images.parent)
     for out in (images, Path("images"), Path("masks/../images")):
-        with pytest.raises(UserError, match="would take the place of an image"):
+        with pytest.raises(
+            UserError, match=r"picture of .*images/0\.png would take the place of .*images/0\.png"
+        ):
             api.predict(run, images, out)
+    (mixed / "2.jpg").write_bytes(before)
+    with pytest.raises(
+        UserError, match=r"of .*mixed/2\.png would take the place of .*2\.jpg, or of its picture"
+    ):
+        api.predict(run, mixed, tmp_path / "both")
     assert (images / "2.png").read_bytes() == before
     with pytest.raises(UserError, match="no image there"):
         api.predict(run, tmp_path / "nowhere", tmp_path / "out")
