@@ -20,6 +20,8 @@ from fd_scale.errors import UserError
 
 UNLABELLED = -1
 """Label of an image without one."""
+MAX_CLASSES = 10**9
+"""More than any data set has: a larger number is a date, a hash or an identity of something else."""
 IGNORED = 255
 """Class of a pixel without one."""
 Targets = Literal["labels", "masks", "instances"]

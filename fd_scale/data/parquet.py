@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from fd_scale.data.base import UNLABELLED, Targets, content_hash, data_files
+from fd_scale.data.base import MAX_CLASSES, UNLABELLED, Targets, content_hash, data_files
 from fd_scale.data.decode import DecodeError
 from fd_scale.data.masks import NO_CLASS, MaskValues, ade20k_names, listed_classes
 from fd_scale.data.picture import Picture
@@ -138,9 +138,9 @@ class Rows:
         if file_id not in self._files:
             try:
                 self._files[file_id] = pq.ParquetFile(self.paths[file_id], memory_map=True)
-            except pa.ArrowInvalid as error:
+            except (OSError, pa.ArrowInvalid) as error:
                 raise UserError(
-                    f"{self.paths[file_id]} is no parquet file ({error}); download it again"
+                    f"{self.paths[file_id]} is no parquet file that can be read ({error}); download it again"
                 ) from error
         return self._files[file_id]
 
@@ -171,6 +171,12 @@ class ParquetSource:
         self.labels_N = np.full(len(self.rows), UNLABELLED)
         if label_column is not None:
             self.labels_N = self.rows.integers(label_column)
+            wrong = np.flatnonzero((self.labels_N < UNLABELLED) | (self.labels_N >= MAX_CLASSES))
+            if len(wrong):
+                raise UserError(
+                    f"{self.name(wrong[0])} has {self.labels_N[wrong[0]]} in column {label_column!r}, expected the "
+                    f"number of a class, or {UNLABELLED} for none"
+                )
         self.class_names = _hub_class_names(self.rows.schema, label_column)
         self.num_classes = len(self.class_names) if self.class_names else int(self.labels_N.max()) + 1
 

@@ -33,7 +33,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fd_scale.data import store
-from fd_scale.data.base import IMAGE_SUFFIXES, UNLABELLED, content_hash
+from fd_scale.data.base import IMAGE_SUFFIXES, MAX_CLASSES, UNLABELLED, content_hash
 from fd_scale.data.mapped_file import Columns, MappedFile, cache_file, make_once, unwritable, written_whole
 from fd_scale.data.store import State
 from fd_scale.errors import UserError
@@ -448,7 +448,7 @@ def _json_label(path: str, member: _Member) -> int:
     label = values.get("label") if isinstance(values, dict) else None
     if label is None:
         return UNLABELLED
-    if type(label) is not int or not UNLABELLED <= label < 10**9:
+    if type(label) is not int or not UNLABELLED <= label < MAX_CLASSES:
         raise UserError(
             f"{path}: member {member.name!r} has the label {label!r}, expected the number of a class"
         )

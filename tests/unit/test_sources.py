@@ -209,6 +209,12 @@ def test_parquet_fingerprint_follows_the_content_not_the_place(tmp_path: Path) -
         ("parquet:no_rows.parquet", "holds no rows"),
         ("parquet:no_images.parquet", "no image column .* its columns are: label: int64, text: string"),
         ("parquet:garbage.parquet", "is no parquet file"),
+        ("parquet:gone", "a.parquet is no parquet file that can be read .*No such file"),
+        (
+            "parquet:hashes.parquet",
+            "hashes.parquet:1 has 1099511627776 in column 'label', expected the number of a cl",
+        ),
+        ("parquet:negative.parquet", "negative.parquet:0 has -4 in column 'label'"),
         ("parquet:mixed", "several parts \\(test, train\\).*\\*\\*/train\\*.parquet"),
         ("parquet:unlike", "b.parquet has no column 'label'"),
     ],
@@ -222,6 +228,10 @@ def test_wrong_data_set_is_a_clear_error(
     write_parquet(Path("no_rows.parquet"), [], [])
     pq.write_table(pa.table({"label": [1], "text": ["x"]}), "no_images.parquet")
     Path("garbage.parquet").write_bytes(b"garbage")
+    Path("gone").mkdir()
+    Path("gone/a.parquet").symlink_to("nothing")
+    write_parquet(Path("hashes.parquet"), [png(0)] * 2, [1, 2**40])
+    write_parquet(Path("negative.parquet"), [png(0)], [-4])
     for split in ("train", "test"):
         write_parquet(Path(f"mixed/{split}-00000-of-00001.parquet"), [png(0)], [0])
     write_parquet(Path("unlike/a.parquet"), [png(0)], [0])
