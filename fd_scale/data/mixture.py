@@ -139,15 +139,14 @@ def filtered(source: Source, only: str | None, without: str | None) -> Subset:
     Raises:
         UserError: a list cannot be read, names an image that is not there, or leaves no image.
     """
-    keys = [source.key(sample_id) for sample_id in range(len(source))]
-    kept_N = np.ones(len(keys), dtype=bool)
+    kept_N = np.ones(len(source), dtype=bool)
     for file, keeps in ((only, True), (without, False)):
         if file is not None:
-            kept_N &= _listed(file, keys) == keeps
+            kept_N &= _listed(file, source) == keeps
     sample_ids_N = np.flatnonzero(kept_N)
     if not len(sample_ids_N):
         lists = ", ".join(filter(None, (only, without)))
-        raise UserError(f"{lists}: no image is left of {len(keys)}; check the lists of images")
+        raise UserError(f"{lists}: no image is left of {len(source)}; check the lists of images")
     return Subset(source, sample_ids_N)
 
 
@@ -288,19 +287,23 @@ class Mixture:
         return source, (sample_id - first) % len(source)
 
 
-def _listed(file: str, keys: list[str]) -> npt.NDArray[np.bool_]:
-    """Whether a list names each of the keys."""
+def _listed(file: str, source: Source) -> npt.NDArray[np.bool_]:
+    """Whether a list names each image, whose keys are not held: of a hundred million they take 9 GiB."""
     try:
         lines = os.fsdecode(Path(file).read_bytes()).splitlines()
     except OSError as error:
         raise UserError(
             f"{file}: the list of images cannot be read: {error.strerror}; check the path"
         ) from None
-    wanted = set(filter(None, lines))
-    unknown = sorted(wanted.difference(keys))
+    found = dict.fromkeys(filter(None, lines), False)
+    listed_N = np.zeros(len(source), dtype=bool)
+    for sample_id in range(len(source)):
+        if (key := source.key(sample_id)) in found:
+            listed_N[sample_id] = found[key] = True
+    unknown = sorted(key for key, is_there in found.items() if not is_there)
     if unknown:
         raise UserError(
-            f"{file}: {len(unknown)} of {len(wanted)} keys name no image: {', '.join(unknown[:3])}; a key is, for "
-            f"example, {keys[0]}"
+            f"{file}: {len(unknown)} of {len(found)} keys name no image: {', '.join(unknown[:3])}; a key is, for "
+            f"example, {source.key(0)}"
         )
-    return np.fromiter((key in wanted for key in keys), dtype=bool, count=len(keys))
+    return listed_N

@@ -4,8 +4,10 @@ import collections
 import logging
 import pickle
 import re
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,6 +19,7 @@ from shard_files import image_file, level, numbered, write_tar
 
 from fd_scale.config import DataConfig, SourceConfig, build_recipe, load_recipe, to_dict, to_yaml
 from fd_scale.data import ImageAlone, TrainLoader, evaluation_transform, open_source
+from fd_scale.data.mixture import filtered
 from fd_scale.errors import UserError
 from fd_scale.run_folder import identity
 
@@ -139,6 +142,23 @@ def test_lists_that_do_not_fit(tar: str, tmp_path: Path, text: str | None, messa
         (tmp_path / "list.txt").write_text(text)
     with pytest.raises(UserError, match=message):
         open_source([one(tar, only=str(tmp_path / "list.txt"))])
+
+
+def test_a_list_holds_no_names_of_all_images(tmp_path: Path) -> None:
+    class Many(SimpleNamespace):
+        def __len__(self) -> int:
+            return 50_000
+
+    many: Any = Many(key=lambda number: f"{number:050d}", class_names=None, num_classes=0, targets="labels")
+    (tmp_path / "list.txt").write_text(f"{7:050d}\n")
+    tracemalloc.start()
+    try:
+        rest = filtered(many, None, str(tmp_path / "list.txt"))
+        _, most = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert len(rest) == 49_999
+    assert most < 20 * 50_000, "bytes: their numbers, and not their names of 100"
 
 
 def test_leaving_out_all_is_an_error(tar: str, tmp_path: Path) -> None:
