@@ -102,10 +102,11 @@ def report(run_dirs: Sequence[str], out: str | Path | None) -> Path:
 
 def _read(folder: Path, all_folders: Sequence[str]) -> Run:
     recipe = run_folder.read_recipe(folder)
-    same = [other for other in all_folders if Path(other).name == folder.name]
+    name = folder.resolve().name  # `.` has none
+    same = [other for other in all_folders if Path(other).resolve().name == name]
     logs = [path.read_text(encoding="utf-8", errors="replace") for path in folder.glob("logs/rank_0.log")]
     return Run(
-        name=folder.name if len(same) == 1 else str(folder),
+        name=name if len(same) == 1 else str(folder),
         folder=folder,
         recipe=dict(_flat(to_dict(recipe))),
         environment=dict(_flat(run_folder.last_start(folder))),

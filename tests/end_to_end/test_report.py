@@ -120,6 +120,12 @@ def test_a_browser_has_nothing_to_complain_about(page: Path, width_px: int) -> N
     assert overflow_px <= 0, "nobody scrolls sideways"
 
 
+def test_the_folder_that_one_is_in(runs: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(runs[0])
+    page = report(["."], tmp_path / "page.html").read_text(encoding="utf-8")
+    assert f"<h1>{runs[0].name}</h1>" in page
+
+
 def test_bad_input(runs: list[Path], tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no recipe\.yaml there"):
         report([str(tmp_path)], None)
