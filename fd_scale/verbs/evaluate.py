@@ -127,14 +127,16 @@ def at_trained_scale(trained: ModelConfig, wanted: ModelConfig) -> ModelConfig:
 
 @contextmanager
 def saying_where_it_started(run: Path, recipe: Recipe) -> Iterator[None]:
-    """Within it, an error tells of images that are not here because their paths are relative to another folder."""
+    """Within it, an error tells of images and weights that are not here, their paths relative to another folder."""
     try:
         yield
     except UserError as error:
         started = run_folder.last_start(run).get("folder", str(Path.cwd()))
+        teachers = recipe.distill.teachers if recipe.distill is not None else []
+        weights = [str(teacher.model.weights) for teacher in teachers]
         missing = [
             path
-            for path in data_paths(recipe)
+            for path in (*data_paths(recipe), *weights)
             if path in str(error)
             and not (is_remote(path) or Path(path).is_absolute() or glob.glob(path))
             and glob.glob(path, root_dir=started)

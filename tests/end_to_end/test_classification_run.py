@@ -12,8 +12,10 @@ import pytest
 from PIL import Image
 
 from fd_scale import api, cli
-from fd_scale.config import build_recipe
+from fd_scale.config import build_recipe, load_recipe
 from fd_scale.errors import UserError
+from fd_scale.models import build_model
+from fd_scale.verbs.evaluate import saying_where_it_started
 from fd_scale.verbs.shard import shard
 
 NAMES = ["Hund & Katze", "größe", "z.b. bird"]
@@ -78,6 +80,18 @@ def test_results_may_lie_elsewhere_and_the_run_too(
         match=rf"images is not a folder.*images is relative, and the run was started in {run.parent}$",
     ):
         api.evaluate(run, ["data.evaluation=imagefolder:images"])
+
+
+def test_a_teacher_that_is_relative_to_another_folder(tmp_path: Path) -> None:
+    (tmp_path / "here/vit").mkdir(parents=True)
+    (tmp_path / "environment.json").write_text(json.dumps([{"folder": str(tmp_path / "here")}]))
+    recipe = load_recipe("digits/distill", ["distill.teachers.0.model.weights=vit"])
+    assert recipe.distill is not None
+    with (
+        pytest.raises(UserError, match=r"; vit is relative, and the run was started in .*here$"),
+        saying_where_it_started(tmp_path, recipe),
+    ):
+        build_model(recipe.distill.teachers[0].model)
 
 
 def test_shards_have_the_names_beside_them(
