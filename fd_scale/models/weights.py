@@ -145,13 +145,19 @@ def fitted(model: Backbone, state: Mapping[str, Tensor], origin: str) -> dict[st
         found = model.translate(state)
     except UserError as error:
         raise UserError(f"weights: {origin}: {error}") from None
-    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict(keep_vars=True).items()}
+    own = model.state_dict(keep_vars=True)
+    expected = {name: tuple(tensor.shape) for name, tensor in own.items()}
     problems = [f"{name} is missing" for name in expected if name not in found]
     problems += [f"{name} is unknown" for name in found if name not in expected]
     problems += [
         f"{name} is {tuple(found[name].shape)}, expected {shape}"
         for name, shape in expected.items()
         if name in found and found[name].shape != shape
+    ]
+    problems += [
+        f"{name} holds integers, expected floating-point numbers: quantised weights are not read"
+        for name, tensor in own.items()
+        if name in found and tensor.is_floating_point() and not found[name].is_floating_point()
     ]
     if problems:
         more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
@@ -229,8 +235,12 @@ def _read_safetensors(file: Path, device: str) -> dict[str, Tensor]:
         if device != "meta":
             return load_file(file)
         with safe_open(file, framework="pt") as header:
-            shapes = {name: header.get_slice(name).get_shape() for name in header.keys()}  # noqa: SIM118
-        return {name: torch.empty(shape, device=device) for name, shape in shapes.items()}
+            parts = {name: header.get_slice(name) for name in header.keys()}  # noqa: SIM118
+            facts = {name: (part.get_shape(), "F" in part.get_dtype()) for name, part in parts.items()}
+        return {
+            name: torch.empty(shape, dtype=torch.float32 if floating else torch.int64, device=device)
+            for name, (shape, floating) in facts.items()
+        }
     except (SafetensorError, OSError) as error:
         raise UserError(f"weights: {file} is not a whole safetensors file: {error}") from None
 
@@ -247,6 +257,11 @@ def _read_pickle(file: Path, device: str) -> Any:
             f"weights: {file} {reason}; save the state dict alone, where you trust the file"
         ) from None
     except (RuntimeError, EOFError, OSError) as error:
+        if "TorchScript" in str(error):  # as OpenAI gives out CLIP
+            raise UserError(
+                f"weights: {file} is a TorchScript archive, which holds code; where you trust it, save the tensors "
+                f"alone: torch.save(torch.jit.load({file.name!r}, 'cpu').state_dict(), 'weights.pth')"
+            ) from None
         reason = " ".join(str(error).split())[:100]
         raise UserError(f"weights: {file} is not a whole file of torch.save: {reason}") from None
 

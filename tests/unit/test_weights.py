@@ -151,9 +151,14 @@ BAD: dict[str, tuple[str, Callable[[Path], object], str]] = {
     "two models": ("a.pth", lambda file: torch.save({"student": ONE, "teacher": ONE}, file), "a student and a teacher"),
     "damaged": ("a.safetensors", lambda file: file.write_bytes(b"\xff" * 64), "is not a whole safetensors file"),
     "kind of file": ("a.npz", lambda file: file.touch(), "ends in '.npz', expected .safetensors, .pth, .pt or .bin"),
+    "TorchScript": ("a.pt", lambda file: scripted(file), "archive, which holds code; where you trust it"),
     "nothing": ("none.pth", lambda file: None, "none.pth does not exist; give a .safetensors or .pth file"),
 }  # fmt: skip
 ONE = {"weight": torch.zeros(1)}
+
+
+def scripted(file: Path) -> None:
+    torch.jit.script(nn.Linear(1, 1)).save(str(file))
 
 
 def truncated(file: Path) -> None:
@@ -171,6 +176,23 @@ def test_what_is_not_weights(
         load_weights(build(), str(tmp_path / name))
     assert str(refused.value).startswith(f"weights: {tmp_path / name}")
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("name", ["a.safetensors", "a.pth"])
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_quantised_weights_are_refused(tmp_path: Path, name: str, device: str) -> None:
+    """Their integers would be taken for the weights."""
+    state = build().state_dict()
+    state["norm.weight"] = (state["norm.weight"] * 100).to(torch.int8)
+    if name.endswith(".pth"):
+        torch.save(state, tmp_path / name)
+    else:
+        save_file(state, tmp_path / name)
+    with (
+        torch.device(device),
+        pytest.raises(UserError, match=r": norm\.weight holds integers, expected float"),
+    ):
+        load_weights(build(), str(tmp_path / name))
 
 
 def test_no_code_of_a_pickle_runs(tmp_path: Path) -> None:
