@@ -1,5 +1,6 @@
 """Sources made of sources: some images of one, and several with weights."""
 
+import codecs
 import logging
 import os
 from collections.abc import Iterable, Sequence
@@ -290,7 +291,7 @@ class Mixture:
 def _listed(file: str, source: Source) -> npt.NDArray[np.bool_]:
     """Whether a list names each image, whose keys are not held: of a hundred million they take 9 GiB."""
     try:
-        lines = os.fsdecode(Path(file).read_bytes()).splitlines()
+        lines = os.fsdecode(Path(file).read_bytes().removeprefix(codecs.BOM_UTF8)).splitlines()
     except OSError as error:
         raise UserError(
             f"{file}: the list of images cannot be read: {error.strerror}; check the path"
