@@ -118,10 +118,19 @@ def at_trained_scale(trained: ModelConfig, wanted: ModelConfig) -> ModelConfig:
 
     A bias is learned over distances in windows; where the recipe does not say of which windows, they are its own, and
     smaller than wanted ones in stages that they cover.
+
+    Raises:
+        UserError: its windows are not square, and the distances of a bias have one scale.
     """
     with torch.device("meta"):
         model = create_model(trained.name, img_size=trained.size, **trained.overrides)
     assert isinstance(model, SwinTransformerV2), "others are measured at the size that they were trained at"
+    rows, columns = model.window_size
+    if rows != columns:
+        raise UserError(
+            f"model.overrides.window_size: windows of {rows} x {columns} are measured as they were trained; leave out "
+            "what changes model.img_size or the window"
+        )
     return replace(wanted, overrides=dict(wanted.overrides) | {"pretrained_window_size": model.bias_windows})
 
 

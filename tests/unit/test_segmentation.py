@@ -522,3 +522,6 @@ def test_another_size_has_the_biases_that_were_trained(shared_bias: bool) -> Non
         assert not torch.allclose(new_hyx[:, old_side:, :old_side], old_hyx), "it goes on beyond them"
     pretrained = replace(trained, overrides=trained.overrides | {"pretrained_window_size": [6, 6, 3]})
     assert at_trained_scale(pretrained, larger).overrides["pretrained_window_size"] == [6, 6, 3]
+    oblong = replace(trained, overrides=trained.overrides | {"window_size": [2, 4]})
+    with pytest.raises(UserError, match="windows of 2 x 4 are measured as they were trained"):
+        at_trained_scale(oblong, larger)

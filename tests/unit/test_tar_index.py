@@ -73,7 +73,9 @@ def test_the_index_is_what_the_scan_finds(tmp_path: Path, cache: Path, scanned: 
         "that of the runs before there was an index"
     )
     # Threads share the first four.
-    assert sorted(scanned[:4]) == scanned[4:] == ["0.tar", "1.tar", "2.tar", "3.tar"], "by the index, and above"
+    assert sorted(scanned[:4]) == scanned[4:] == ["0.tar", "1.tar", "2.tar", "3.tar"], (
+        "by the index, and above"
+    )
     assert len(list(cache.glob("*.index"))) == 1
 
 
