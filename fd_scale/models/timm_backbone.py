@@ -331,15 +331,13 @@ def timm_config(config: ModelConfig, architecture: str, arguments: dict[str, Any
         arguments: of that function.
     """
     theirs = timm.get_pretrained_cfg(architecture)
-    # timm rounds the resized side down, and evaluations here to the nearest.
-    resized = round(config.size / CROP_FRACTION) + 0.5
     return {
         "architecture": architecture,
         "num_classes": 0,
         "model_args": arguments,
         "pretrained_cfg": {
             "num_classes": 0, "input_size": [3, config.size, config.size], "mean": config.mean, "std": config.std,
-            "interpolation": "bicubic", "crop_mode": "center", "crop_pct": config.size / resized,
+            "interpolation": "bicubic", "crop_mode": "center", "crop_pct": CROP_FRACTION,
             # Whose weights timm leaves out where a user wants classes.
             "first_conv": theirs.first_conv, "classifier": theirs.classifier,
         },

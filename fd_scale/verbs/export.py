@@ -145,7 +145,7 @@ def _image_processor(config: ModelConfig) -> dict[str, Any]:
     """What `transformers.AutoImageProcessor` reads: images as evaluations cut them."""
     return {
         "image_processor_type": "CLIPImageProcessor", "do_convert_rgb": True,
-        "do_resize": True, "size": {"shortest_edge": round(config.size / CROP_FRACTION)}, "resample": 3,
+        "do_resize": True, "size": {"shortest_edge": int(config.size / CROP_FRACTION)}, "resample": 3,
         "do_center_crop": True, "crop_size": {"height": config.size, "width": config.size},
         "do_rescale": True, "rescale_factor": 1 / 255,
         "do_normalize": True, "image_mean": config.mean, "image_std": config.std,

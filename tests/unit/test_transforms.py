@@ -132,6 +132,12 @@ def test_evaluation_interpolation_is_used(noise: Image.Image) -> None:
     assert not torch.equal(*results)
 
 
+@pytest.mark.parametrize("size", [32, 192, 224, 256, 336, 384])
+def test_evaluation_is_timms(noise: Image.Image, size: int) -> None:
+    theirs = create_transform(size, interpolation="bicubic", crop_pct=0.875, normalize=False)
+    assert torch.equal(evaluation_transform(size)(Picture.of(noise)), theirs(noise))
+
+
 def test_contrastive_views_differ_from_each_other(noise: Image.Image) -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
