@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from fd_scale.errors import UserError
 
 
@@ -9,6 +11,15 @@ def require(holds: bool, key: str, got: object, expected: str) -> None:
     """Refuses a value of a setting with what was expected."""
     if not holds:
         raise UserError(f"{key}: got {got}, expected {expected}")
+
+
+def checks_of(section: object, key: str) -> Callable[[str, bool, str], None]:
+    """Returns what refuses a value of a section: name of its field, whether it holds, and what was expected."""
+
+    def check(name: str, holds: bool, expected: str) -> None:
+        require(holds, f"{key}.{name}", getattr(section, name), expected)
+
+    return check
 
 
 def first_line(error: BaseException) -> str:

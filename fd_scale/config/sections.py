@@ -10,7 +10,7 @@ from typing import Any, Literal
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from fd_scale.config.checks import first_line, require
+from fd_scale.config.checks import checks_of, first_line, require
 from fd_scale.errors import UserError
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -44,10 +44,9 @@ class ModelConfig:
     """Arguments of the model's constructor that differ from those of its name."""
 
     def __post_init__(self) -> None:
-        require(
-            self.img_size is None or self.img_size > 0, "model.img_size", self.img_size, "more than 0 pixels"
-        )
-        require(self.std is None or min(self.std) > 0, "model.std", self.std, "three positive numbers")
+        check = checks_of(self, "model")
+        check("img_size", self.img_size is None or self.img_size > 0, "more than 0 pixels")
+        check("std", self.std is None or min(self.std) > 0, "three positive numbers")
 
     @property
     def size(self) -> int:
@@ -102,33 +101,19 @@ class DataConfig:
     """Probability that a rectangle of the view becomes noise."""
 
     def __post_init__(self) -> None:
+        check = checks_of(self, "data")
         # OmegaConf knows no type for "a string or a list of these": it is checked here.
         object.__setattr__(self, "train", checked_sources("data.train", self.train))
         if self.evaluation is not None:
             object.__setattr__(self, "evaluation", checked_sources("data.evaluation", self.evaluation))
         for key in ("num_workers", "shard_window"):
-            require(getattr(self, key) >= 0, f"data.{key}", getattr(self, key), "0 or more")
-        require(
-            0 <= self.max_bad_fraction <= 1,
-            "data.max_bad_fraction",
-            self.max_bad_fraction,
-            "a number in 0..1",
-        )
-        require(self.crops >= 1, "data.crops", self.crops, "1 or more")
-        require(
-            0 < self.crop_scale[0] <= self.crop_scale[1] <= 1,
-            "data.crop_scale",
-            self.crop_scale,
-            "0 < smallest <= largest <= 1",
-        )
-        require(
-            0 < self.crop_ratio[0] <= self.crop_ratio[1],
-            "data.crop_ratio",
-            self.crop_ratio,
-            "0 < smallest <= largest",
-        )
+            check(key, getattr(self, key) >= 0, "0 or more")
+        check("max_bad_fraction", 0 <= self.max_bad_fraction <= 1, "a number in 0..1")
+        check("crops", self.crops >= 1, "1 or more")
+        check("crop_scale", 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1, "0 < smallest <= largest <= 1")
+        check("crop_ratio", 0 < self.crop_ratio[0] <= self.crop_ratio[1], "0 < smallest <= largest")
         for key in ("flip", "erasing"):
-            require(0 <= getattr(self, key) <= 1, f"data.{key}", getattr(self, key), "a probability")
+            check(key, 0 <= getattr(self, key) <= 1, "a probability")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -167,20 +152,14 @@ class OptimConfig:
         return 12 if self.ema_decay else 8
 
     def __post_init__(self) -> None:
+        check = checks_of(self, "optim")
         for key in ("lr", "eps"):
-            require(0 < getattr(self, key) < inf, f"optim.{key}", getattr(self, key), "a positive number")
-        require(
-            0 <= min(self.betas) <= max(self.betas) < 1,
-            "optim.betas",
-            self.betas,
-            "two numbers in 0..1, below 1",
-        )
-        require(
-            0 < self.layer_decay <= 1, "optim.layer_decay", self.layer_decay, "a number above 0, at most 1"
-        )
-        require(0 <= self.ema_decay < 1, "optim.ema_decay", self.ema_decay, "a number in 0..1, below 1")
+            check(key, 0 < getattr(self, key) < inf, "a positive number")
+        check("betas", 0 <= min(self.betas) <= max(self.betas) < 1, "two numbers in 0..1, below 1")
+        check("layer_decay", 0 < self.layer_decay <= 1, "a number above 0, at most 1")
+        check("ema_decay", 0 <= self.ema_decay < 1, "a number in 0..1, below 1")
         for key in ("warmup_lr", "min_lr", "warmup_epochs", "warmup_steps", "weight_decay", "grad_clip"):
-            require(0 <= getattr(self, key) < inf, f"optim.{key}", getattr(self, key), "0 or more")
+            check(key, 0 <= getattr(self, key) < inf, "0 or more")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -225,12 +204,10 @@ class TrainConfig:
     ranks in logs/."""
 
     def __post_init__(self) -> None:
+        check = checks_of(self, "train")
         for key in ("global_batch", "micro_batch", "checkpointing_period", "timeout_s"):
-            require(getattr(self, key) > 0, f"train.{key}", getattr(self, key), "a positive whole number")
-        require(
-            self.mics_shard_size == 0 or self.mics_shard_size > 1, "train.mics_shard_size", self.mics_shard_size,
-            "0, or 2 or more",
-        )  # fmt: skip
+            check(key, getattr(self, key) > 0, "a positive whole number")
+        check("mics_shard_size", self.mics_shard_size == 0 or self.mics_shard_size > 1, "0, or 2 or more")
         if (self.epochs is None) == (self.steps is None):
             raise UserError(
                 "train: exactly one of train.epochs and train.steps gives the run's length; "
@@ -250,10 +227,9 @@ class CheckpointConfig:
     """Newest checkpoints kept; the best by the evaluation metric is kept besides."""
 
     def __post_init__(self) -> None:
+        check = checks_of(self, "checkpoint")
         for key in ("save_every_steps", "keep_last"):
-            require(
-                getattr(self, key) > 0, f"checkpoint.{key}", getattr(self, key), "a positive whole number"
-            )
+            check(key, getattr(self, key) > 0, "a positive whole number")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -269,12 +245,10 @@ class WatchConfig:
     """Times that it goes back before it stops."""
 
     def __post_init__(self) -> None:
-        require(
-            self.spike_factor == 0 or 1 < self.spike_factor < inf, "watch.spike_factor", self.spike_factor,
-            "0 or more than 1",
-        )  # fmt: skip
-        require(self.max_bad_steps > 0, "watch.max_bad_steps", self.max_bad_steps, "a positive whole number")
-        require(self.max_rollbacks >= 0, "watch.max_rollbacks", self.max_rollbacks, "0 or more")
+        check = checks_of(self, "watch")
+        check("spike_factor", self.spike_factor == 0 or 1 < self.spike_factor < inf, "0 or more than 1")
+        check("max_bad_steps", self.max_bad_steps > 0, "a positive whole number")
+        check("max_rollbacks", self.max_rollbacks >= 0, "0 or more")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -291,9 +265,10 @@ class LogConfig:
     """Writes a trace of the third to fifth step after the start into profile/, a file a rank."""
 
     def __post_init__(self) -> None:
-        require(self.every_steps > 0, "log.every_steps", self.every_steps, "a positive whole number")
+        check = checks_of(self, "log")
+        check("every_steps", self.every_steps > 0, "a positive whole number")
         for key in ("images_every_steps", "evaluate_every_steps"):
-            require(getattr(self, key) >= 0, f"log.{key}", getattr(self, key), "0 or more")
+            check(key, getattr(self, key) >= 0, "0 or more")
 
 
 def as_list(sources: str | list[SourceConfig]) -> list[SourceConfig]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from math import inf
 from typing import Literal
 
-from fd_scale.config.checks import require
+from fd_scale.config.checks import checks_of, require
 from fd_scale.config.sections import TEACHER, ModelConfig
 from fd_scale.errors import UserError
 
@@ -38,23 +38,17 @@ class TeacherConfig:
     rank holds all of them. For a teacher that would not fit."""
 
     def __post_init__(self) -> None:
-        require(0 < self.weight < inf, "distill.teachers.weight", self.weight, "a positive number")
-        require(0 < self.share <= 1, "distill.teachers.share", self.share, "a number above 0, at most 1")
-        require(
-            self.cls_weight is None or 0 <= self.cls_weight < inf,
-            "distill.teachers.cls_weight",
-            self.cls_weight,
-            "0 or more",
-        )
+        check = checks_of(self, "distill.teachers")
+        check("weight", 0 < self.weight < inf, "a positive number")
+        check("share", 0 < self.share <= 1, "a number above 0, at most 1")
+        check("cls_weight", self.cls_weight is None or 0 <= self.cls_weight < inf, "0 or more")
         if self.drop_path and (self.target != "feature_map" or self.layers is not None):
             raise UserError(
                 "distill.teachers.drop_path: branches are dropped on the way to the last feature map alone; set it to "
                 "false, or remove layers and target"
             )
         if self.layers is not None:
-            require(
-                len(self.layers) > 0, "distill.teachers.layers", self.layers, "at least one layer, or none"
-            )
+            check("layers", len(self.layers) > 0, "at least one layer, or none")
             if self.target != "feature_map":
                 raise UserError(
                     f"distill.teachers.layers: chosen layers have a feature map alone, target is {self.target}; "
@@ -101,10 +95,11 @@ class DistillConfig:
     features: FeaturesConfig | None = None
 
     def __post_init__(self) -> None:
+        check = checks_of(self, "distill")
         require(len(self.teachers) > 0, "distill.teachers", "an empty list", "at least one teacher")
-        require(self.beta > 0, "distill.beta", self.beta, "a positive number")
-        require(self.knn_images >= 0, "distill.knn_images", self.knn_images, "0 or more")
-        require(self.phi_s_images > 0, "distill.phi_s_images", self.phi_s_images, "a positive whole number")
+        check("beta", self.beta > 0, "a positive number")
+        check("knn_images", self.knn_images >= 0, "0 or more")
+        check("phi_s_images", self.phi_s_images > 0, "a positive whole number")
         for index, teacher in enumerate(self.teachers):
             if teacher.drop_path and self.features is not None:
                 raise UserError(
@@ -130,9 +125,10 @@ class ContrastiveConfig:
     """Strength of the brightness, contrast and saturation jitter; 0: none."""
 
     def __post_init__(self) -> None:
-        require(self.temperature > 0, "contrastive.temperature", self.temperature, "a positive number")
-        require(0 <= self.jitter <= 1, "contrastive.jitter", self.jitter, "a number in 0..1")
-        require(self.projection_dim > 0, "contrastive.projection_dim", self.projection_dim, "more than 0")
+        check = checks_of(self, "contrastive")
+        check("temperature", self.temperature > 0, "a positive number")
+        check("jitter", 0 <= self.jitter <= 1, "a number in 0..1")
+        check("projection_dim", self.projection_dim > 0, "more than 0")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -167,23 +163,12 @@ class ClassificationConfig:
     """Where both are on, the share of pairs that CutMix mixes."""
 
     def __post_init__(self) -> None:
-        require(
-            self.num_classes is None or self.num_classes > 1,
-            "classification.num_classes",
-            self.num_classes,
-            "2 or more",
-        )
+        check = checks_of(self, "classification")
+        check("num_classes", self.num_classes is None or self.num_classes > 1, "2 or more")
         for key in ("mixup", "cutmix"):
-            require(0 <= getattr(self, key) < inf, f"classification.{key}", getattr(self, key), "0 or more")
-        require(
-            0 <= self.cutmix_share <= 1, "classification.cutmix_share", self.cutmix_share, "a number in 0..1"
-        )
-        require(
-            0 <= self.label_smoothing < 1,
-            "classification.label_smoothing",
-            self.label_smoothing,
-            "a number in 0..1",
-        )
+            check(key, 0 <= getattr(self, key) < inf, "0 or more")
+        check("cutmix_share", 0 <= self.cutmix_share <= 1, "a number in 0..1")
+        check("label_smoothing", 0 <= self.label_smoothing < 1, "a number in 0..1")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -196,11 +181,13 @@ class LinearProbeConfig:
     """As `distill.knn_images`, of the same features."""
 
     def __post_init__(self) -> None:
-        require(self.knn_images >= 0, "linear_probe.knn_images", self.knn_images, "0 or more")
-        require(
+        check = checks_of(self, "linear_probe")
+        check("knn_images", self.knn_images >= 0, "0 or more")
+        check(
+            "lr_factors",
             len(self.lr_factors) > 0 and 0 < min(self.lr_factors) <= max(self.lr_factors) < inf,
-            "linear_probe.lr_factors", self.lr_factors, "positive numbers, at least one",
-        )  # fmt: skip
+            "positive numbers, at least one",
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -244,9 +231,7 @@ class SegmentationConfig:
     """Whether the mirrored image is predicted as well, and averaged."""
 
     def __post_init__(self) -> None:
-        def check(name: str, holds: bool, expected: str) -> None:
-            require(holds, f"segmentation.{name}", getattr(self, name), expected)
-
+        check = checks_of(self, "segmentation")
         check("num_classes", self.num_classes is None or 2 <= self.num_classes <= 253, "2 to 253")
         check("layers", self.layers is None or len(self.layers) == 4, "four layers, or none")
         check("channels", self.channels > 1 and self.channels % 2 == 0, "an even number above 0")
@@ -307,9 +292,7 @@ class DetectionConfig:
     """Whether the mirrored image is looked at as well."""
 
     def __post_init__(self) -> None:
-        def check(name: str, holds: bool, expected: str) -> None:
-            require(holds, f"detection.{name}", getattr(self, name), expected)
-
+        check = checks_of(self, "detection")
         check("num_classes", self.num_classes is None or self.num_classes >= 1, "1 or more")
         check("channels", self.channels > 0, "more than 0")
         check("rois_per_image", self.rois_per_image >= 4, "4 or more")
