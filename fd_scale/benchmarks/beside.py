@@ -7,11 +7,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from torch import nn
+
 from fd_scale import api, distributed, log
 from fd_scale.benchmarks.finetune import settings_alone
-from fd_scale.benchmarks.step import WARM_UP_STEPS, Bare, BareLoop, TakingTurns
+from fd_scale.benchmarks.step import WARM_UP_STEPS, BareLoop, TakingTurns
 from fd_scale.config import Recipe, load_recipe
-from fd_scale.data import Batch
+from fd_scale.data import Batch, open_source
 from fd_scale.errors import UserError
 from fd_scale.run_folder import environment
 from fd_scale.trainer import Task
@@ -24,11 +26,25 @@ class Peer:
     name: str
     refuse: Callable[[Recipe], None]
     """Raises `UserError` where it has no such thing."""
-    of: Callable[[Recipe], Bare]
+    module: Callable[[Any], nn.Module]
+    """Of a task of ours, of whose module it takes parts or weights."""
     settings: Sequence[str] = ()
     """Of the recipe, which both loops take, because the peer has nothing else."""
     also: Callable[[Task, list[list[Batch]], int], dict[str, list[float]]] | None = None
     """Measures more of what has been trained, given the batches and the number of steps; none: nothing."""
+
+
+class _Bare:
+    """A task of ours with the module of a peer, as `BareLoop` takes it."""
+
+    def __init__(self, task: Task, module: nn.Module) -> None:
+        self.task, self.module = task, module
+
+    def counts(self, batch: Batch) -> dict[str, float]:
+        return self.task.counts(batch)
+
+    def inputs(self, batch: Batch) -> dict[str, Any]:
+        return self.task.inputs(batch)
 
 
 def beside(recipe_name: str, overrides: Sequence[str], num_steps: int, peer: Peer) -> dict[str, Any]:
@@ -57,7 +73,8 @@ def beside(recipe_name: str, overrides: Sequence[str], num_steps: int, peer: Pee
         world = distributed.start(recipe.train.device, recipe.train.timeout_s)
         log.set_up(world.rank)
         trainer = api.build_trainer(recipe, world)
-        bare = BareLoop(peer.of(recipe), recipe, world)
+        task = api.build_task(recipe, open_source(recipe.data.train))
+        bare = BareLoop(_Bare(task, peer.module(task)), recipe, world)
         turns = TakingTurns(trainer.loader, bare, min(num_steps, 16))
         trainer.loader = turns  # type: ignore[assignment]
         trainer.train()

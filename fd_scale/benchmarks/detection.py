@@ -21,13 +21,12 @@ from torchvision.models.detection.roi_heads import RoIHeads
 from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
 from torchvision.ops import MultiScaleRoIAlign
 
-from fd_scale import api
 from fd_scale.benchmarks.beside import Peer, beside
 from fd_scale.benchmarks.finetune import show
 from fd_scale.benchmarks.records import write_json
 from fd_scale.benchmarks.step import WARM_UP_STEPS
 from fd_scale.config import Recipe
-from fd_scale.data import Batch, open_source
+from fd_scale.data import Batch
 from fd_scale.data.instances import Instances, unpacked
 from fd_scale.errors import UserError
 from fd_scale.finetune import DetectionTask
@@ -142,22 +141,6 @@ def _convolutions(module: nn.Module) -> list[nn.Module]:
     return [layer for layer in module.modules() if isinstance(layer, nn.Conv2d)]
 
 
-class _Peer:
-    """A detection as `bench.BareLoop` takes it."""
-
-    def __init__(self, recipe: Recipe) -> None:
-        task = api.build_task(recipe, open_source(recipe.data.train))
-        assert isinstance(task, DetectionTask), "the recipe's task"
-        self.task = task
-        self.module = TorchvisionMaskRCNN(task)
-
-    def counts(self, batch: Batch) -> dict[str, float]:
-        return self.task.counts(batch)
-
-    def inputs(self, batch: Batch) -> dict[str, Any]:
-        return self.task.inputs(batch)
-
-
 def bench_detection(
     recipe_name: str, overrides: Sequence[str], num_steps: int, json_file: str | None
 ) -> dict[str, Any]:
@@ -175,7 +158,7 @@ def bench_detection(
     Raises:
         UserError: the recipe is of another task or head.
     """
-    peer = Peer(name=PEER, refuse=_refuse, of=_Peer, also=_detections)
+    peer = Peer(name=PEER, refuse=_refuse, module=TorchvisionMaskRCNN, also=_detections)
     result = beside(recipe_name, overrides, num_steps, peer)
     show(result, PEER, result["images"])
     detections = {f"{loop}_ms": result[f"{loop}_detection_ms"] for loop in ("ours", PEER)}

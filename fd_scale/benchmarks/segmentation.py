@@ -10,12 +10,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fd_scale import api
 from fd_scale.benchmarks.beside import Peer, beside
 from fd_scale.benchmarks.finetune import show
 from fd_scale.benchmarks.records import write_json
 from fd_scale.config import Recipe
-from fd_scale.data import Batch, open_source
 from fd_scale.errors import UserError
 from fd_scale.finetune import SegmentationTask
 from fd_scale.finetune.segmentation.module import cross_entropy_sum
@@ -65,22 +63,6 @@ class TransformersUPerNet(nn.Module):
         return {"loss": cross_entropy_sum(self.head(maps), masks_BHW), "auxiliary": auxiliary}
 
 
-class _Peer:
-    """A segmentation as `bench.BareLoop` takes it."""
-
-    def __init__(self, recipe: Recipe) -> None:
-        task = api.build_task(recipe, open_source(recipe.data.train))
-        assert isinstance(task, SegmentationTask), "the recipe's task"
-        self.task = task
-        self.module = TransformersUPerNet(task)
-
-    def counts(self, batch: Batch) -> dict[str, float]:
-        return self.task.counts(batch)
-
-    def inputs(self, batch: Batch) -> dict[str, Any]:
-        return self.task.inputs(batch)
-
-
 def bench_segmentation(
     recipe_name: str, overrides: Sequence[str], num_steps: int, json_file: str | None
 ) -> dict[str, Any]:
@@ -100,7 +82,7 @@ def bench_segmentation(
     """
     result = beside(
         recipe_name, overrides, num_steps,
-        Peer(name=PEER, refuse=_refuse, of=_Peer, settings=["segmentation.norm=batch"]),
+        Peer(name=PEER, refuse=_refuse, module=TransformersUPerNet, settings=["segmentation.norm=batch"]),
     )  # fmt: skip
     show(result, PEER, result["images"])
     write_json(json_file, result)
