@@ -5,7 +5,6 @@ Shape legend: B = images, C = channels, H, W = pixels, h, w = places of a map, R
 
 from __future__ import annotations
 
-import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -24,7 +23,7 @@ from torchvision.ops import MultiScaleRoIAlign
 from fd_scale.benchmarks.beside import Peer, beside
 from fd_scale.benchmarks.finetune import show
 from fd_scale.benchmarks.records import write_json
-from fd_scale.benchmarks.step import WARM_UP_STEPS
+from fd_scale.benchmarks.step import WARM_UP_STEPS, now
 from fd_scale.config import Recipe
 from fd_scale.data import Batch
 from fd_scale.data.instances import Instances, unpacked
@@ -190,13 +189,7 @@ def _detections(task: Task, batches: list[list[Batch]], num_steps: int) -> dict[
     times: dict[str, list[float]] = {f"{name}_detection_ms": [] for name in runs}
     for number in range(WARM_UP_STEPS + num_steps):
         for name, run in runs.items():
-            began = _now(device)
+            began = now(device)
             run(images[number % len(images)])
-            times[f"{name}_detection_ms"].append(1e3 * (_now(device) - began))
+            times[f"{name}_detection_ms"].append(1e3 * (now(device) - began))
     return {name: values[WARM_UP_STEPS:] for name, values in times.items()}
-
-
-def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()

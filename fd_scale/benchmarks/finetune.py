@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import statistics
 import tempfile
-import time
 from collections.abc import Generator, Iterator, Sequence
 from typing import Any
 
@@ -23,6 +22,7 @@ from torch.utils.data import Dataset
 
 from fd_scale import api, distributed, log
 from fd_scale.benchmarks.records import write_json
+from fd_scale.benchmarks.step import now
 from fd_scale.config import Recipe, load_recipe
 from fd_scale.data import Batch, Source, TrainLoader, open_source
 from fd_scale.data.transforms import mend_posterize
@@ -132,19 +132,14 @@ class _TakingTurns:
         batches = self.loader.iterate(start_step, reordered)
         try:
             while True:
-                began = self._now()
+                began = now(self.peer.device)
                 yield next(batches)
-                self.ours_ms.append(1e3 * (self._now() - began))
-                began = self._now()
+                self.ours_ms.append(1e3 * (now(self.peer.device) - began))
+                began = now(self.peer.device)
                 self.peer.take_step()
-                self.timm_ms.append(1e3 * (self._now() - began))
+                self.timm_ms.append(1e3 * (now(self.peer.device) - began))
         finally:
             batches.close()
-
-    def _now(self) -> float:
-        if self.peer.device.type == "cuda":
-            torch.cuda.synchronize(self.peer.device)
-        return time.perf_counter()
 
 
 def settings_alone(folder: str, num_steps: int) -> list[str]:

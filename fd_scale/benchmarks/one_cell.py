@@ -9,7 +9,6 @@ import json
 import statistics
 import sys
 import tempfile
-import time
 import traceback
 from collections.abc import Callable
 from contextlib import closing
@@ -24,7 +23,7 @@ from PIL import Image
 from fd_scale import api, distributed, log
 from fd_scale.benchmarks.cells import FSDP2, PEERS, TIMM_COMPILED
 from fd_scale.benchmarks.peers import TimmPair, shard_and_compile
-from fd_scale.benchmarks.step import Bare, BareLoop
+from fd_scale.benchmarks.step import Bare, BareLoop, now
 from fd_scale.checkpoint import write_atomically
 from fd_scale.config import Recipe, load_recipe
 from fd_scale.data import Batch, Picture, Targets, TrainLoader, training_transform
@@ -76,9 +75,9 @@ def measured(recipe: Recipe, way: str, num_steps: int, world: World) -> dict[str
         Fields of `fd_scale.benchmarks.records.Record`.
     """
     batches = _batches(recipe, world)
-    began = _now(world)
+    began = now(world.device)
     step, phases, sent = _peer(recipe, way, world) if way in PEERS else _ours(recipe, world)
-    built = _now(world)
+    built = now(world.device)
     times, sent_before = [], 0.0
     for index in range(WARM_UP_STEPS + num_steps):
         if index == WARM_UP_STEPS:
@@ -86,9 +85,9 @@ def measured(recipe: Recipe, way: str, num_steps: int, world: World) -> dict[str
             sent_before = sent()
             if world.device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats(world.device)
-        start = _now(world)
+        start = now(world.device)
         step(batches[index % len(batches)])
-        times.append(_now(world) - start)
+        times.append(now(world.device) - start)
     p10, *_, p90 = statistics.quantiles(times[WARM_UP_STEPS:], n=10, method="inclusive")
     median = statistics.median(times[WARM_UP_STEPS:])
     return {
@@ -158,12 +157,6 @@ def _memory(world: World, *, graphs: bool) -> dict[str, float]:
     # What a graph writes in its replay is allocated to nobody, and no other code can have it.
     peak = reserved if graphs else torch.cuda.max_memory_allocated(world.device)
     return {"peak_gib": peak / 2**30, "reserved_gib": reserved / 2**30}
-
-
-def _now(world: World) -> float:
-    if world.device.type == "cuda":
-        torch.cuda.synchronize(world.device)
-    return time.perf_counter()
 
 
 def main(file: str, name: str, way: str, num_steps: int, settings: list[str]) -> int:

@@ -74,6 +74,13 @@ def _in_ranks(num_ranks: int, arguments: list[str]) -> dict[str, Any]:
     return row
 
 
+def now(device: torch.device) -> float:
+    """Returns the clock's seconds, once a GPU has done what it was told."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
 class TakingTurns:
     """Stands in for the loader: hands out batches from memory, and runs a bare step after each of ours.
 
@@ -96,18 +103,13 @@ class TakingTurns:
         step = start_step
         while True:
             batches = self.batches[step % len(self.batches)]
-            began = self._now()
+            began = now(self.bare.device)
             yield batches
-            self.ours_ms.append(1e3 * (self._now() - began))
-            began = self._now()
+            self.ours_ms.append(1e3 * (now(self.bare.device) - began))
+            began = now(self.bare.device)
             self.bare.take_step(batches)
-            self.bare_ms.append(1e3 * (self._now() - began))
+            self.bare_ms.append(1e3 * (now(self.bare.device) - began))
             step += 1
-
-    def _now(self) -> float:
-        if self.bare.device.type == "cuda":
-            torch.cuda.synchronize(self.bare.device)
-        return time.perf_counter()
 
 
 class Bare(Protocol):
