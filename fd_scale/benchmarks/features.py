@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch import Tensor
 from fd_scale import api, distributed, log
 from fd_scale.benchmarks.finetune import WARM_UP_STEPS, settings_alone, show
 from fd_scale.benchmarks.records import write_json
+from fd_scale.benchmarks.step import now
 from fd_scale.config import FeaturesConfig, load_recipe
 from fd_scale.data import open_source
 from fd_scale.distill import DistillationTask
@@ -82,7 +83,7 @@ def bench_features(
             "teachers": api.build_trainer(recipe, world),
         }
         try:
-            times = _in_turns({name: _steps(trainer) for name, trainer in trainers.items()}, num_steps)
+            times = _in_turns(trainers, num_steps, world.device)
             precisions = _errors(trainers["teachers"])
         finally:
             for trainer in trainers.values():
@@ -97,26 +98,16 @@ def bench_features(
     return result
 
 
-def _steps(trainer: Trainer) -> Callable[[], None]:
-    """Returns what takes the next step of a trainer, images and all."""
-    batches = trainer.loader.iterate(0)
-
-    def step() -> None:
-        micro_batches = next(batches)
-        trainer.train_step(micro_batches, trainer.agree(micro_batches))
-        if trainer.world.device.type == "cuda":
-            torch.cuda.synchronize(trainer.world.device)
-
-    return step
-
-
-def _in_turns(loops: dict[str, Callable[[], None]], num_steps: int) -> dict[str, list[float]]:
-    times: dict[str, list[float]] = {name: [] for name in loops}
+def _in_turns(trainers: dict[str, Trainer], num_steps: int, device: torch.device) -> dict[str, list[float]]:
+    """Times of whole steps, images and all, of trainers that take turns."""
+    batches = {name: trainer.loader.iterate(0) for name, trainer in trainers.items()}
+    times: dict[str, list[float]] = {name: [] for name in trainers}
     for _ in range(num_steps + WARM_UP_STEPS):
-        for name, step in loops.items():
-            began = time.perf_counter()
-            step()
-            times[name].append(1e3 * (time.perf_counter() - began))
+        for name, trainer in trainers.items():
+            began = now(device)
+            micro_batches = next(batches[name])
+            trainer.train_step(micro_batches, trainer.agree(micro_batches))
+            times[name].append(1e3 * (now(device) - began))
     return {name: values[WARM_UP_STEPS:] for name, values in times.items()}
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -41,10 +42,10 @@ def bench_order(
         raise UserError("bench order: expected numbers of at least 1, and a batch no larger than all shards")
     size = num_shards * shard_size
     orders: dict[str, Order] = {
-        f"window {window}": _bound(ShardOrder(np.arange(num_shards + 1) * shard_size, window))
+        f"window {window}": partial(ShardOrder(np.arange(num_shards + 1) * shard_size, window), 0, 0)
         for window in windows
     }
-    orders["over all"] = lambda positions: order(0, 0, positions, size)
+    orders["over all"] = partial(order, 0, 0, num_samples=size)
     found = {name: _measured(each, size, shard_size, batch) for name, each in orders.items()}
     title = f"{num_shards:,} shards of {shard_size:,}, batch {batch:,}"
     table = Table("order", *next(iter(found.values())), title=title)
@@ -52,10 +53,6 @@ def bench_order(
         table.add_row(name, *(f"{value:.4g}" for value in values.values()))
     console.print(table)
     write_json(json_file, {"shards": num_shards, "shard_size": shard_size, "batch": batch, "orders": found})
-
-
-def _bound(by_shards: ShardOrder) -> Order:
-    return lambda positions: by_shards(0, 0, positions)
 
 
 def _measured(ordered: Order, size: int, shard_size: int, batch: int) -> dict[str, float]:

@@ -77,7 +77,7 @@ def table(records: Records) -> Table:
             record.cell,
             f"{record.median_ms:.1f} ({record.p10_ms:.1f} to {record.p90_ms:.1f})",
             f"{record.images_per_s:.1f}",
-            *(_cell(value, "{:.1%}") for value in (record.mfu,)),
+            _cell(record.mfu, "{:.1%}"),
             *(_cell(value, "{:.2f}") for value in (record.peak_gib, record.reserved_gib, record.plan_gib)),
             _cell(record.plan_off_by, "{:+.1%}"),
             " / ".join(
