@@ -10,8 +10,7 @@ from typing import Any
 from torch import nn
 
 from fd_scale import api, distributed, log
-from fd_scale.benchmarks.finetune import settings_alone
-from fd_scale.benchmarks.step import WARM_UP_STEPS, BareLoop, TakingTurns
+from fd_scale.benchmarks.step import WARM_UP_STEPS, BareLoop, TakingTurns, settings_alone
 from fd_scale.config import Recipe, load_recipe
 from fd_scale.data import Batch, open_source
 from fd_scale.errors import UserError

@@ -17,9 +17,9 @@ from rich.table import Table
 from torch import Tensor
 
 from fd_scale import api, distributed, log
-from fd_scale.benchmarks.finetune import WARM_UP_STEPS, settings_alone, show
+from fd_scale.benchmarks.finetune import WARM_UP_STEPS, show
 from fd_scale.benchmarks.records import write_json
-from fd_scale.benchmarks.step import now
+from fd_scale.benchmarks.step import now, settings_alone
 from fd_scale.config import FeaturesConfig, load_recipe
 from fd_scale.data import open_source
 from fd_scale.distill import DistillationTask

@@ -22,7 +22,7 @@ from torch.utils.data import Dataset
 
 from fd_scale import api, distributed, log
 from fd_scale.benchmarks.records import write_json
-from fd_scale.benchmarks.step import now
+from fd_scale.benchmarks.step import now, settings_alone
 from fd_scale.config import Recipe, load_recipe
 from fd_scale.data import Batch, Source, TrainLoader, open_source
 from fd_scale.data.transforms import mend_posterize
@@ -140,20 +140,6 @@ class _TakingTurns:
                 self.timm_ms.append(1e3 * (now(self.peer.device) - began))
         finally:
             batches.close()
-
-
-def settings_alone(folder: str, num_steps: int) -> list[str]:
-    """Returns settings of a run that takes steps and does nothing besides.
-
-    Args:
-        folder: of the run.
-        num_steps: of the run, which ends in a checkpoint.
-    """
-    return [
-        f"run_dir={folder}/run", "data.evaluation=null", "train.epochs=null", f"train.steps={num_steps}",
-        "optim.warmup_epochs=0", "optim.warmup_steps=0", "checkpoint.save_every_steps=1000000",
-        "log.images_every_steps=0", "log.every_steps=10",
-    ]  # fmt: skip
 
 
 def bench_finetune(

@@ -50,7 +50,9 @@ def bench_step(recipe: str, overrides: list[str], num_steps: int, json_file: str
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         for ds_config, num_ranks in VARIANTS:
-            settings = [*overrides, f"train.ds_config={ds_config}", f"run_dir={folder}/{ds_config}"]
+            # The last step ends in a checkpoint and is not measured.
+            alone = settings_alone(f"{folder}/{ds_config}", num_steps + WARM_UP_STEPS + 1)
+            settings = [*overrides, f"train.ds_config={ds_config}", *alone]
             rows.append(
                 _in_ranks(num_ranks, [recipe, str(num_steps), f"{folder}/{ds_config}.json", *settings])
             )
@@ -72,6 +74,20 @@ def _in_ranks(num_ranks: int, arguments: list[str]) -> dict[str, Any]:
         raise UserError(f"bench: {num_ranks} ranks ended with code {done.returncode}; their words are above")
     row: dict[str, Any] = json.loads(Path(arguments[2]).read_text(encoding="utf-8"))
     return row
+
+
+def settings_alone(folder: str, num_steps: int) -> list[str]:
+    """Returns settings of a run that takes steps and does nothing besides.
+
+    Args:
+        folder: of the run.
+        num_steps: of the run, which ends in a checkpoint.
+    """
+    return [
+        f"run_dir={folder}/run", "data.evaluation=null", "train.epochs=null", f"train.steps={num_steps}",
+        "optim.warmup_epochs=0", "optim.warmup_steps=0", "checkpoint.save_every_steps=1000000",
+        "log.images_every_steps=0", "log.every_steps=10",
+    ]  # fmt: skip
 
 
 def now(device: torch.device) -> float:
@@ -201,7 +217,4 @@ def _show(result: dict[str, Any]) -> None:
 
 if __name__ == "__main__":
     name, steps, file, *settings = sys.argv[1:]
-    total = int(steps) + WARM_UP_STEPS + 1  # the last step ends in a checkpoint and is not measured
-    length = ["train.epochs=null", f"train.steps={total}", "optim.warmup_epochs=0", "data.evaluation=null"]
-    quiet = ["checkpoint.save_every_steps=1000000", "log.images_every_steps=0", "log.every_steps=10"]
-    _measure(load_recipe(name, [*settings, *length, *quiet]), int(steps), file)
+    _measure(load_recipe(name, settings), int(steps), file)
