@@ -126,10 +126,9 @@ def count(recipe: Recipe, source: Source | None = None) -> Counts:
         UserError: a model cannot be built.
     """
     try:
-        return _counted(_without_weights(resolved(recipe)), source)
-    except (
-        RuntimeError
-    ) as error:  # an op that needs values, or (NotImplementedError) has no shapes of its own
+        return _counted(resolved(recipe), source)
+    except RuntimeError as error:
+        # An op that needs values, or (NotImplementedError) has no shapes of its own.
         raise NotCountedError(
             f"plan: {recipe.model.name} or a teacher of it cannot be followed without values: "
             f"{' '.join(str(error).split())[:200]}; plan another model, or another head"
@@ -141,7 +140,7 @@ def _counted(recipe: Recipe, source: Source | None) -> Counts:
     if recipe.distill is not None and recipe.distill.features is None:
         shares = [teacher.share for teacher in recipe.distill.teachers]
     with torch.device("meta"):
-        task = _build(_all_images(recipe), source)
+        task = _build(_without_weights(recipe), source)
         task.module.to(dtype_of(recipe.train.precision))
     if recipe.train.kernels == "reference":
         with implementation("reference"):
@@ -440,19 +439,13 @@ def _objects(side: int) -> Instances:
 
 
 def _without_weights(recipe: Recipe) -> Recipe:
+    """And with teachers that see all images: one that sees some of them may see all of one micro-batch."""
+
     def bare(config: ModelConfig) -> ModelConfig:
         return replace(config, weights=None)
 
     recipe = replace(recipe, model=bare(recipe.model))
     if recipe.distill is None:
         return recipe
-    teachers = [replace(teacher, model=bare(teacher.model)) for teacher in recipe.distill.teachers]
-    return replace(recipe, distill=replace(recipe.distill, teachers=teachers))
-
-
-def _all_images(recipe: Recipe) -> Recipe:
-    """A teacher that sees some of the images may see all of one micro-batch."""
-    if recipe.distill is None:
-        return recipe
-    teachers = [replace(teacher, share=1.0) for teacher in recipe.distill.teachers]
+    teachers = [replace(teacher, model=bare(teacher.model), share=1.0) for teacher in recipe.distill.teachers]
     return replace(recipe, distill=replace(recipe.distill, teachers=teachers))

@@ -62,7 +62,7 @@ def memory_table(plan: Plan) -> Table:
     """What a GPU holds, stage by stage, at the recipe's micro-batch and policy."""
     own = plan.own
     table = Table(
-        "ZeRO stage", *(f"{part}" for part in PARTS), "all", "fits",
+        "ZeRO stage", *PARTS, "all", "fits",
         title=f"GiB a GPU, micro-batch {own.micro_batch}, checkpointing {own.policy}",
     )  # fmt: skip
     for choice in plan.choices:
