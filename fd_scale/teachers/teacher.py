@@ -122,23 +122,17 @@ class _Targets(nn.Module):
         self.config = config
 
     def forward(self, pixels_BCHW: Tensor, drop_path_scale_RB: Tensor | None = None) -> list[Tensor]:
-        return _computed(self.model, self.config, pixels_BCHW, drop_path_scale_RB)
-
-
-def _computed(
-    model: Backbone, config: TeacherConfig, pixels_BCHW: Tensor, drop_path_scale_RB: Tensor | None = None
-) -> list[Tensor]:
-    if config.target == "pooled":
-        return [model.pooled(pixels_BCHW)[:, None]]
-    if config.target == "logits":
-        return [model.logits(pixels_BCHW)[:, None]]
-    layers = config.layers
-    maps = (
-        [model(pixels_BCHW, drop_path_scale_RB)]
-        if layers is None
-        else model.intermediates(pixels_BCHW, layers)
-    )
-    return [cls_and_patches(tokens_BLD, model.num_prefix_tokens, model.has_cls) for tokens_BLD in maps]
+        model, layers = self.model, self.config.layers
+        if self.config.target == "pooled":
+            return [model.pooled(pixels_BCHW)[:, None]]
+        if self.config.target == "logits":
+            return [model.logits(pixels_BCHW)[:, None]]
+        maps = (
+            [model(pixels_BCHW, drop_path_scale_RB)]
+            if layers is None
+            else model.intermediates(pixels_BCHW, layers)
+        )
+        return [cls_and_patches(tokens_BLD, model.num_prefix_tokens, model.has_cls) for tokens_BLD in maps]
 
 
 @torch.no_grad()
@@ -147,7 +141,7 @@ def targets_of(config: TeacherConfig) -> tuple[Target, ...]:
     img_size = resolved_model(config.model).size
     with torch.device("meta"):
         model = build_model(replace(config.model, weights=None), config.target).eval()
-        targets = _computed(model, config, torch.zeros(1, 3, img_size, img_size))
+        targets = _Targets(model, config)(torch.zeros(1, 3, img_size, img_size))
     if config.target != "feature_map":
         return tuple(Target(tokens_BLD.shape[2], None, has_cls=False) for tokens_BLD in targets)
     found = []
