@@ -344,11 +344,7 @@ class Engine:
         state = optimizer.state_dict()
         groups = dict(enumerate(engine._get_zero_param_shapes()))
         pieces = layout(groups, num_ranks, stage, state.get("param_alignment_paddings"))
-        masters = (
-            optimizer.fp32_partitioned_groups_flat
-            if stage == 3
-            else optimizer.single_partition_of_fp32_groups
-        )
+        masters = self._masters()
 
         def part(group: int | str, numel: int, kind: str = MASTERS) -> Tensor:
             flat = torch.zeros(numel)
