@@ -255,10 +255,10 @@ class Checkpoints:
     def _retain(self, state: TrainState) -> None:
         best = self._folder(state.best_step) if state.best_step is not None else None
         present = self._folder(state.step)
+        folders = _newest_first(self.root)
         # What is newer than the present step was refused when the run resumed before it.
-        refused = [folder for folder in _newest_first(self.root) if folder.name > present.name]
-        kept = [folder for folder in _newest_first(self.root) if folder not in refused][: self.keep_last]
-        for folder in _newest_first(self.root):
+        kept = [folder for folder in folders if folder.name <= present.name][: self.keep_last]
+        for folder in folders:
             if folder not in kept and folder != best:
                 _discard(folder)
 
@@ -440,9 +440,8 @@ def _disk_mb_per_s(folder: Path, objects: dict[str, Any]) -> float:
 
 
 def _discard(folder: Path) -> None:
-    (folder / MANIFEST).unlink(
-        missing_ok=True
-    )  # from here on it is no checkpoint, wherever the deletion stops
+    # From here on it is no checkpoint, wherever the deletion stops.
+    (folder / MANIFEST).unlink(missing_ok=True)
     shutil.rmtree(folder)
 
 
