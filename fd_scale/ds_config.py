@@ -14,8 +14,8 @@ from fd_scale.config import Recipe, TrainConfig
 from fd_scale.distributed import micro_batch_of_a_rank
 from fd_scale.errors import UserError
 
-# Keys of the JSON's optimizer section, and the recipe's name for each.
-_OPTIMIZER_KEYS = {"lr": "lr", "betas": "betas", "eps": "eps", "weight_decay": "weight_decay"}
+# Keys of the JSON's optimizer section, and of the recipe's.
+_OPTIMIZER_KEYS = ("lr", "betas", "eps", "weight_decay")
 
 _COMMON_KEYS = (
     "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping",
@@ -409,11 +409,11 @@ def _of_optimizer(optimizer: dict[str, Any], recipe: Recipe) -> Iterator[str]:
             "remove the optimizer section, recipes set the optimizer"
         )
         return
-    for key, ours in _OPTIMIZER_KEYS.items():
-        value, expected = params.get(key, "auto"), getattr(recipe.optim, ours)
+    for key in _OPTIMIZER_KEYS:
+        value, expected = params.get(key, "auto"), getattr(recipe.optim, key)
         expected = list(expected) if isinstance(expected, tuple) else expected
         if value not in ("auto", expected):
             yield (
-                f"optimizer.params.{key} is {json.dumps(value)} in {file}, but optim.{ours} is "
+                f"optimizer.params.{key} is {json.dumps(value)} in {file}, but optim.{key} is "
                 f'{json.dumps(expected)}; write "auto" there or change the recipe'
             )
