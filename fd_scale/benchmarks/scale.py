@@ -12,7 +12,6 @@ import logging
 import math
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -25,6 +24,7 @@ from fd_scale import distributed, log
 from fd_scale.benchmarks.cells import STEPS_ALONE
 from fd_scale.benchmarks.records import Environment, Record, Records
 from fd_scale.benchmarks.scale_report import show
+from fd_scale.cluster.job import free_port
 from fd_scale.config import load_recipe
 from fd_scale.distributed import World, micro_batch_of_a_rank
 from fd_scale.errors import UserError
@@ -168,7 +168,7 @@ def _opened(out: Path) -> tuple[Environment, Records]:
 
 def _measured(job: Job, size: int, world: World) -> dict[str, Any]:
     """Runs a size on the first ranks; returns fields of a `Record`, on the main rank those that count."""
-    port = world.from_main(_free_port())
+    port = world.from_main(free_port())
     with tempfile.TemporaryDirectory() as folder, open(f"{folder}/words", "w+", encoding="utf-8") as words:
         result = Path(folder) / "result.json"
         child = None
@@ -227,13 +227,6 @@ def _environment(size: int, port: int) -> dict[str, str]:
         local = min(size, int(environment.get("LOCAL_WORLD_SIZE", "1")))
         environment |= {"WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(local), "MASTER_PORT": str(port)}
     return environment
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        port: int = probe.getsockname()[1]
-    return port
 
 
 def _read(result: Path) -> dict[str, Any] | None:

@@ -30,7 +30,7 @@ from fd_scale.errors import UserError
 from fd_scale.hardware import named_like
 from fd_scale.log import results
 from fd_scale.models import resolved, weights_path
-from fd_scale.plan import NotCountedError, plan, present_gpu
+from fd_scale.plan import plan, present_gpu
 from fd_scale.run_folder import environment
 from fd_scale.verbs.check import driver_cuda_version
 from fd_scale.verbs.fetch import named_files
@@ -383,7 +383,7 @@ def _needed_images_per_s(recipe: Recipe, world: World) -> float | None:
         if not named_like(torch.cuda.get_device_name(world.device)):
             return None
         planned = plan(recipe.run_dir, recipe, present_gpu(world.device), world.size, images=0)
-    except (UserError, NotCountedError, RuntimeError):  # of a GPU that fails, too: the network's row says so
+    except (UserError, RuntimeError):  # of a GPU that fails, too: the network's row says so
         return None
     return recipe.train.global_batch / planned.own.step_seconds / world.size
 
