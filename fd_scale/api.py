@@ -126,8 +126,7 @@ def evaluate(
     Raises:
         UserError: there is no whole checkpoint, or the images do not fit it.
     """
-    alone = World(rank=0, local_rank=0, size=1, device=torch.device("cpu"))
-    run, checkpoint = find_checkpoint(Path(path), alone)
+    run, checkpoint = find_checkpoint(Path(path))
     recipe = recipe_of(run, checkpoint, list(overrides))
     if real is not None and recipe.classification is None:
         raise UserError(f"--real: labels are for a classifier, {run} is of task {recipe.task}; leave it out")
@@ -163,8 +162,7 @@ def landscape(
     Raises:
         UserError: there is no whole checkpoint, the images do not fit it, or the folder has another landscape.
     """
-    alone = World(rank=0, local_rank=0, size=1, device=torch.device("cpu"))
-    run, checkpoint = find_checkpoint(Path(path), alone)
+    run, checkpoint = find_checkpoint(Path(path))
     recipe = recipe_of(run, checkpoint, list(overrides))
     with saying_where_it_started(run, recipe):
         task, recipe, world = _to_evaluate(recipe)
@@ -235,8 +233,7 @@ def predict(
         UserError: the run is of another task, or masks are wanted of one that has none; there is no whole checkpoint,
             or an image cannot be read.
     """
-    alone = World(rank=0, local_rank=0, size=1, device=torch.device("cpu"))
-    run, checkpoint = find_checkpoint(Path(path), alone)
+    run, checkpoint = find_checkpoint(Path(path))
     recipe = recipe_of(run, checkpoint, list(overrides), images_needed=False)
     if recipe.task not in ("classification", "segmentation", "detection"):
         raise UserError(

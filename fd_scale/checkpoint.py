@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from fd_scale.config import default_settings
-from fd_scale.distributed import World
+from fd_scale.distributed import ALONE, World
 from fd_scale.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -327,9 +327,8 @@ def newest_checkpoint(run_dir: Path, *, contents: bool = True) -> Path:
     Raises:
         UserError: the run has none.
     """
-    alone = World(rank=0, local_rank=0, size=1, device=torch.device("cpu"))
     for folder in _newest_first(run_dir / "checkpoints"):
-        problems = verify(folder, alone, contents=contents)
+        problems = verify(folder, ALONE, contents=contents)
         if not problems:
             return folder
         logger.warning("%s is refused: %s", folder, "; ".join(problems))

@@ -84,6 +84,10 @@ class World:
         self.sum([0.0])
 
 
+ALONE = World(rank=0, local_rank=0, size=1, device=torch.device("cpu"))
+"""Of a process that asks nobody: it reads files, and needs no process group."""
+
+
 def choose_device(wanted: Literal["auto", "cpu", "cuda"], local_rank: int = 0) -> torch.device:
     """Returns the device of this rank.
 

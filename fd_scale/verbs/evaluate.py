@@ -22,7 +22,7 @@ from fd_scale.checkpoint import newest_checkpoint, read_manifest, verify, write_
 from fd_scale.config import ModelConfig, Recipe, to_dict
 from fd_scale.data import object_source
 from fd_scale.data.store import is_remote
-from fd_scale.distributed import World
+from fd_scale.distributed import ALONE, World
 from fd_scale.engine import saved_weights
 from fd_scale.errors import UserError
 from fd_scale.evaluation import EvaluationSet, Progress, reassessed_labels, write_results
@@ -44,7 +44,7 @@ _CLASSIFIERS = {
 }
 
 
-def find_checkpoint(path: Path, world: World) -> tuple[Path, Path]:
+def find_checkpoint(path: Path) -> tuple[Path, Path]:
     """Returns a run's folder and the checkpoint that is meant, whole: the newest, or `path` itself.
 
     Raises:
@@ -58,7 +58,7 @@ def find_checkpoint(path: Path, world: World) -> tuple[Path, Path]:
         )
     if not (path / "manifest.json").is_file():
         return path, newest_checkpoint(path)
-    if problems := verify(path, world):
+    if problems := verify(path, ALONE):
         raise UserError(
             f"{path}: this checkpoint is not whole: {'; '.join(problems)}; name another, or the run's folder"
         )

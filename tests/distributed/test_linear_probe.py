@@ -19,7 +19,7 @@ from fd_scale import api, run_folder
 from fd_scale.config import build_recipe
 from fd_scale.data import ImageAlone, evaluation_transform, open_source
 from fd_scale.diagnose.run import Options, diagnose, load_backbone
-from fd_scale.distributed import World
+from fd_scale.distributed import ALONE
 from fd_scale.errors import UserError
 from fd_scale.finetune.linear_probe import LinearProbeModule, doubt_of_sweep
 from fd_scale.models import build_model, normalize, resolved
@@ -202,10 +202,9 @@ def test_an_evaluation_warns_of_the_end(values: dict[str, Any], caplog: pytest.L
         logits_RBK[best] = F.one_hot(labels_B, 10).float()
         return {"logits": logits_RBK}
 
-    alone = World(rank=0, local_rank=0, size=1, device=torch.device("cpu"))
-    assert task.evaluate(forward, alone)["learning_rate"] == recipe.optim.lr
+    assert task.evaluate(forward, ALONE)["learning_rate"] == recipe.optim.lr
     assert "lr_factors" not in caplog.text
     best = 2
-    assert task.evaluate(forward, alone)["top1"] == 1.0
+    assert task.evaluate(forward, ALONE)["top1"] == 1.0
     assert "linear_probe.lr_factors: the largest learning rate" in caplog.text
     assert "optim.lr" in caplog.text

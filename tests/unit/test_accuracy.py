@@ -10,11 +10,9 @@ import torch
 from sklearn.metrics import balanced_accuracy_score, log_loss, recall_score, top_k_accuracy_score
 
 from fd_scale.data import open_source
-from fd_scale.distributed import World
+from fd_scale.distributed import ALONE
 from fd_scale.errors import UserError
 from fd_scale.evaluation import Accuracy, AccuracyCounter, reassessed_labels
-
-ALONE = World(rank=0, local_rank=0, size=1, device=torch.device("cpu"))
 
 
 def counted(logits: torch.Tensor, labels: torch.Tensor, batch: int = 7, **settings: Any) -> Accuracy:

@@ -23,7 +23,7 @@ from fd_scale import cli, run_folder
 from fd_scale.checkpoint import Checkpoints, TrainState
 from fd_scale.config import ModelConfig, build_recipe
 from fd_scale.data import open_source
-from fd_scale.distributed import World
+from fd_scale.distributed import ALONE
 from fd_scale.finetune import ClassificationTask
 from fd_scale.models import build_model, weights
 from fd_scale.verbs import check as check_module
@@ -308,10 +308,10 @@ def test_a_run_to_resume(recipe_values: Values, check: Check) -> None:
     rows = check(values)
     assert rows["run folder"][0] == "warning"
     assert "names step_00000004, which is not whole" in rows["run folder"][1]
-    recipe, alone = build_recipe(values), World(rank=0, local_rank=0, size=1, device=torch.device("cpu"))
+    recipe = build_recipe(values)
     identity = run_folder.identity(recipe, open_source(recipe.data.train).fingerprint, 0, 1)
     engine: Any = SimpleNamespace(snapshot=lambda folder: {"weights.pt": {"weight": torch.zeros(3)}})
-    checkpoints = Checkpoints(root.parent, 2, identity, alone)
+    checkpoints = Checkpoints(root.parent, 2, identity, ALONE)
     for step in (4, 6):
         checkpoints.save(engine, TrainState(step=step))
         checkpoints.complete()

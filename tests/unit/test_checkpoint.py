@@ -7,14 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from fd_scale import checkpoint
 from fd_scale.checkpoint import MANIFEST, Checkpoints, TrainState, newest_checkpoint, refuse_other_identity
-from fd_scale.distributed import World
+from fd_scale.distributed import ALONE
 from fd_scale.errors import UserError
-
-ALONE = World(rank=0, local_rank=0, size=1, device=torch.device("cpu"))
 
 
 class Tensors:

@@ -10,11 +10,10 @@ import torch
 
 from fd_scale.cluster import check, pinned
 from fd_scale.config import Recipe
-from fd_scale.distributed import World
+from fd_scale.distributed import ALONE, World
 
 Make = Callable[..., Recipe]
 H100 = ("NVIDIA H100 80GB HBM3",) * 2
-ALONE = World(rank=0, local_rank=0, size=1, device=torch.device("cpu"))
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ from fd_scale.data import Detections, ObjectSource, object_source, open_source
 from fd_scale.data.coco import CocoSource
 from fd_scale.data.instance_transforms import whole_with_objects
 from fd_scale.data.objects import Window, mask_in
-from fd_scale.distributed import World
+from fd_scale.distributed import ALONE
 from fd_scale.errors import UserError
 from fd_scale.evaluation import (
     Detection,
@@ -34,7 +34,6 @@ from fd_scale.evaluation import (
 )
 from fd_scale.evaluation.detection import MAX_DETECTIONS, average_precision
 
-ALONE = World(rank=0, local_rank=0, size=1, device=torch.device("cpu"))
 SIDE = 28  # of a mask in its box
 
 

@@ -7,10 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from fd_scale.distributed import Preemption, World, choose_device
+from fd_scale.distributed import ALONE, Preemption, choose_device
 from fd_scale.errors import UserError
-
-ALONE = World(rank=0, local_rank=0, size=1, device=torch.device("cpu"))
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])

@@ -166,7 +166,6 @@ def test_eigenvalue_of_bf16_weights_and_of_a_loss_that_is_not_finite() -> None:
     assert all(np.isnan(top_eigenvalue(lambda: loss() * torch.nan, [weight])))
 
 
-ALONE = distributed.World(rank=0, local_rank=0, size=1, device=torch.device("cpu"))
 TIMM_VIT = {
     "name": "vit_tiny_patch16_224",
     "img_size": 32,
@@ -193,7 +192,7 @@ def built(make_recipe: Callable[..., Recipe]) -> Callable[..., Any]:
 
 def curvature(task: Any) -> dict[str, Any]:
     parameters = [each for each in task.module.parameters() if each.requires_grad]
-    return landscape._curvature(task, task.evaluation, parameters, ALONE)
+    return landscape._curvature(task, task.evaluation, parameters, distributed.ALONE)
 
 
 def test_what_is_computed_again_has_second_derivatives_too(
@@ -227,11 +226,11 @@ def test_the_loss_is_that_of_an_evaluation(built: Callable[..., Any], make_recip
     recipe = make_recipe("distill")
     teacher = replace(recipe.distill.teachers[0], share=0.3)
     task: Any = built("distill", distill=replace(recipe.distill, teachers=[teacher]))
-    batch = landscape._first_batch(task.evaluation, 300, ALONE)
+    batch = landscape._first_batch(task.evaluation, 300, distributed.ALONE)
     assert len(batch.labels) == 300
     with torch.no_grad():
         loss = float(landscape._loss(task, batch))
-        assert loss == pytest.approx(task.evaluate(task.module, ALONE)["loss"], rel=1e-5)
+        assert loss == pytest.approx(task.evaluate(task.module, distributed.ALONE)["loss"], rel=1e-5)
 
 
 @pytest.mark.parametrize(("most", "expected"), [(1, (7.0, 1)), (0, (None, 0))])

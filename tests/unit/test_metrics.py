@@ -8,11 +8,10 @@ import pytest
 import torch
 
 from fd_scale import metrics
-from fd_scale.distributed import World
+from fd_scale.distributed import ALONE
 from fd_scale.metrics import HostCopy, Phases, Recorder, read_metrics
 
 CPU = torch.device("cpu")
-ALONE = World(rank=0, local_rank=0, size=1, device=CPU)
 
 
 def test_phases_are_added_up_until_they_are_read(monkeypatch: pytest.MonkeyPatch) -> None:

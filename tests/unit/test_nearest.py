@@ -7,10 +7,8 @@ from sklearn.metrics import top_k_accuracy_score
 from sklearn.neighbors import KNeighborsClassifier
 
 from fd_scale.data import Batch, ImageAlone, evaluation_transform, open_source, spread
-from fd_scale.distributed import World
+from fd_scale.distributed import ALONE
 from fd_scale.evaluation import EvaluationSet, nearest_neighbours
-
-ALONE = World(rank=0, local_rank=0, size=1, device=torch.device("cpu"))
 
 
 def images(part: str, count: int = 10_000) -> EvaluationSet:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from fd_scale.config import ModelConfig, SegmentationConfig
 from fd_scale.data import IGNORED, Batch, open_source
 from fd_scale.data.mask_transforms import whole_with_mask
-from fd_scale.distributed import World
+from fd_scale.distributed import ALONE
 from fd_scale.errors import UserError
 from fd_scale.evaluation import ConfusionCounter, EvaluationSet, Predictor, Progress, segmentation_of
 from fd_scale.evaluation.dense import offsets
@@ -29,7 +29,6 @@ from fd_scale.models.pyramid import Pyramid
 from fd_scale.plan.counts import Meter
 from fd_scale.verbs.evaluate import at_trained_scale
 
-ALONE = World(rank=0, local_rank=0, size=1, device=torch.device("cpu"))
 SWIN = {"patch_size": 4, "embed_dim": 16, "depths": [1, 1, 1], "num_heads": [1, 2, 4], "window_size": 4}
 MODELS = {
     "swin": ModelConfig(name="swin_v2_tiny", img_size=32, overrides=SWIN | {"drop_path_rate": 0.5}),

@@ -189,7 +189,7 @@ def keeping(
     return make
 
 
-WORLD = distributed.World(rank=0, local_rank=0, size=1, device=torch.device("cpu"))
+WORLD = distributed.ALONE
 
 
 def loader_of(recipe: Recipe, source: Source, files: FeatureFiles | None, **ranks: int) -> TrainLoader:
