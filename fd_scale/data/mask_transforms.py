@@ -6,6 +6,7 @@ Shape legend: H, W = pixels.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -30,37 +31,26 @@ def fill_colour(mean: Sequence[float]) -> tuple[int, int, int]:
     return red, green, blue
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
 class MaskCrop:
     """Random resize, a crop that no class fills, flip and photometric distortion.
-
-    Args:
-        side: of the square crop, in pixels.
-        resize: smallest and largest shorter side of the resized image, as a factor of `side`.
-        max_class_share: largest share of one class among a crop's pixels with a class; of ten places the first that
-            keeps it is taken, else the one where the largest class has the smallest share.
-        flip: probability of a horizontal flip.
-        distort: whether brightness, contrast, saturation and hue change at random.
-        fill: colour that a smaller image is padded with; its mask there is ignored.
 
     Source: the training pipeline of UPerNet on ADE20K in mmsegmentation (Apache 2.0), written anew.
     """
 
-    def __init__(
-        self,
-        side: int,
-        *,
-        resize: tuple[float, float],
-        max_class_share: float,
-        flip: float,
-        distort: bool,
-        fill: tuple[int, int, int],
-    ) -> None:
-        self.side = side
-        self.resize = resize
-        self.max_class_share = max_class_share
-        self.flip = flip
-        self.distort = distort
-        self.fill = fill
+    side: int
+    """Of the square crop, in pixels."""
+    resize: tuple[float, float]
+    """Smallest and largest shorter side of the resized image, as a factor of `side`."""
+    max_class_share: float
+    """Largest share of one class among a crop's pixels with a class; of ten places the first that keeps it is taken,
+    else the one where the largest class has the smallest share."""
+    flip: float
+    """Probability of a horizontal flip."""
+    distort: bool
+    """Whether brightness, contrast, saturation and hue change at random."""
+    fill: tuple[int, int, int]
+    """Colour that a smaller image is padded with; its mask there is ignored."""
 
     def __call__(self, picture: Picture, mask: Image.Image) -> tuple[Tensor, Tensor]:
         """Returns uint8 (3, side, side) and uint8 (side, side)."""

@@ -368,7 +368,7 @@ def training_transform(recipe: Recipe, source: Source) -> Transform:
     assert recipe.model.std is not None, "the recipe is resolved"
     if (section := recipe.segmentation) is not None:
         return MaskCrop(
-            recipe.model.size,
+            side=recipe.model.size,
             resize=section.resize,
             max_class_share=section.max_class_share,
             flip=data.flip,

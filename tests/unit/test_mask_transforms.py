@@ -20,7 +20,7 @@ def coded(height: int, width: int) -> tuple[Picture, Image.Image]:
 
 @pytest.mark.parametrize("flip", [0.0, 1.0])
 def test_image_and_mask_are_cut_alike(flip: float) -> None:
-    crop = MaskCrop(16, **(PLAIN | {"flip": flip}))
+    crop = MaskCrop(side=16, **(PLAIN | {"flip": flip}))
     seen = set()
     for seed in range(20):
         torch.manual_seed(seed)
@@ -37,7 +37,7 @@ def test_image_and_mask_are_cut_alike(flip: float) -> None:
 
 
 def test_resize_lies_between_its_limits() -> None:
-    crop = MaskCrop(64, **(PLAIN | {"resize": (0.5, 2.0)}))
+    crop = MaskCrop(side=64, **(PLAIN | {"resize": (0.5, 2.0)}))
     image, mask = Picture.of(Image.new("RGB", (40, 20))), Image.new("L", (40, 20))
     shares = []
     for seed in range(200):
@@ -57,7 +57,7 @@ def test_crops_with_one_class_are_tried_again() -> None:
     image = Picture.of(Image.new("RGB", (64, 64)))
     found = {}
     for share in (0.75, 1.0):
-        crop = MaskCrop(24, **(PLAIN | {"max_class_share": share, "resize": (64 / 24, 64 / 24)}))
+        crop = MaskCrop(side=24, **(PLAIN | {"max_class_share": share, "resize": (64 / 24, 64 / 24)}))
         torch.manual_seed(0)
         found[share] = [largest_share(crop(image, Image.fromarray(mask))[1].numpy()) for _ in range(200)]
     assert np.mean([share > 0.75 for share in found[1.0]]) > 0.5
@@ -68,7 +68,7 @@ def test_crops_with_one_class_are_tried_again() -> None:
 def test_an_ignored_crop_is_taken_only_where_there_is_no_other() -> None:
     mask = np.full((64, 64), 255, dtype=np.uint8)
     mask[:32, :32] = 5
-    crop = MaskCrop(24, **(PLAIN | {"max_class_share": 0.75, "resize": (64 / 24, 64 / 24)}))
+    crop = MaskCrop(side=24, **(PLAIN | {"max_class_share": 0.75, "resize": (64 / 24, 64 / 24)}))
     torch.manual_seed(0)
     image = Picture.of(Image.new("RGB", (64, 64)))
     crops = [crop(image, Image.fromarray(mask))[1] for _ in range(50)]
