@@ -139,17 +139,9 @@ class CocoSource:
         return replace(objects, semantic=Image.fromarray(values_HW - np.uint8(maps.first)))
 
 
-def coco_training(path: str) -> CocoSource:
-    """Opens the training part of COCO 2017, 118,287 images, 80 classes."""
-    return _coco("coco_train", Path(path), "train2017")
-
-
-def coco_validation(path: str) -> CocoSource:
-    """Opens its validation part, 5,000 images."""
-    return _coco("coco_val", Path(path), "val2017")
-
-
-def _coco(kind: str, root: Path, part: str) -> CocoSource:
+def coco(kind: str, part: str, path: str) -> CocoSource:
+    """Opens a part of COCO 2017, 80 classes: `train2017`, 118,287 images, or `val2017`, 5,000."""
+    root = Path(path)
     maps = (
         PixelMaps(root / "stuffthingmaps" / part, first=0),  # things too, as HTC learns from
         PixelMaps(root / "annotations" / f"stuff_{part}_pixelmaps", first=1),
@@ -163,25 +155,19 @@ def _coco(kind: str, root: Path, part: str) -> CocoSource:
 
 
 def coco_test_dev(path: str) -> CocoSource:
-    """Opens its test-dev part, 20,288 images without annotations, whose detections the benchmark's server measures."""
+    """Opens COCO's test-dev part, 20,288 images without annotations: the benchmark's server measures detections."""
     root = Path(path)
     return CocoSource(
         f"coco_test_dev:{root}", root / "test2017", root / "annotations" / "image_info_test-dev2017.json"
     )
 
 
-def objects365_training(path: str) -> CocoSource:
-    """Opens the training part of Objects365 v2, 1.7 million images, 365 classes, boxes alone."""
-    return _objects365("objects365_train", Path(path), "train")
+def objects365(kind: str, part: str, path: str) -> CocoSource:
+    """Opens a part of Objects365 v2, 365 classes, boxes alone: `train`, 1.7 million images, or `val`, 80,000.
 
-
-def objects365_validation(path: str) -> CocoSource:
-    """Opens its validation part, 80,000 images."""
-    return _objects365("objects365_val", Path(path), "val")
-
-
-def _objects365(kind: str, root: Path, part: str) -> CocoSource:
-    """Images as in the JSON, `images/v1/patch0/NAME`, or as they are distributed, `train/patch0/NAME`."""
+    They lie as in the JSON, `images/v1/patch0/NAME`, or as they are distributed, `train/patch0/NAME`.
+    """
+    root = Path(path)
     annotations = root / "annotations" / f"zhiyuan_objv2_{part}.json"
     if (root / part).is_dir():
         return CocoSource(f"{kind}:{root}", root / part, annotations, num_parts=2)

@@ -161,17 +161,15 @@ class MaskSource:
         return image, self.values.mask(mask_bytes, image, str(file))
 
 
-def ade20k_training(path: str) -> MaskSource:
-    """Opens the training part of ADE20K (`ADEChallengeData2016`), 20,210 images, 150 classes; 0 is ignored."""
-    return _ade20k("ade20k_train", Path(path), "training")
+def ade20k(kind: str, part: str, path: str) -> MaskSource:
+    """Opens a part of ADE20K (`ADEChallengeData2016`), 150 classes; 0 is ignored.
 
-
-def ade20k_validation(path: str) -> MaskSource:
-    """Opens its validation part, 2,000 images."""
-    return _ade20k("ade20k_val", Path(path), "validation")
-
-
-def _ade20k(kind: str, root: Path, part: str) -> MaskSource:
+    Args:
+        kind: of the source, as the user writes it.
+        part: `training`, 20,210 images, or `validation`, 2,000.
+        path: its folder.
+    """
+    root = Path(path)
     return MaskSource(
         f"{kind}:{root}", root / "images" / part, root / "annotations" / part, [NO_CLASS, *ade20k_names()]
     )

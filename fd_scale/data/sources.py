@@ -2,6 +2,7 @@
 
 import difflib
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -10,16 +11,9 @@ from PIL import Image
 
 from fd_scale.config import SourceConfig, as_list
 from fd_scale.data.base import Source, Targets, content_hash, object_source
-from fd_scale.data.coco import (
-    coco_test_dev,
-    coco_training,
-    coco_validation,
-    instances_folder,
-    objects365_training,
-    objects365_validation,
-)
+from fd_scale.data.coco import coco, coco_test_dev, instances_folder, objects365
 from fd_scale.data.folders import ImageFolderSource, ImageNetValidation
-from fd_scale.data.masks import ade20k_training, ade20k_validation, masks_folder
+from fd_scale.data.masks import ade20k, masks_folder
 from fd_scale.data.mixture import Mixture, filtered
 from fd_scale.data.painted import PaintedSource
 from fd_scale.data.parquet import ParquetSource, ade20k_parquet, masks_parquet
@@ -168,19 +162,19 @@ def _painted(rest: str) -> Source:
 
 _KINDS: dict[str, Callable[[str], Source]] = {
     "ade20k_parquet": ade20k_parquet,
-    "ade20k_train": ade20k_training,
-    "ade20k_val": ade20k_validation,
+    "ade20k_train": partial(ade20k, "ade20k_train", "training"),
+    "ade20k_val": partial(ade20k, "ade20k_val", "validation"),
     "coco_test_dev": coco_test_dev,
-    "coco_train": coco_training,
-    "coco_val": coco_validation,
+    "coco_train": partial(coco, "coco_train", "train2017"),
+    "coco_val": partial(coco, "coco_val", "val2017"),
     "digits": DigitsSource,
     "imagefolder": ImageFolderSource,
     "imagenet_val": ImageNetValidation,
     "instances": instances_folder,
     "masks": masks_folder,
     "masks_parquet": masks_parquet,
-    "objects365_train": objects365_training,
-    "objects365_val": objects365_validation,
+    "objects365_train": partial(objects365, "objects365_train", "train"),
+    "objects365_val": partial(objects365, "objects365_val", "val"),
     "painted": _painted,
     "parquet": ParquetSource,
     "tar": TarSource,
