@@ -98,7 +98,7 @@ class _SecondPath(TorchFunctionMode):
         if function in _SOFTMAX and result.dim() >= 3:
             self._begin(args[0], result)
         elif self.maps:
-            self._follow(function.__name__, tree_leaves((args, kwargs or {})), result)
+            self._follow(function.__name__, tree_leaves((args, kwargs)), result)
         return result
 
     def _begin(self, logits: Tensor, probs: Tensor) -> None:
@@ -364,8 +364,7 @@ class _Places:
         self.window = (int(rows), int(columns))
 
     def _block(self, block: Any, inputs: Any, named: Any) -> None:
-        shared = inputs[1] if len(inputs) > 1 else named.get("shared_rel_pos_bias")
-        bias = shared
+        bias = inputs[1] if len(inputs) > 1 else named.get("shared_rel_pos_bias")
         if bias is None and getattr(block.attn, "position_bias", None) is not None:
             bias = block.attn.position_bias()
         elif bias is None and getattr(block.attn, "relative_position_bias_table", None) is not None:

@@ -366,9 +366,9 @@ def _rows(found: list[Metrics], points: int) -> list[list[Metrics]]:
 def draw(found: list[Metrics], grid: Grid, folder: Path) -> None:
     """Cuts through the middle, of a plane contours, too; of the loss and, where there is one, the top-1 accuracy."""
     measures = [key for key in ("loss", "top1") if key in found[0]]
-    kinds = 1 if grid.directions == 1 else 2
     figure, axes = plt.subplots(
-        len(measures), kinds, figsize=(4.5 * kinds, 3.8 * len(measures)), squeeze=False, constrained_layout=True
+        len(measures), grid.directions, figsize=(4.5 * grid.directions, 3.8 * len(measures)), squeeze=False,
+        constrained_layout=True,
     )  # fmt: skip
     for measure, panels in zip(measures, axes, strict=True):
         values_KK = np.array([place[measure] for place in found]).reshape(-1, grid.points)

@@ -14,7 +14,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -382,12 +382,11 @@ def _numbers(one: _Found) -> dict[str, Any]:
         for number, reason in enumerate(one.left_out)
         if reason is not None
     ]
-    cost = {"seconds": one.cost.seconds, "peak_gib": one.cost.peak_gib}
     return {
         "name": one.name, "label": one.label, "image_px": one.image_px, "grid": list(one.grid),
         "num_layers": len(one.left_out), "left_out": left_out, "num_blocks": one.num_blocks,
         "blocks_left_out": [index for index in range(one.num_blocks) if index not in one.rows], "layers": layers,
-        "features": features, "cost": cost,
+        "features": features, "cost": asdict(one.cost),
     }  # fmt: skip
 
 

@@ -260,7 +260,10 @@ class DistillationTask:
             return teacher.features(images, scale_RB)
         if teacher.config.partitioned:  # the other ranks wait for this one's part
             return [tokens_BLD[:0] for tokens_BLD in teacher.features(images_BCHW[:1])]
-        return [_no_tokens(target, images.device) for target in teacher.targets]
+        return [
+            torch.empty(0, target.num_tokens, target.num_features, device=images.device)
+            for target in teacher.targets
+        ]
 
     def _standardised(self, targets: list[Tensor]) -> list[Tensor]:
         if not self.phi_s:
@@ -306,10 +309,6 @@ def _cls_weight(teacher: TeacherConfig, target: Target, student: Backbone) -> fl
     if teacher.cls_weight is None:
         return 1.0 if both else 0.0
     return teacher.cls_weight
-
-
-def _no_tokens(target: Target, device: torch.device) -> Tensor:
-    return torch.empty(0, target.num_tokens, target.num_features, device=device)
 
 
 def to_grid(tokens_BLD: Tensor, target: Target, grid: tuple[int, int], with_cls: bool) -> Tensor:
