@@ -4,7 +4,6 @@ Images stay uint8 until they are on the device, where each model normalises with
 std. A transform draws from torch's default generator only: that is the one which the loader seeds.
 """
 
-import difflib
 import functools
 import math
 import random
@@ -55,7 +54,6 @@ class ImageAlone:
 _RAND_AUGMENT = re.compile(r"((^|-)((m|mmax|inc|n)\d+|(mstd|p)\d+(\.\d+)?))+")
 CROP_FRACTION = 0.875
 """Part of the resized side of an image that an evaluation sees; timm's default too."""
-_INTERPOLATIONS = {mode.value: mode for mode in InterpolationMode}
 
 
 def training_view(
@@ -274,31 +272,22 @@ class _Written:
         self.parts.append((where, noise))
 
 
-def evaluation_transform(
-    img_size: int, *, crop_fraction: float = CROP_FRACTION, interpolation: str = "bicubic"
-) -> View:
-    """Returns a resize of the shorter side to img_size / crop_fraction, rounded down as in timm, then a centre crop.
+def evaluation_transform(img_size: int, *, crop_fraction: float = CROP_FRACTION) -> View:
+    """Returns a bicubic resize of the shorter side to img_size / crop_fraction, rounded down as in timm, then a centre crop.
 
     Args:
         img_size: side of the square result, in pixels.
         crop_fraction: part of the resized side that is kept, in (0, 1].
-        interpolation: "bilinear", "bicubic", "nearest", ... (names of torchvision's InterpolationMode).
 
     Returns:
         Callable, `Picture` -> uint8 (3, img_size, img_size).
 
     Raises:
-        UserError: unknown interpolation, or crop_fraction outside (0, 1].
+        UserError: crop_fraction outside (0, 1].
     """
-    if interpolation not in _INTERPOLATIONS:
-        nearest = difflib.get_close_matches(interpolation, _INTERPOLATIONS, n=1, cutoff=0)[0]
-        raise UserError(
-            f"interpolation {interpolation!r} is unknown; nearest: {nearest!r}, "
-            f"all: {', '.join(_INTERPOLATIONS)}"
-        )
     if not 0 < crop_fraction <= 1:
         raise UserError(f"crop_fraction must be in (0, 1], got {crop_fraction}; 0.875 is usual at 224 pixels")
-    resize = v2.Resize(int(img_size / crop_fraction), _INTERPOLATIONS[interpolation])
+    resize = v2.Resize(int(img_size / crop_fraction), InterpolationMode.BICUBIC)
     return functools.partial(_in_turn, [Picture.pil, resize, v2.CenterCrop(img_size), tensor_of])
 
 

@@ -121,15 +121,8 @@ def test_flip_probability(flip: float, expected_share: float, left_half_white: I
 def test_evaluation_keeps_the_centre() -> None:
     grid_HW = np.add.outer(10 * np.arange(8), np.arange(8)).astype(np.uint8)
     image = Picture.of(Image.fromarray(grid_HW).convert("RGB"))
-    transform = evaluation_transform(4, crop_fraction=0.5, interpolation="nearest")
+    transform = evaluation_transform(4, crop_fraction=0.5)
     assert np.array_equal(transform(image)[0], grid_HW[2:6, 2:6])
-
-
-def test_evaluation_interpolation_is_used(noise: Image.Image) -> None:
-    results = [
-        evaluation_transform(16, interpolation=name)(Picture.of(noise)) for name in ("bilinear", "bicubic")
-    ]
-    assert not torch.equal(*results)
 
 
 @pytest.mark.parametrize("size", [32, 192, 224, 256, 336, 384])
@@ -157,11 +150,6 @@ def test_contrastive_grey_removes_colour(noise: Image.Image) -> None:
     views = contrastive_transform(16, grey=1)(Picture.of(noise))
     assert torch.equal(views[:, 0], views[:, 1])
     assert torch.equal(views[:, 0], views[:, 2])
-
-
-def test_unknown_interpolation_names_the_nearest() -> None:
-    with pytest.raises(UserError, match="'bicubik' is unknown; nearest: 'bicubic'"):
-        evaluation_transform(16, interpolation="bicubik")
 
 
 @pytest.mark.parametrize("crop_fraction", [0, -1, 1.5])
