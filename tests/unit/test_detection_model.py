@@ -220,10 +220,8 @@ def test_stages_begin_with_the_boxes_of_the_one_before(monkeypatch: pytest.Monke
     """IoU 0.5, 0.6, 0.7; weights of the deltas grow, and those of the losses halve."""
     taken: list[tuple[Tensor, Tensor, float, cascade.Samples]] = []
 
-    def spied(
-        boxes: Tensor, valid: Tensor, targets: Any, noise: Any, iou: float, *rest: Any
-    ) -> cascade.Samples:
-        samples = cascade_sampled(boxes, valid, targets, noise, iou, *rest)
+    def spied(boxes: Tensor, valid: Tensor, *, iou: float, **rest: Any) -> cascade.Samples:
+        samples = cascade_sampled(boxes, valid, iou=iou, **rest)
         taken.append((boxes, valid, iou, samples))
         return samples
 

@@ -10,6 +10,7 @@ mask, 4 = left, top, right, bottom in pixels.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Literal, NamedTuple
 
 import torch
@@ -203,10 +204,11 @@ class BoxAndMaskHeads(nn.Module):
             sampled boxes (masks: over those of objects, and over the places of a mask), summed over images. Without
             gradient: `boxes` (B, R, 4), `scores` and `labels` (B, R).
         """
+        sample = partial(sampled, targets=targets, count=self.rois_per_image, num_classes=self.num_classes)
         boxes_BR4, valid_BR = proposals
         outputs: dict[str, Tensor] = {}
         for index, stage in enumerate(self.stages):
-            samples = self._sampled(boxes_BR4, valid_BR, targets, (keys_B, 1 + 2 * index), stage.iou)
+            samples = sample(boxes_BR4, valid_BR, noise=(keys_B, 1 + 2 * index), iou=stage.iou)
             logits_R, deltas_R = self.box_heads[index](features.cut(samples.boxes_BR4, BOX_SIDE))
             class_loss, box_loss = self._box_losses(logits_R, deltas_R, samples, stage)
             outputs[f"class_{index + 1}"] = stage.loss_weight * class_loss
@@ -215,20 +217,10 @@ class BoxAndMaskHeads(nn.Module):
             valid_BR = samples.valid_BR & ~samples.given_BR
             if len(self.mask_bodies):
                 if self.interleaved:
-                    samples = self._sampled(boxes_BR4, valid_BR, targets, (keys_B, 2 + 2 * index), stage.iou)
+                    samples = sample(boxes_BR4, valid_BR, noise=(keys_B, 2 + 2 * index), iou=stage.iou)
                 mask_loss = self._mask_loss(index, features, samples, targets)
                 outputs[f"mask_{index + 1}"] = stage.loss_weight * mask_loss
         return outputs | {"boxes": boxes_BR4, "scores": scores_BR, "labels": labels_BR}
-
-    def _sampled(
-        self,
-        boxes_BP4: Tensor,
-        valid_BP: Tensor,
-        targets: list[Instances],
-        noise: tuple[Tensor, int],
-        iou: float,
-    ) -> Samples:
-        return sampled(boxes_BP4, valid_BP, targets, noise, iou, self.rois_per_image, self.num_classes)
 
     def _box_losses(
         self, logits_R: Tensor, deltas_R: Tensor, samples: Samples, stage: Stage
@@ -275,8 +267,7 @@ class BoxAndMaskHeads(nn.Module):
         x_RCmm, hidden_RCmm = features.cut(boxes_BR4, MASK_SIDE), None
         for body in self.mask_bodies[0 if self.interleaved else index : index + 1]:
             hidden_RCmm = body(x_RCmm, hidden_RCmm)
-        logits = self.mask_predictors[index](hidden_RCmm)
-        own_Rmm = logits.gather(1, labels_R.view(-1, 1, 1, 1).expand(-1, 1, *logits.shape[2:]))[:, 0]
+        own_Rmm = _of_labels(self.mask_predictors[index](hidden_RCmm), labels_R)
         wanted, weights = [], []
         for image, objects in enumerate(targets):
             wanted_Rmm = own_Rmm.new_zeros(length, *own_Rmm.shape[1:])
@@ -313,7 +304,11 @@ class BoxAndMaskHeads(nn.Module):
         found = []
         for body, predictor in zip(self.mask_bodies, self.mask_predictors, strict=True):
             hidden_RCmm = body(x_RCmm, hidden_RCmm)
-            logits = predictor(hidden_RCmm)
-            column_R = labels_R.view(-1, 1, 1, 1).expand(-1, 1, *logits.shape[2:])
-            found.append(logits.gather(1, column_R)[:, 0].sigmoid())
+            found.append(_of_labels(predictor(hidden_RCmm), labels_R).sigmoid())
         return torch.stack(found).mean(0)
+
+
+def _of_labels(logits_RKmm: Tensor, labels_R: Tensor) -> Tensor:
+    """The mask of each box's own class, (R, m, m)."""
+    column_R = labels_R.view(-1, 1, 1, 1).expand(-1, 1, *logits_RKmm.shape[2:])
+    return logits_RKmm.gather(1, column_R)[:, 0]
