@@ -5,10 +5,15 @@ from __future__ import annotations
 from fd_scale.config import Recipe
 from fd_scale.data import Source
 from fd_scale.errors import UserError
+from fd_scale.evaluation import EvaluationSet
 
 
 def agreed_classes(
-    recipe: Recipe, configured: int | None, source: Source | None, evaluation: Source | None, least: int = 2
+    recipe: Recipe,
+    configured: int | None,
+    source: Source | None,
+    evaluation: EvaluationSet | None,
+    least: int = 2,
 ) -> int:
     """Returns the number of classes of a recipe's task.
 
@@ -35,12 +40,12 @@ def agreed_classes(
                 "give the data that are meant, or remove it"
             )
         if evaluation is not None:
-            require_same_classes(recipe, source, evaluation)
+            require_same_classes(recipe, source, evaluation.source)
         return source.num_classes
     assert configured is not None, "without a source the recipe says how many classes there are"
-    if evaluation is not None and evaluation.num_classes != configured:
+    if evaluation is not None and evaluation.source.num_classes != configured:
         raise UserError(
-            f"data.evaluation: {recipe.data.evaluation} has {evaluation.num_classes} classes and the model "
+            f"data.evaluation: {recipe.data.evaluation} has {evaluation.source.num_classes} classes and the model "
             f"{configured}; expected as many"
         )
     return configured

@@ -112,12 +112,7 @@ class ClassificationTask:
 
     def __init__(self, recipe: Recipe, evaluation: EvaluationSet | None, source: Source | None) -> None:
         assert recipe.classification is not None, "a recipe of task classification has its section"
-        num_classes = agreed_classes(
-            recipe,
-            recipe.classification.num_classes,
-            source,
-            None if evaluation is None else evaluation.source,
-        )
+        num_classes = agreed_classes(recipe, recipe.classification.num_classes, source, evaluation)
         if source is not None:
             doubts = doubts_of_labels("data.train", source)
             if evaluation is not None:

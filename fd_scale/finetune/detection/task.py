@@ -47,13 +47,7 @@ class DetectionTask:
     def __init__(self, recipe: Recipe, evaluation: EvaluationSet | None, source: Source | None) -> None:
         assert recipe.detection is not None, "a recipe of task detection has its section"
         self.config = recipe.detection
-        self.num_classes = agreed_classes(
-            recipe,
-            self.config.num_classes,
-            source,
-            None if evaluation is None else evaluation.source,
-            least=1,
-        )
+        self.num_classes = agreed_classes(recipe, self.config.num_classes, source, evaluation, least=1)
         if source is not None and source.targets == "instances":
             _require_parts(recipe, self.config, object_source(source))
         self.class_names = None if source is None else source.class_names

@@ -42,9 +42,7 @@ class SegmentationTask:
     def __init__(self, recipe: Recipe, evaluation: EvaluationSet | None, source: Source | None) -> None:
         assert recipe.segmentation is not None, "a recipe of task segmentation has its section"
         self.config = recipe.segmentation
-        self.num_classes = agreed_classes(
-            recipe, self.config.num_classes, source, None if evaluation is None else evaluation.source
-        )
+        self.num_classes = agreed_classes(recipe, self.config.num_classes, source, evaluation)
         self.seed = recipe.seed
         self.evaluation = evaluation
         dtype = dtype_of(recipe.train.precision)
