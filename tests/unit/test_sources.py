@@ -1,6 +1,5 @@
 """Data sets of every kind, whole and damaged."""
 
-import io
 import json
 import multiprocessing
 import os
@@ -14,22 +13,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
+from shard_files import image_file, level
 
 from fd_scale.data import parquet
 from fd_scale.data.decode import DecodeError
 from fd_scale.data.sources import Source, open_source
 from fd_scale.errors import UserError
-
-
-def png(level: int) -> bytes:
-    buffer = io.BytesIO()
-    Image.new("RGB", (4, 3), (level, 0, 255 - level)).save(buffer, "PNG")
-    return buffer.getvalue()
-
-
-def level(source: Source, sample_id: int) -> int:
-    """The number that `png` was called with for a sample."""
-    return source.read(sample_id)[0].pil().getpixel((0, 0))[0]
 
 
 def write_parquet(path: Path, images: list, labels: list | None, names: list[str] | None = None) -> None:
@@ -51,7 +40,7 @@ def class_folders(tmp_path: Path) -> Path:
     """Class b: 3 images, one of them in a sub-folder; class a: 1; and things that are no images."""
     for number, name in enumerate(["b/0.png", "b/1.PNG", "b/deep/2.png", "a/3.png"]):
         (tmp_path / "set" / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / "set" / name).write_bytes(png(number))
+        (tmp_path / "set" / name).write_bytes(image_file(number))
     (tmp_path / "set" / "a" / "notes.txt").write_text("no image")
     (tmp_path / "set" / "a" / ".hidden.png").write_bytes(b"")
     (tmp_path / "set" / ".cache").mkdir()
@@ -104,7 +93,7 @@ def test_empty_class_folder_keeps_its_label_and_is_reported(
 
 
 def test_file_name_that_is_no_utf8(tmp_path: Path) -> None:
-    (Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff.png"))).write_bytes(png(5))
+    (Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff.png"))).write_bytes(image_file(5))
     assert level(open_source(f"imagefolder:{tmp_path}"), 0) == 5
 
 
@@ -112,12 +101,12 @@ def test_folder_fingerprint_follows_the_content_not_the_place(class_folders: Pat
     fingerprint = open_source(f"imagefolder:{class_folders}").fingerprint
     shutil.copytree(class_folders, tmp_path / "copy")
     assert open_source(f"imagefolder:{tmp_path / 'copy'}").fingerprint == fingerprint
-    (tmp_path / "copy" / "b" / "0.png").write_bytes(png(0) + b"longer")
+    (tmp_path / "copy" / "b" / "0.png").write_bytes(image_file(0) + b"longer")
     assert open_source(f"imagefolder:{tmp_path / 'copy'}").fingerprint != fingerprint
 
 
 def test_corrupt_file_in_a_folder(class_folders: Path) -> None:
-    (class_folders / "a" / "3.png").write_bytes(png(3)[:40])
+    (class_folders / "a" / "3.png").write_bytes(image_file(3)[:40])
     source = open_source(f"imagefolder:{class_folders}")
     with pytest.raises(DecodeError):
         source.read(0)
@@ -128,9 +117,9 @@ def test_corrupt_file_in_a_folder(class_folders: Path) -> None:
 def test_parquet_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache_bytes: int) -> None:
     monkeypatch.setattr(parquet, "CACHE_BYTES", cache_bytes)
     write_parquet(
-        tmp_path / "train-00000-of-00002.parquet", [png(i) for i in range(8)], [0, 1] * 4, ["x", "y"]
+        tmp_path / "train-00000-of-00002.parquet", [image_file(i) for i in range(8)], [0, 1] * 4, ["x", "y"]
     )
-    write_parquet(tmp_path / "train-00001-of-00002.parquet", [png(i) for i in range(8, 13)], [1] * 5)
+    write_parquet(tmp_path / "train-00001-of-00002.parquet", [image_file(i) for i in range(8, 13)], [1] * 5)
     source = open_source(f"parquet:{tmp_path}")
     assert (len(source), source.class_names, source.num_classes) == (13, ["x", "y"], 2)
     for sample_id in [12, 0, 7, 8, 3, 12, 2, 9]:
@@ -140,22 +129,24 @@ def test_parquet_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache_by
 
 
 def test_parquet_without_labels_or_names(tmp_path: Path) -> None:
-    write_parquet(tmp_path / "a.parquet", [png(0)], None)
-    write_parquet(tmp_path / "b.parquet", [png(0)] * 3, [4, None, 2])
+    write_parquet(tmp_path / "a.parquet", [image_file(0)], None)
+    write_parquet(tmp_path / "b.parquet", [image_file(0)] * 3, [4, None, 2])
     unlabelled, labelled = open_source(f"parquet:{tmp_path}/a.parquet"), open_source(f"parquet:{tmp_path}/b*")
     assert (unlabelled.read(0)[1], unlabelled.class_names, unlabelled.num_classes) == (-1, None, 0)
     assert ([labelled.read(i)[1] for i in range(3)], labelled.num_classes) == ([4, -1, 2], 5)
 
 
 def test_parquet_image_column_of_any_name(tmp_path: Path) -> None:
-    rows = [{"bytes": png(6), "path": "six.png"}]
+    rows = [{"bytes": image_file(6), "path": "six.png"}]
     pq.write_table(pa.table({"id": [1], "picture": rows, "fine_label": [3]}), tmp_path / "a.parquet")
     source = open_source(f"parquet:{tmp_path}")
     assert (level(source, 0), source.read(0)[1]) == (6, 3)
 
 
 def test_corrupt_rows_in_a_parquet_file(tmp_path: Path) -> None:
-    write_parquet(tmp_path / "a.parquet", [png(0), png(1)[:40], None, png(3)], [0, 0, 0, 0])
+    write_parquet(
+        tmp_path / "a.parquet", [image_file(0), image_file(1)[:40], None, image_file(3)], [0, 0, 0, 0]
+    )
     source = open_source(f"parquet:{tmp_path / 'a.parquet'}")
     for bad in (1, 2):
         with pytest.raises(DecodeError):
@@ -169,11 +160,11 @@ def read_level(source: Source, sample_id: int, result: "multiprocessing.SimpleQu
 
 
 def test_parquet_in_other_processes(tmp_path: Path) -> None:
-    write_parquet(tmp_path / "a.parquet", [png(i) for i in range(6)], None)
+    write_parquet(tmp_path / "a.parquet", [image_file(i) for i in range(6)], None)
     source = open_source(f"parquet:{tmp_path}")
     assert level(source, 1) == 1  # the file is open and a row group cached
     pickled = pickle.dumps(source)
-    assert png(1) not in pickled
+    assert image_file(1) not in pickled
     assert level(pickle.loads(pickled), 5) == 5
     context = multiprocessing.get_context("fork")
     result = context.SimpleQueue()
@@ -187,7 +178,7 @@ def test_parquet_in_other_processes(tmp_path: Path) -> None:
 def test_parquet_fingerprint_follows_the_content_not_the_place(tmp_path: Path) -> None:
     for folder, last in (("one", 2), ("two", 2), ("three", 200)):
         (tmp_path / folder).mkdir()
-        rows = [png(i) for i in (0, 1, last)] + [b"longer"] * (last > 2)
+        rows = [image_file(i) for i in (0, 1, last)] + [b"longer"] * (last > 2)
         write_parquet(tmp_path / folder / "a.parquet", rows, None)
     one, two, three = (
         open_source(f"parquet:{tmp_path / name}").fingerprint for name in ("one", "two", "three")
@@ -233,9 +224,9 @@ def test_wrong_data_set_is_a_clear_error(
     write_parquet(Path("hashes.parquet"), [png(0)] * 2, [1, 2**40])
     write_parquet(Path("negative.parquet"), [png(0)], [-4])
     for split in ("train", "test"):
-        write_parquet(Path(f"mixed/{split}-00000-of-00001.parquet"), [png(0)], [0])
-    write_parquet(Path("unlike/a.parquet"), [png(0)], [0])
-    write_parquet(Path("unlike/b.parquet"), [png(0)], None)
+        write_parquet(Path(f"mixed/{split}-00000-of-00001.parquet"), [image_file(0)], [0])
+    write_parquet(Path("unlike/a.parquet"), [image_file(0)], [0])
+    write_parquet(Path("unlike/b.parquet"), [image_file(0)], None)
     with pytest.raises(UserError, match=message):
         open_source(spec)
 
