@@ -29,10 +29,6 @@ class Job:
         """Waits until SLURM has counted so many restarts."""
         self.cluster.wait(f"restart {start} of job {self.number}", lambda: self.restarts() >= start)
 
-    def wait_said(self, words: str) -> None:
-        """Waits for words in the job's output."""
-        self.cluster.wait(f"'{words}' in {self.output}", lambda: words in self.said())
-
     def restarts(self) -> int:
         return int(self.cluster.job(self.number)["Restarts"])
 
