@@ -81,27 +81,24 @@ def window_attention(
     check_shape("bias", bias, (heads, *positions), f"a window of {window_size} tokens")
     check_shape("scale_h", scale_h, (heads,), "one factor for each head of bias")
     check_heads("qkv_BHWE", E, heads)
-    if H % window_size[0] or W % window_size[1]:
-        if pad_qkv_E is None:
-            raise ValueError(
-                f"window {window_size} does not divide the grid {(H, W)}; pass pad_qkv_E, a zero token's qkv"
-            )
+    if not (H % window_size[0] or W % window_size[1]):
+        pad_qkv_E = None
+    elif pad_qkv_E is None:
+        raise ValueError(
+            f"window {window_size} does not divide the grid {(H, W)}; pass pad_qkv_E, a zero token's qkv"
+        )
+    else:
         check_shape("pad_qkv_E", pad_qkv_E, (E,), "the last dimension of qkv_BHWE")
         if pad_qkv_E.dtype != qkv_BHWE.dtype:
             raise ValueError(
                 f"pad_qkv_E has dtype {pad_qkv_E.dtype}; expected {qkv_BHWE.dtype}, that of qkv_BHWE"
             )
-    tensors = [qkv_BHWE, bias, scale_h]
-    if H % window_size[0] or W % window_size[1]:
-        assert pad_qkv_E is not None, "checked above"
-        tensors.append(pad_qkv_E)
+    tensors = [qkv_BHWE, bias, scale_h, *([] if pad_qkv_E is None else [pad_qkv_E])]
     if not use_triton("window_attention", *tensors, served=not_served(*tensors)):
         return window_attention_reference(
             qkv_BHWE, bias, scale_h, window_size=window_size, shift_size=shift_size, pad_qkv_E=pad_qkv_E
         )
-    out_BHWC, _ = attention(
-        *tensors[:3], tensors[3] if tensors[3:] else None, list(window_size), list(shift_size), True
-    )
+    out_BHWC, _ = attention(qkv_BHWE, bias, scale_h, pad_qkv_E, list(window_size), list(shift_size), True)
     return out_BHWC
 
 
