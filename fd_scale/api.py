@@ -104,9 +104,14 @@ def start(recipe: Recipe) -> Trainer:
     Raises:
         UserError: as `train`.
     """
+    return build_trainer(recipe, join(recipe))
+
+
+def join(recipe: Recipe) -> World:
+    """Joins the ranks that a launcher started, and sets up what they say."""
     world = distributed.start(recipe.train.device, recipe.train.timeout_s)
     log.set_up(world.rank)
-    return build_trainer(recipe, world)
+    return world
 
 
 def evaluate(
@@ -190,8 +195,7 @@ def features(recipe: Recipe) -> None:
         raise UserError(
             "distill.features.folder: names no folder; add distill.features.folder=PATH, and to the runs too"
         )
-    world = distributed.start(recipe.train.device, recipe.train.timeout_s)
-    log.set_up(world.rank)
+    world = join(recipe)
     _warn_of_random_teachers(recipe.distill)
     recipe = resolved(recipe)
     choose_kernels(recipe.train.kernels, world.device)
@@ -204,8 +208,7 @@ def features(recipe: Recipe) -> None:
 
 def _to_evaluate(recipe: Recipe) -> tuple[Task, Recipe, World]:
     """Joins the ranks and builds a task without weights, its teachers where they run."""
-    world = distributed.start(recipe.train.device, recipe.train.timeout_s)
-    log.set_up(world.rank)
+    world = join(recipe)
     recipe = resolved(recipe)
     choose_kernels(recipe.train.kernels, world.device)
     task = build_task(recipe, None)
@@ -281,8 +284,7 @@ def measure(recipe: Recipe) -> tuple[Choice, Measured]:
     Raises:
         UserError: the recipe or its data do not allow it.
     """
-    world = distributed.start(recipe.train.device, recipe.train.timeout_s)
-    log.set_up(world.rank)
+    world = join(recipe)
     with tempfile.TemporaryDirectory() as folder:
         run_dir = world.from_main(f"{folder}/run")
         bare = replace(recipe, run_dir=run_dir, log=replace(recipe.log, images_every_steps=0))

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from fd_scale import api, distributed, log
+from fd_scale import api
 from fd_scale.benchmarks.step import WARM_UP_STEPS, BareLoop, TakingTurns, settings_alone
 from fd_scale.config import Recipe, load_recipe
 from fd_scale.data import Batch, open_source
@@ -69,8 +69,7 @@ def beside(recipe_name: str, overrides: Sequence[str], num_steps: int, peer: Pee
         alone = settings_alone(folder, total)
         peer.refuse(load_recipe(recipe_name, [*overrides, *alone]))
         recipe = load_recipe(recipe_name, [*overrides, *alone, *peer.settings])
-        world = distributed.start(recipe.train.device, recipe.train.timeout_s)
-        log.set_up(world.rank)
+        world = api.join(recipe)
         trainer = api.build_trainer(recipe, world)
         task = api.build_task(recipe, open_source(recipe.data.train))
         bare = BareLoop(_Bare(task, peer.module(task)), recipe, world)

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from rich.table import Table
 from torch import Tensor
 
-from fd_scale import api, distributed, log
+from fd_scale import api
 from fd_scale.benchmarks.finetune import WARM_UP_STEPS, show
 from fd_scale.benchmarks.records import write_json
 from fd_scale.benchmarks.step import now, settings_alone
@@ -62,8 +62,7 @@ def bench_features(
             )
         recipe = replace(recipe, distill=replace(recipe.distill, features=None))
         assert recipe.distill is not None, "checked above"
-        world = distributed.start(recipe.train.device, recipe.train.timeout_s)
-        log.set_up(world.rank)
+        world = api.join(recipe)
         keeping = replace(
             recipe,
             run_dir=f"{folder}/keeping",

@@ -20,7 +20,7 @@ from timm.utils import dispatch_clip_grad
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from fd_scale import api, distributed, log
+from fd_scale import api
 from fd_scale.benchmarks.records import write_json
 from fd_scale.benchmarks.step import now, settings_alone
 from fd_scale.config import Recipe, load_recipe
@@ -169,8 +169,7 @@ def bench_finetune(
             raise UserError(
                 f"{recipe_name}: its task is {recipe.task}; bench finetune expects classification"
             )
-        world = distributed.start(recipe.train.device, recipe.train.timeout_s)
-        log.set_up(world.rank)
+        world = api.join(recipe)
         trainer = api.build_trainer(recipe, world)
         turns = _TakingTurns(trainer.loader, TimmLoop(recipe, world.device))
         trainer.loader = turns  # type: ignore[assignment]

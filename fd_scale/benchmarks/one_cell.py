@@ -20,7 +20,7 @@ import numpy.typing as npt
 import torch
 from PIL import Image
 
-from fd_scale import api, distributed, log
+from fd_scale import api
 from fd_scale.benchmarks.cells import FSDP2, PEERS, TIMM_COMPILED
 from fd_scale.benchmarks.peers import TimmPair, shard_and_compile
 from fd_scale.benchmarks.step import Bare, BareLoop, now
@@ -165,8 +165,7 @@ def main(file: str, name: str, way: str, num_steps: int, settings: list[str]) ->
         run_dir = Path(folder) / "run"
         run_dir.mkdir()  # each rank its own, since nodes may share no disk
         recipe = load_recipe(name, [*settings, f"run_dir={run_dir}"])
-        world = distributed.start(recipe.train.device, recipe.train.timeout_s)
-        log.set_up(world.rank)
+        world = api.join(recipe)
         found: dict[str, Any]
         try:
             found = measured(recipe, way, num_steps, world)

@@ -14,7 +14,7 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
-from fd_scale import api, distributed, log
+from fd_scale import api
 from fd_scale.benchmarks.records import write_json
 from fd_scale.config import load_recipe
 from fd_scale.errors import UserError
@@ -53,8 +53,7 @@ def bench_prediction(
         )
     # As it is: a benchmark of a size that is resized to another one would be that of the other one.
     recipe = resolved(replace(recipe, segmentation=replace(recipe.segmentation, short_side=0)))
-    world = distributed.start(recipe.train.device, recipe.train.timeout_s)
-    log.set_up(world.rank)
+    world = api.join(recipe)
     task = api.build_task(recipe, None)
     assert isinstance(task, SegmentationTask), "the recipe's task"
     module = task.module.to(world.device, dtype_of(recipe.train.precision)).eval()

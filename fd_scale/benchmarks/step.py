@@ -18,7 +18,7 @@ from rich.table import Table
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from fd_scale import api, distributed, log
+from fd_scale import api, distributed
 from fd_scale.benchmarks.records import write_json
 from fd_scale.checkpoint import write_atomically
 from fd_scale.config import Recipe, load_recipe
@@ -176,8 +176,7 @@ class BareLoop:
 
 def _measure(recipe: Recipe, num_steps: int, json_file: str) -> None:
     """Runs on every rank; rank 0 writes the measurements."""
-    world = distributed.start(recipe.train.device, recipe.train.timeout_s)
-    log.set_up(world.rank)
+    world = api.join(recipe)
     trainer = api.build_trainer(recipe, world)
     bare_task = api.build_task(recipe, open_source(recipe.data.train))
     bare_task.prepare(world, trainer.loader)
