@@ -273,7 +273,7 @@ class _Written:
 
 
 def evaluation_transform(img_size: int, *, crop_fraction: float = CROP_FRACTION) -> View:
-    """Returns a bicubic resize of the shorter side to img_size / crop_fraction, rounded down as in timm, then a centre crop.
+    """Returns a bicubic resize of the shorter side to img_size / crop_fraction, rounded down, then a centre crop.
 
     Args:
         img_size: side of the square result, in pixels.
@@ -287,7 +287,7 @@ def evaluation_transform(img_size: int, *, crop_fraction: float = CROP_FRACTION)
     """
     if not 0 < crop_fraction <= 1:
         raise UserError(f"crop_fraction must be in (0, 1], got {crop_fraction}; 0.875 is usual at 224 pixels")
-    resize = v2.Resize(int(img_size / crop_fraction), InterpolationMode.BICUBIC)
+    resize = v2.Resize(int(img_size / crop_fraction), InterpolationMode.BICUBIC)  # as timm rounds
     return functools.partial(_in_turn, [Picture.pil, resize, v2.CenterCrop(img_size), tensor_of])
 
 

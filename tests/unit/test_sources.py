@@ -221,8 +221,8 @@ def test_wrong_data_set_is_a_clear_error(
     Path("garbage.parquet").write_bytes(b"garbage")
     Path("gone").mkdir()
     Path("gone/a.parquet").symlink_to("nothing")
-    write_parquet(Path("hashes.parquet"), [png(0)] * 2, [1, 2**40])
-    write_parquet(Path("negative.parquet"), [png(0)], [-4])
+    write_parquet(Path("hashes.parquet"), [image_file(0)] * 2, [1, 2**40])
+    write_parquet(Path("negative.parquet"), [image_file(0)], [-4])
     for split in ("train", "test"):
         write_parquet(Path(f"mixed/{split}-00000-of-00001.parquet"), [image_file(0)], [0])
     write_parquet(Path("unlike/a.parquet"), [image_file(0)], [0])
