@@ -60,7 +60,7 @@ gpu-check: setup  ## the tests that need a CUDA device, and compute-sanitizer
 aot: setup  ## compiles the Triton kernels with no GPU: registers, spills, tensor cores
 	$(BIN)/python -m fd_kernels.aot
 
-docs: setup  ## docs/ as a site in site/
+docs: setup  ## docs/ as a site, site/index.html; its search needs a server: .venv/bin/mkdocs serve
 	$(BIN)/mkdocs build --strict
 
 lock:  ## writes requirements.lock anew (needs uv)

@@ -1,7 +1,7 @@
 """The verbs as functions: what the command line does, from Python.
 
 from fd_scale import api
-api.train(api.load_recipe("digits/distill", ["train.steps=100"]))
+api.train(api.load_recipe("digits/distill", ["train.epochs=2"]))
 """
 
 from __future__ import annotations

@@ -332,6 +332,8 @@ def newest_checkpoint(run_dir: Path, *, contents: bool = True) -> Path:
         if not problems:
             return folder
         logger.warning("%s is refused: %s", folder, "; ".join(problems))
+    if not run_dir.is_dir():
+        raise UserError(f"{run_dir} does not exist; expected the folder of a run")
     raise UserError(
         f"{run_dir}: no whole checkpoint in {run_dir / 'checkpoints'}; expected the folder of a run"
     )

@@ -19,14 +19,24 @@ console = Console(stderr=True)
 """The one console: progress bars and log lines share it, so that neither tears the other."""
 
 
-def results(width: int = 150) -> Console:
-    """Returns a console on stdout, for what a verb found; this wide in a file or a pipe, unless $COLUMNS says more."""
-    return Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else width)
+def results(width: int = 150, *, uncut: bool = False) -> Console:
+    """Returns a console on stdout, for what a verb found; this wide in a file or a pipe, unless $COLUMNS says more.
+
+    Args:
+        width: in characters.
+        uncut: at least this wide on a terminal too, which then wraps lines: for numbers, which mean nothing when cut.
+    """
+    if "COLUMNS" in os.environ:
+        return Console()
+    if sys.stdout.isatty():
+        return Console(width=max(Console().width, width) if uncut else None)
+    return Console(width=width)
 
 
 def quiet_libraries() -> None:
     """Keeps libraries' start-up chatter off the console; must run before deepspeed is imported."""
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    for name in ("DeepSpeed", "faster_coco_eval"):
+        logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed.*")
 
 

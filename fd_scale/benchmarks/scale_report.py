@@ -20,7 +20,7 @@ _STAND_IN = "a100-40g"
 
 def show(name: str, records: Sequence[Record], assumed: Assumptions) -> None:
     """Prints the records of a recipe, smallest size first, beside what `plan --scaling` predicts for their sizes."""
-    console = results()
+    console = results(uncut=True)
     whole = [record for record in records if record.median_ms is not None]
     table = Table(
         "ranks", "micro", "predicted s", "measured", "predicted images/s", "measured", "predicted share",

@@ -31,9 +31,9 @@ examples:
   fd-scale demo                                              the whole story on this machine, in minutes
   fd-scale recipes                                           packaged recipes and all settings
   fd-scale check digits/distill                              what would fail, before it is queued
-  fd-scale plan my.yaml --gpus 64 --gpu h100                 memory a GPU, step time, cost
+  fd-scale plan my.yaml --gpus 64 --gpu h100                 memory a GPU, step time
   fd-scale fetch my.yaml                                     its data and weights on the hub, into the cache
-  fd-scale distill digits/distill train.steps=100            on one device
+  fd-scale distill digits/distill train.epochs=2             on one device
   torchrun --nproc-per-node 8 -m fd_scale distill my.yaml    on eight
   fd-scale evaluate runs/digits/finetune                     metrics of a checkpoint, by class too
   fd-scale submit my.yaml --nodes 8 --gpu h100               as a SLURM job

@@ -151,7 +151,7 @@ def _plan(options: argparse.Namespace) -> None:
         options.recipe, recipe, gpu, options.gpus, images=options.images, utilisation=given.utilisation,
         launch_us=given.launch_us, images_per_core=options.images_per_core or IMAGES_PER_CORE,
     )  # fmt: skip
-    show(found, results())
+    show(found, results(uncut=True))
     if options.json is not None:
         write_json(to_json(found), options.json)
     if options.plot is not None:
@@ -167,7 +167,7 @@ def _scaling(options: argparse.Namespace, recipe: Recipe) -> None:
 
     sizes, assumed = scaling.parse_sizes(options.scaling), scaling.Assumptions.given(options.assume or [])
     found = scaling.scaling(options.recipe, recipe, gpu, sizes, assumed)
-    scaling_report.show(found, results())
+    scaling_report.show(found, results(uncut=True))
     if options.json is not None:
         write_json(scaling_report.to_json(found), options.json)
     if options.plot is not None:

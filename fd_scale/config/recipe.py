@@ -112,7 +112,7 @@ class Recipe:
             )
         if self.train.epochs is None and self.optim.warmup_epochs:
             raise UserError(
-                "optim.warmup_epochs: the run's length is in steps; set optim.warmup_steps instead"
+                "optim.warmup_epochs: the run's length is in steps; set it to 0 and set optim.warmup_steps instead"
             )
 
     @property

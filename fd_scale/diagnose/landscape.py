@@ -276,6 +276,7 @@ def landscape_of(
         keep(found)
         if world.is_main:
             draw(found, grid, folder)
+            logger.info("written: %s and its plots", file)
     except OSError as error:
         raise not_writable(folder, error, "--out") from None
     return {"of": key, "rows": _rows(found, grid.points)} | more

@@ -229,7 +229,7 @@ def show(result: dict[str, Any]) -> None:
     shown.columns[0].overflow = "fold"  # labels differ at either end
     for row in rows:
         shown.add_row(*row)
-    results().print(shown)
+    results(uncut=True).print(shown)
 
 
 def means(result: dict[str, Any]) -> list[list[str]]:

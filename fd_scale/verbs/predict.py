@@ -81,6 +81,8 @@ def images_below(path: Path) -> list[Path]:
     """
     if path.is_file():
         return [path]
+    if not path.exists():
+        raise UserError(f"{path} does not exist; expected an image, or a folder with images")
     found = sorted(path / name for name in walk_images(path))
     if not found:
         raise UserError(f"{path}: no image there; expected a file, or a folder with images")

@@ -77,6 +77,8 @@ def shard(source: str, out: str, size: str, decode: bool = False) -> Iterator[st
         if opened.class_names is not None:
             names = "".join(f"{name}\n" for name in opened.class_names)
             (folder / "classes.txt").write_text(names, encoding="utf-8")
+        elif opened.num_classes:
+            logger.info("%s names no classes: there is no %s", source, folder / "classes.txt")
         for file in unnamed:
             file.rename(file.with_suffix(""))
     except OSError as error:
