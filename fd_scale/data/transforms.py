@@ -291,6 +291,15 @@ def evaluation_transform(img_size: int, *, crop_fraction: float = CROP_FRACTION)
     return functools.partial(_in_turn, [Picture.pil, resize, v2.CenterCrop(img_size), tensor_of])
 
 
+def evaluation_cut(img_size: int) -> dict[str, int]:
+    """Tells images of an evaluation from those of before it rounded down; empty where both are the same.
+
+    For the identity of what is kept of such images on disk.
+    """
+    side = img_size / CROP_FRACTION
+    return {} if int(side) == round(side) else {"resized_px": int(side)}
+
+
 def contrastive_transform(
     img_size: int,
     *,

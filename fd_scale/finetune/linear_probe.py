@@ -21,7 +21,16 @@ from torch import Tensor, nn
 
 from fd_scale.checkpoint import write_atomically
 from fd_scale.config import Recipe
-from fd_scale.data import UNLABELLED, Batch, Labels, Source, Targets, TrainLoader, spread
+from fd_scale.data import (
+    UNLABELLED,
+    Batch,
+    Labels,
+    Source,
+    Targets,
+    TrainLoader,
+    evaluation_cut,
+    spread,
+)
 from fd_scale.distributed import World
 from fd_scale.errors import UserError
 from fd_scale.evaluation import (
@@ -123,6 +132,7 @@ def compute(recipe: Recipe, images: EvaluationSet, folder: Path, world: World) -
     """
     manifest = folder / "manifest.json"
     wanted = {"data": images.source.fingerprint, "precision": recipe.train.precision} | _model_facts(recipe)
+    wanted |= evaluation_cut(recipe.model.size)
     text = json.dumps(wanted, indent=1)
     file = folder / "features.npy"
     if world.on_main(

@@ -19,7 +19,15 @@ import torch
 
 from fd_scale import log, run_folder
 from fd_scale.config import FeaturesConfig, Recipe
-from fd_scale.data import Batch, FeatureFiles, Source, Transform, training_transform, view_batches
+from fd_scale.data import (
+    Batch,
+    FeatureFiles,
+    Source,
+    Transform,
+    evaluation_cut,
+    training_transform,
+    view_batches,
+)
 from fd_scale.distill import built_teachers, codec_of
 from fd_scale.distributed import World
 from fd_scale.errors import UserError
@@ -153,6 +161,8 @@ def _part(
     identity = run_folder.identity(recipe, source.fingerprint, stage=0, world_size=1)
     pattern = re.compile(_DECIDING + _DECIDING_VIEWS if name == "train" else _DECIDING)
     deciding = {key: value for key, value in identity.items() if pattern.fullmatch(key)}
+    if name == "evaluation":
+        deciding |= evaluation_cut(recipe.model.size)
     return Part(source, transform, files, deciding | {"format": FORMAT}, crops, max_bad_fraction)
 
 

@@ -15,10 +15,19 @@ from PIL import Image
 
 from fd_scale import api, distributed
 from fd_scale.config import Recipe, build_recipe, to_yaml
-from fd_scale.data import FeatureFiles, Source, TrainLoader, open_source, training_transform
+from fd_scale.data import (
+    FeatureFiles,
+    ImageAlone,
+    Source,
+    TrainLoader,
+    evaluation_transform,
+    open_source,
+    training_transform,
+)
 from fd_scale.distill import DistillationTask
 from fd_scale.distill.features import FeatureCodec
 from fd_scale.errors import UserError
+from fd_scale.evaluation import EvaluationSet
 from fd_scale.models import resolved
 from fd_scale.run_folder import create
 from fd_scale.teachers import Target
@@ -408,3 +417,17 @@ def test_the_benchmark_measures_both_kinds_of_step(keeping: Callable[..., Recipe
     assert [len(found[key]) for key in ("features_ms", "teachers_ms")] == [2, 2]
     assert found["precisions"]["int8"]["bytes"] < 0.55 * found["precisions"]["bf16"]["bytes"]
     assert 0 < found["precisions"]["bf16"]["rms"] < found["precisions"]["int8"]["rms"] < 0.01
+
+
+def test_an_evaluations_cut_is_in_its_identity(keeping: Callable[..., Recipe]) -> None:
+    recipe = keeping()
+    images = EvaluationSet(
+        source=open_source("digits:test"),
+        transform=ImageAlone(evaluation_transform(32)),
+        batch_size=1,
+        num_workers=0,
+    )
+    for size, resized_px in ((32, 36), (224, None)):
+        other = replace(recipe, model=replace(recipe.model, img_size=size))
+        assert teacher_features.evaluation_part(other, images).identity.get("resized_px") == resized_px
+        assert "resized_px" not in teacher_features.train_part(other, images.source).identity

@@ -15,6 +15,7 @@ from fd_scale.data.transforms import (
     _CropAndFlip,
     _posterize,
     contrastive_transform,
+    evaluation_cut,
     evaluation_transform,
     finished,
     training_view,
@@ -129,6 +130,12 @@ def test_evaluation_keeps_the_centre() -> None:
 def test_evaluation_is_timms(noise: Image.Image, size: int) -> None:
     theirs = create_transform(size, interpolation="bicubic", crop_pct=0.875, normalize=False)
     assert torch.equal(evaluation_transform(size)(Picture.of(noise)), theirs(noise))
+
+
+def test_images_that_were_cut_otherwise_are_told_apart() -> None:
+    """What was kept of them when the side was rounded to the nearest is another's now."""
+    assert [evaluation_cut(size) for size in (192, 224, 336, 640)] == [{}] * 4
+    assert [evaluation_cut(size)["resized_px"] for size in (32, 256, 384)] == [36, 292, 438]
 
 
 def test_contrastive_views_differ_from_each_other(noise: Image.Image) -> None:
