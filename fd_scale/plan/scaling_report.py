@@ -53,12 +53,18 @@ def _table(curve: Curve) -> Table:
 
 
 def reach(found: Scaling) -> list[str]:
-    """How far each curve goes before it breaks."""
-    return [
-        f"{curve.name}: efficiency of 80% up to {curve.reaches(0.8)} GPUs, of 50% up to {curve.reaches(0.5)}; most "
-        f"images/s on {max(curve.points, key=lambda point: point.images_per_s).num_gpus}"
-        for curve in found.curves
-    ]
+    """How far each curve goes before it breaks, or ends."""
+    largest = max(curve.points[-1].num_gpus for curve in found.curves)
+    lines = []
+    for curve in found.curves:
+        batch, last = curve.points[-1].global_batch, curve.points[-1].num_gpus
+        lines.append(
+            f"{curve.name}: efficiency of 80% up to {curve.reaches(0.8)} GPUs, of 50% up to {curve.reaches(0.5)}; most "
+            f"images/s on {max(curve.points, key=lambda point: point.images_per_s).num_gpus}"
+        )
+        if last < largest:
+            lines[-1] += f"; ends at {last}: a batch of {batch} has no image for each of {2 * last}"
+    return lines
 
 
 def assumptions(found: Scaling) -> list[str]:

@@ -311,6 +311,14 @@ def recipe_file(recipe_values: Callable[..., dict[str, Any]], tmp_path: Path) ->
     return str(tmp_path / "recipe.yaml")
 
 
+def test_a_curve_says_where_it_ends(make_recipe: Callable[..., Recipe]) -> None:
+    recipe = make_recipe(train__precision="bf16", train__global_batch=16, train__micro_batch=8)
+    found = scaling("made up", recipe, GPU, parse_sizes("8..32"), Assumptions(), COUNTS)
+    strong, *_, weak = scaling_report.reach(found)
+    assert strong.endswith("; ends at 16: a batch of 16 has no image for each of 32")
+    assert "ends at" not in weak
+
+
 def test_the_verb(recipe_file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     files = ["--json", str(tmp_path / "s.json"), "--plot", str(tmp_path / "s.png")]
     cli.main(["plan", recipe_file, "--scaling", "2..16", "--gpu", "h100", "--assume", "jitter=0", *files])
