@@ -151,7 +151,9 @@ class HuggingFaceBackbone(Backbone):
         own = self.state_dict(keep_vars=True)
         found = {}
         for name, tensor in state.items():
-            name = name if name.startswith("model.") else f"model.{name}"
+            # Of theirs some begin so, too: DINOv3's `model.layer.0`.
+            if not name.startswith("model.") or f"model.{name}" in own:
+                name = f"model.{name}"
             if "position_embedding" in name and name in own and tensor.shape != own[name].shape:
                 before = tuple(tensor.shape)
                 tensor = self._resampled(tensor, own[name].shape[-2])

@@ -303,6 +303,7 @@ def transformers_models() -> dict[str, Callable[[Any], tuple[Any, int, bool]]]:
         "siglip": lambda t: (t.SiglipVisionModel(t.SiglipVisionConfig(**patches)), 0, False),
         "dinov2_registers": lambda t: (
             t.Dinov2WithRegistersModel(t.Dinov2WithRegistersConfig(**patches, num_register_tokens=4)), 5, True),
+        "dinov3": lambda t: (t.DINOv3ViTModel(t.DINOv3ViTConfig(**patches, num_register_tokens=4)), 5, True),
         "swinv2": lambda t: (
             t.Swinv2Model(t.Swinv2Config(image_size=32, embed_dim=8, depths=[1, 1], num_heads=[1, 2], window_size=4)),
             0, False),
