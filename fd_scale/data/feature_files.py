@@ -83,7 +83,8 @@ class FeatureFiles:
             if ours.get(key) != theirs.get(key):
                 raise UserError(
                     f"{self.folder}: its features were made with {key}={json.dumps(theirs.get(key))}, this recipe has "
-                    f"{json.dumps(ours.get(key))}; restore it, or give distill.features.folder another one"
+                    f"{json.dumps(ours.get(key))}; restore it, give distill.features.folder another one, or remove "
+                    f"{self.folder}: `fd-scale features` makes what is not there"
                 )
         if not make and (missing := self.missing()):
             of = self.num_views * self._files_per_view

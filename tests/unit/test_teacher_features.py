@@ -125,7 +125,8 @@ def test_what_is_missing_is_named_and_made_again(files: FeatureFiles) -> None:
 def test_other_features_are_refused_by_the_setting_that_differs(files: FeatureFiles) -> None:
     for make in (True, False):
         with pytest.raises(
-            UserError, match=r"made with seed=1, this recipe has 2; restore it, or give distill\.features"
+            UserError,
+            match=r"made with seed=1, this recipe has 2; restore it, .*, or remove .*: `fd-scale features`",
         ):
             files.open({"seed": 2}, make=make)
     other = FeatureFiles(files.folder, 9, 10, num_views=2)
