@@ -156,22 +156,28 @@ class HuggingFaceBackbone(Backbone):
                 name = f"model.{name}"
             if "position_embedding" in name and name in own and tensor.shape != own[name].shape:
                 before = tuple(tensor.shape)
-                tensor = self._resampled(tensor, own[name].shape[-2])
-                logger.warning("weights: %s is resampled from %s to %s", name, before, tuple(tensor.shape))
+                tensor = self._resampled(tensor, own[name].shape)
+                if tensor.shape != before:
+                    logger.warning(
+                        "weights: %s is resampled from %s to %s", name, before, tuple(tensor.shape)
+                    )
             found[name] = tensor
         return found
 
-    def _resampled(self, table: Tensor, num_rows: int) -> Tensor:
-        """Position embeddings of a square grid, (L, D) or (1, L, D), for the grid here, which wants `num_rows`.
+    def _resampled(self, table: Tensor, wanted: torch.Size) -> Tensor:
+        """Position embeddings of a square grid, (L, D) or (1, L, D), for the grid here.
 
-        Those of prefix tokens stay. A table of no such grid is returned as it is: the caller names its shape.
+        Those of prefix tokens stay. A table of no such grid, or of another D, comes back as it is: the caller names its
+        shape.
 
         Source: what Transformers' models do for images of another size.
         """
+        if table.dim() != len(wanted) or table.shape[-1] != wanted[-1]:
+            return table
         rows_LD = table.flatten(0, -2)
-        num_prefix = num_rows - self.grid[0] * self.grid[1]  # registers have no position
+        num_prefix = wanted[-2] - self.grid[0] * self.grid[1]  # registers have no position
         side = math.isqrt(max(len(rows_LD) - num_prefix, 0))
-        if num_prefix < 0 or num_prefix + side**2 != len(rows_LD):
+        if num_prefix < 0 or side == 0 or num_prefix + side**2 != len(rows_LD):
             return table
         old_1Drc = rows_LD[num_prefix:].T.unflatten(1, (side, side))[None].float()
         new_1Drc = F.interpolate(

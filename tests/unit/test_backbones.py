@@ -1,6 +1,7 @@
 """Models of timm and Transformers as backbones: their own tokens, in one layout."""
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -440,6 +441,21 @@ def test_tables_that_are_not_resampled_are_named(tmp_path: Path) -> None:
         UserError, match=r"relative_position_bias_table has shape .* at model\.img_size 64; leave img_size"
     ):
         build_model(ModelConfig(name=f"hf:{tmp_path}", weights="pretrained", img_size=64))
+
+
+@pytest.mark.parametrize("shape", [(1, 26, 48), (1, 1, 32), (17,)])
+def test_positions_of_no_grid_or_another_width_are_named_as_they_are(
+    shape: tuple[int, ...], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    transformers = pytest.importorskip("transformers", reason="needs the extra hf")
+    transformers_models()["vit"](transformers)[0].save_pretrained(tmp_path)
+    model = build_model(ModelConfig(name=f"hf:{tmp_path}"))
+    state = model.state_dict() | {"model.embeddings.position_embeddings": torch.zeros(shape)}
+    with pytest.raises(
+        UserError, match=rf"position_embeddings is {re.escape(str(shape))}, expected \(1, 17, 32\)"
+    ):
+        load_tensors(model, state, "a file")
+    assert "resampled" not in caplog.text
 
 
 def test_a_classifiers_hugging_face_folder_has_no_pooler(tmp_path: Path) -> None:
