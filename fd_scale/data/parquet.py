@@ -106,7 +106,8 @@ class Rows:
         for file_id in range(len(self.paths)):
             self._require(file_id, [column])
             read = self._file(file_id).read([column], use_threads=False).column(0)
-            parts.append(read.fill_null(UNLABELLED).to_numpy().astype(np.int64))
+            # Cast first: unsigned columns have no number for null.
+            parts.append(read.cast(pa.int64(), safe=False).fill_null(UNLABELLED).to_numpy())
         return np.concatenate(parts)
 
     def read(self, sample_id: int) -> list[bytes]:

@@ -136,6 +136,13 @@ def test_parquet_without_labels_or_names(tmp_path: Path) -> None:
     assert ([labelled.read(i)[1] for i in range(3)], labelled.num_classes) == ([4, -1, 2], 5)
 
 
+@pytest.mark.parametrize("kind", [pa.int8(), pa.uint8(), pa.uint64()])
+def test_parquet_labels_of_any_integers_may_be_missing(tmp_path: Path, kind: pa.DataType) -> None:
+    images = [{"bytes": image_file(0), "path": None}] * 3
+    pq.write_table(pa.table({"image": images, "label": pa.array([4, None, 2], kind)}), tmp_path / "a.parquet")
+    assert open_source(f"parquet:{tmp_path}").all_labels().tolist() == [4, -1, 2]
+
+
 def test_parquet_image_column_of_any_name(tmp_path: Path) -> None:
     rows = [{"bytes": image_file(6), "path": "six.png"}]
     pq.write_table(pa.table({"id": [1], "picture": rows, "fine_label": [3]}), tmp_path / "a.parquet")
