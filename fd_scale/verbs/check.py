@@ -310,9 +310,10 @@ def _doubt_of_windows(config: ModelConfig, model: Backbone) -> str:
     assert isinstance(before, SwinTransformerV2), "by its name"
     if before.bias_windows == model.bias_windows:
         return ""
+    written = str(before.bias_windows).replace(" ", "")  # one word for a shell
     return (
         f"its position biases were trained over windows of {before.bias_windows} tokens a side, by stage, and are "
-        f"stretched over {model.bias_windows}; set model.overrides.pretrained_window_size={before.bias_windows}"
+        f"stretched over {model.bias_windows}; set model.overrides.pretrained_window_size={written}"
     )
 
 

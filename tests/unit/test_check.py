@@ -278,7 +278,7 @@ def test_biases_of_other_windows_are_doubted(recipe_values: Values, check: Check
     verdict, detail = check(values, start, "model.img_size=64", "model.overrides.window_size=8")["student"]
     assert verdict == "warning"
     assert "trained over windows of [4, 3] tokens a side, by stage, and are stretched over [8, 8]" in detail
-    told = re.search(r"set (model\.overrides\.pretrained_window_size=\[4, 3\])", detail)
+    told = re.search(r"set (model\.overrides\.pretrained_window_size=\[4,3\])", detail)
     assert told, detail
     assert check(values, start, "model.img_size=64", told[1])["student"][0] == "ok"
 
