@@ -182,13 +182,15 @@ def file_size(path: Path) -> int:
 
 
 def walk_images(folder: Path, others: Counter[str] | None = None) -> Iterator[str]:
-    """Paths of the images below a folder, relative to it, unsorted.
+    """Paths of the images below a folder, relative to it, unsorted; links are followed, but not to a folder above them.
 
     Args:
         folder: where they are.
         others: counts the suffixes of what is no image; hidden files are nothing.
     """
-    for parent, _, names in os.walk(folder, followlinks=True):
+    for parent, folders, names in os.walk(folder, followlinks=True):
+        # Around such a link each image would be found anew until the path is too long.
+        folders[:] = [name for name in folders if not _leads_up(os.path.join(parent, name))]
         for name in names:
             if name.startswith("."):
                 continue
@@ -196,6 +198,13 @@ def walk_images(folder: Path, others: Counter[str] | None = None) -> Iterator[st
                 yield os.path.relpath(os.path.join(parent, name), folder)
             elif others is not None:
                 others[_suffix(name)] += 1
+
+
+def _leads_up(path: str) -> bool:
+    """Whether it is a link to a folder that it lies in."""
+    if not os.path.islink(path):
+        return False
+    return Path(os.path.realpath(os.path.dirname(path))).is_relative_to(os.path.realpath(path))
 
 
 def _suffix(name: str) -> str:

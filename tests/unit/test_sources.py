@@ -92,6 +92,16 @@ def test_empty_class_folder_keeps_its_label_and_is_reported(
     assert str(class_folders / "aa") in caplog.text
 
 
+def test_links_are_followed_but_not_around(tmp_path: Path) -> None:
+    for name in ("set/a/0.png", "elsewhere/1.png"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).write_bytes(image_file(0))
+    for name, target in (("linked", "elsewhere"), ("around", "set")):
+        (tmp_path / "set/a" / name).symlink_to(tmp_path / target)
+    source = open_source(f"imagefolder:{tmp_path}/set")
+    assert [source.key(index) for index in range(len(source))] == ["a/0.png", "a/linked/1.png"]
+
+
 def test_file_name_that_is_no_utf8(tmp_path: Path) -> None:
     (Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff.png"))).write_bytes(image_file(5))
     assert level(open_source(f"imagefolder:{tmp_path}"), 0) == 5
