@@ -211,7 +211,7 @@ class TrainConfig:
         if (self.epochs is None) == (self.steps is None):
             raise UserError(
                 "train: exactly one of train.epochs and train.steps gives the run's length; "
-                f"got epochs={self.epochs}, steps={self.steps}; set one of them to null"
+                f"got epochs={self.epochs}, steps={self.steps}; give one of them, and null for the other"
             )
         length = self.epochs if self.steps is None else self.steps
         require(length is not None and length > 0, "train.epochs or train.steps", length, "more than 0")

@@ -107,8 +107,11 @@ def test_predict_paints_what_evaluate_measures(
     ):
         api.predict(run, mixed, tmp_path / "both")
     assert (images / "2.png").read_bytes() == before
-    with pytest.raises(UserError, match="no image there"):
+    with pytest.raises(UserError, match="nowhere does not exist; expected an image, or a folder with images"):
         api.predict(run, tmp_path / "nowhere", tmp_path / "out")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="empty: no image there"):
+        api.predict(run, tmp_path / "empty", tmp_path / "out")
 
 
 def test_it_is_reported(run: Path) -> None:
