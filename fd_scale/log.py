@@ -70,8 +70,16 @@ def set_up(rank: int = 0, run_dir: Path | None = None) -> None:
 
 
 @contextlib.contextmanager
-def counting(what: str) -> Iterator[Callable[[int, int], None]]:
-    """Shows how many things are done, and of how many: as a bar on a terminal, else by a line now and then."""
+def counting(what: str, shown: bool = True) -> Iterator[Callable[[int, int], None]]:
+    """Shows how many things are done, and of how many: as a bar on a terminal, else by a line now and then.
+
+    Args:
+        what: things, as they are counted.
+        shown: False on all ranks but one.
+    """
+    if not shown:
+        yield lambda done, total: None
+        return
     if console.is_terminal:
         columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         with Progress(*columns, console=console) as progress:

@@ -26,9 +26,10 @@ from matplotlib.axes import Axes
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from fd_scale import log
 from fd_scale.checkpoint import read_manifest, write_atomically
 from fd_scale.config import Recipe
-from fd_scale.data import Batch, evaluation_batches, spread
+from fd_scale.data import Batch, evaluation_batches, evaluation_cut, spread
 from fd_scale.diagnose.plots import save
 from fd_scale.distributed import World
 from fd_scale.errors import UserError
@@ -137,7 +138,6 @@ def measured(
                 parameter.copy_(start + x * a + y * b)
             found.append(metrics())
             after_place(found)
-            logger.info("landscape: place %d of %d", len(found), len(grid.places))
     finally:
         for parameter, start in zip(parameters, trained, strict=True):
             parameter.copy_(start)
@@ -261,6 +261,7 @@ def landscape_of(
         "num_images": num_images, "fingerprint": task.evaluation.source.fingerprint,
         "precision": recipe.train.precision,
         "checkpoint": hashlib.sha256((checkpoint / "manifest.json").read_bytes()).hexdigest(),
+        **evaluation_cut(recipe.model.size),
     }  # fmt: skip
     parameters = [each for each in task.module.parameters() if each.requires_grad]
     done = world.on_main(lambda: read_places(file, key))
@@ -269,11 +270,12 @@ def landscape_of(
     def keep(found: list[Metrics]) -> None:
         if world.is_main:
             write_places(file, key, found, more)
+        told(len(found), len(grid.places))
 
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        found = measured(parameters, lambda: task.evaluate(task.module, world), grid, done, keep)
-        keep(found)
+        with log.counting("places of the landscape", shown=world.is_main) as told:
+            found = measured(parameters, lambda: task.evaluate(task.module, world), grid, done, keep)
         if world.is_main:
             draw(found, grid, folder)
             logger.info("written: %s and its plots", file)

@@ -46,7 +46,15 @@ from fd_scale.engine import saved_weights
 from fd_scale.errors import UserError
 from fd_scale.log import results
 from fd_scale.metrics import memory_gib
-from fd_scale.models import BACKBONE, Backbone, build_model, dtype_of, normalize, resolved_model
+from fd_scale.models import (
+    BACKBONE,
+    Backbone,
+    at_trained_scale,
+    build_model,
+    dtype_of,
+    normalize,
+    resolved_model,
+)
 from fd_scale.report.page import document, grid, picture, table
 
 logger = logging.getLogger(__name__)
@@ -311,7 +319,7 @@ def load_backbone(name: str, img_size: int | None) -> Backbone:
     """
     config = _config_of(name)
     if img_size is not None:
-        config = replace(config, img_size=img_size)
+        config = at_trained_scale(config, replace(config, img_size=img_size))
     model = build_model(config)
     if (Path(name) / "recipe.yaml").is_file() and config.weights is None:
         saved_weights(newest_checkpoint(Path(name))).copy_into(model, f"{BACKBONE}.")

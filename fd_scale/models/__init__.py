@@ -3,6 +3,7 @@
 from fd_scale.models.backbone import Backbone, cls_and_patches
 from fd_scale.models.build import (
     BACKBONE,
+    at_trained_scale,
     build_model,
     choose_kernels,
     drop_path_scale,
@@ -39,6 +40,7 @@ __all__ = [
     "Backbone",
     "Fp32Linear",
     "SwinTransformerV2",
+    "at_trained_scale",
     "build_model",
     "choose_kernels",
     "cls_and_patches",

@@ -6,6 +6,7 @@ Shape legend: B = images, R = residual branches, H, W = pixels.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -20,6 +21,7 @@ from fd_scale.models.backbone import Backbone
 from fd_scale.models.huggingface import HuggingFaceBackbone, is_published
 from fd_scale.models.pretrained import hugging_face_folder, resolved_model, weights_path
 from fd_scale.models.registry import HUGGING_FACE, create_model
+from fd_scale.models.swin_v2 import SwinTransformerV2
 from fd_scale.models.weights import load_weights
 from fd_scale.randomness import uniform
 
@@ -64,6 +66,29 @@ def build_model(config: ModelConfig, target: str = "feature_map") -> Backbone:
     elif path is not None:
         load_weights(model, path)
     return model
+
+
+def at_trained_scale(trained: ModelConfig, wanted: ModelConfig) -> ModelConfig:
+    """Returns a Swin V2 of another size, in which a token to the left has the bias that it was trained with.
+
+    A bias is learned over distances in windows; where the recipe does not say of which windows, they are its own, and
+    smaller than wanted ones in stages that they cover. Other models are what is wanted.
+
+    Raises:
+        UserError: its windows are not square, and the distances of a bias have one scale.
+    """
+    if wanted == trained or not trained.name.startswith("swin_v2_"):
+        return wanted
+    with torch.device("meta"):
+        model = create_model(trained.name, img_size=resolved_model(trained).size, **trained.overrides)
+    assert isinstance(model, SwinTransformerV2), "by its name"
+    rows, columns = model.window_size
+    if rows != columns:
+        raise UserError(
+            f"model.overrides.window_size: windows of {rows} x {columns} are measured as they were trained; leave out "
+            "what changes the size of images or of windows"
+        )
+    return replace(wanted, overrides=dict(wanted.overrides) | {"pretrained_window_size": model.bias_windows})
 
 
 def choose_kernels(name: Literal["auto", "reference", "triton"], device: torch.device) -> None:

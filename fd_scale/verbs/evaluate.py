@@ -19,7 +19,7 @@ from rich.table import Table
 
 from fd_scale import log, run_folder
 from fd_scale.checkpoint import newest_checkpoint, read_manifest, verify, write_atomically
-from fd_scale.config import ModelConfig, Recipe, to_dict
+from fd_scale.config import Recipe, to_dict
 from fd_scale.data import object_source
 from fd_scale.data.store import is_remote
 from fd_scale.distributed import ALONE, World
@@ -27,7 +27,7 @@ from fd_scale.engine import saved_weights
 from fd_scale.errors import UserError
 from fd_scale.evaluation import EvaluationSet, Progress, reassessed_labels, write_results
 from fd_scale.finetune import ClassificationTask, DetectionTask, SegmentationTask, require_trained_classes
-from fd_scale.models import SwinTransformerV2, create_model, dtype_of
+from fd_scale.models import at_trained_scale, dtype_of
 from fd_scale.trainer import Task
 from fd_scale.verbs.fetch import data_paths
 
@@ -99,7 +99,7 @@ def recipe_of(run: Path, checkpoint: Path, overrides: list[str], images_needed: 
             f"{run}: loss phi_s standardises by statistics that a checkpoint does not hold; its metrics are in "
             "metrics.jsonl"
         )
-    model = recipe.model if recipe.model == own.model else at_trained_scale(own.model, recipe.model)
+    model = at_trained_scale(own.model, recipe.model)
     recipe = replace(recipe, model=replace(model, weights=None))
     if recipe.distill is not None:  # other images may be meant than those whose features are kept
         recipe = replace(recipe, distill=replace(recipe.distill, features=None))
@@ -111,27 +111,6 @@ def recipe_of(run: Path, checkpoint: Path, overrides: list[str], images_needed: 
         section = replace(getattr(recipe, recipe.task), num_classes=num_classes)
         recipe = replace(recipe, **{recipe.task: section})
     return recipe
-
-
-def at_trained_scale(trained: ModelConfig, wanted: ModelConfig) -> ModelConfig:
-    """Returns a Swin V2 of another size, in which a token to the left has the bias that it was trained with.
-
-    A bias is learned over distances in windows; where the recipe does not say of which windows, they are its own, and
-    smaller than wanted ones in stages that they cover.
-
-    Raises:
-        UserError: its windows are not square, and the distances of a bias have one scale.
-    """
-    with torch.device("meta"):
-        model = create_model(trained.name, img_size=trained.size, **trained.overrides)
-    assert isinstance(model, SwinTransformerV2), "others are measured at the size that they were trained at"
-    rows, columns = model.window_size
-    if rows != columns:
-        raise UserError(
-            f"model.overrides.window_size: windows of {rows} x {columns} are measured as they were trained; leave out "
-            "what changes model.img_size or the window"
-        )
-    return replace(wanted, overrides=dict(wanted.overrides) | {"pretrained_window_size": model.bias_windows})
 
 
 @contextmanager

@@ -5,7 +5,6 @@ Shape legend: N = images of a file, R = bytes of a record.
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import re
 import shutil
@@ -100,7 +99,7 @@ def compute(recipe: Recipe, part: Part, world: World) -> None:
     for teacher in teachers:
         teacher.to(world.device)
     total, done = sum(len(files.samples(number)) for _, number in own), 0
-    with log.counting(f"images, {part.name}") if world.is_main else contextlib.nullcontext() as told:
+    with log.counting(f"images, {part.name}", shown=world.is_main) as told:
         for view, places in itertools.groupby(own, key=lambda place: place[0]):
             records_NR, read_ids_N = np.empty((0, files.record_bytes), np.uint8), np.empty(0, np.int64)
             for batch in _batches(recipe, part, view, [files.samples(number) for _, number in places]):
@@ -117,8 +116,7 @@ def compute(recipe: Recipe, part: Part, world: World) -> None:
                 if last == len(records_NR):
                     files.write(view, number, records_NR, read_ids_N)
                 done += last - first
-                if told is not None:
-                    told(done, total)
+                told(done, total)
     world.barrier()
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 from timm.models.swin_transformer_v2 import SwinTransformerV2 as TimmSwinV2
 from timm.utils import AttentionExtract
 from torch import Tensor
@@ -31,7 +32,7 @@ from fd_scale.diagnose.measures import (
 )
 from fd_scale.diagnose.run import Options, labels, load_backbone
 from fd_scale.errors import UserError
-from fd_scale.models import build_model, create_model
+from fd_scale.models import SwinTransformerV2, build_model, create_model
 
 reference = sys.modules["fd_kernels.window_attention.reference"]
 GRID, STRIDE_PX = (3, 4), (16.0, 8.0)
@@ -242,6 +243,18 @@ def test_every_kind_of_model_is_seen_through_an_equal_path(name: str) -> None:
     assert len(maps) == 12
     for attention in maps:
         torch.testing.assert_close(attention.probs.sum(-1), torch.ones(attention.probs.shape[:-1]))
+
+
+def test_an_exported_swin_at_another_size_keeps_the_scale_of_its_biases(tmp_path: Path) -> None:
+    """At 64 px the second stage is one window of 8, the third one of 4; at 128 px both are 8."""
+    shape = {"embed_dim": 8, "depths": [1, 1, 1], "num_heads": [1, 1, 1], "window_size": 8}
+    save_file(create_model("swin_v2_tiny", img_size=64, **shape).state_dict(), tmp_path / "model.safetensors")
+    described = {"name": "swin_v2_tiny", "img_size": 64, "overrides": shape}
+    (tmp_path / "config.json").write_text(json.dumps({"model": described}))
+    model = load_backbone(str(tmp_path), 128)
+    assert isinstance(model, SwinTransformerV2)
+    assert [stage.blocks[0].attn.window_size[0] for stage in model.layers] == [8, 8, 8]
+    assert model.bias_windows == [8, 8, 4]
 
 
 @pytest.mark.parametrize(("kind", "stages"), [("Swin", 2), ("Swinv2", 3)])

@@ -24,10 +24,9 @@ from fd_scale.finetune.segmentation import SegmentationModule
 from fd_scale.finetune.segmentation.heads import NORMS, FCNHead, UPerNetHead
 from fd_scale.finetune.segmentation.module import cross_entropy_sum
 from fd_scale.finetune.segmentation.pictures import colours, error_map, overlay
-from fd_scale.models import create_model
+from fd_scale.models import at_trained_scale, create_model
 from fd_scale.models.pyramid import Pyramid
 from fd_scale.plan.counts import Meter
-from fd_scale.verbs.evaluate import at_trained_scale
 
 SWIN = {"patch_size": 4, "embed_dim": 16, "depths": [1, 1, 1], "num_heads": [1, 2, 4], "window_size": 4}
 MODELS = {
