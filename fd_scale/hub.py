@@ -21,6 +21,8 @@ from typing import Literal
 from fd_scale.errors import UserError
 
 PREFIX = "hf://"
+_ALONE = {"model": "NAME@pretrained", "dataset": "SOURCE"}
+"""What `fd-scale fetch` takes in place of a recipe, by kind."""
 
 # The range of numbers that shards are named with, or alternatives: {0000..1023}, {train,extra}.
 _BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}|\{([^{},]*(?:,[^{},]*)+)\}")
@@ -153,7 +155,8 @@ def cached(files: HubFiles) -> list[Path]:
         record = json.loads(_record_file(files).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(
-            f"{files}: is not in the cache (HF_HOME={HF_HOME}); run: fd-scale fetch RECIPE where there is a network"
+            f"{files}: is not in the cache (HF_HOME={HF_HOME}); run: fd-scale fetch RECIPE, or fetch "
+            f"{_ALONE[files.kind]}, where there is a network"
         ) from None
     found = {
         _folder(files) / "snapshots" / record["commit"] / name: size for name, size in record["sizes"].items()
@@ -163,8 +166,8 @@ def cached(files: HubFiles) -> list[Path]:
         if actual != size:
             state = "is gone" if actual is None else f"has {actual} bytes instead of {size}"
             raise UserError(
-                f"{files}: {path} {state}; delete {path.resolve()} and run: fd-scale fetch RECIPE where there is "
-                "a network"
+                f"{files}: {path} {state}; delete {path.resolve()} and run: fd-scale fetch RECIPE, or fetch "
+                f"{_ALONE[files.kind]}, where there is a network"
             )
     return sorted(found)
 

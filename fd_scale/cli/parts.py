@@ -28,9 +28,9 @@ def add_verb(
     )
 
 
-def add_recipe(parser: argparse.ArgumentParser) -> None:
-    """Adds a recipe and its overrides."""
-    parser.add_argument("recipe", metavar="RECIPE", help="YAML file, or name of a packaged recipe")
+def add_recipe(parser: argparse.ArgumentParser, or_else: str = "") -> None:
+    """Adds a recipe, or what may stand in its place, and overrides."""
+    parser.add_argument("recipe", metavar="RECIPE", help=f"YAML file, or name of a packaged recipe{or_else}")
     add_overrides(parser)
 
 

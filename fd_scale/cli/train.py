@@ -49,11 +49,14 @@ def _add_data(verbs: Verbs) -> None:
     """Adds what prepares data and weights ahead of a run."""
     fetch = add_verb(
         verbs, "fetch", "data and weights of a recipe from the Hugging Face hub, ahead of the run",
-        "Downloads what the recipe names on the hub into the cache (HF_HOME). No other verb asks the hub.",
+        "Downloads what the recipe names on the hub into the cache (HF_HOME), or a model's weights, or images. No\n"
+        "other verb asks the hub.",
         "  fd-scale fetch my.yaml\n"
+        "  fd-scale fetch vit_base_patch16_224.dino@pretrained\n"
+        "  fd-scale fetch 'tar:hf://datasets/timm/imagenet-1k-wds/imagenet1k-validation-*.tar'\n"
         "  fd-scale fetch my.yaml 'data.train=tar:hf://datasets/timm/imagenet-1k-wds/imagenet1k-train-*.tar'",
     )  # fmt: skip
-    add_recipe(fetch)
+    add_recipe(fetch, "; or, alone, NAME@pretrained or a source on the hub")
     fetch.set_defaults(run=_fetch)
 
     features = add_verb(
@@ -180,10 +183,14 @@ def _check(options: argparse.Namespace) -> None:
 
 
 def _fetch(options: argparse.Namespace) -> None:
-    recipe = load_recipe(options.recipe, options.overrides)
-    from fd_scale.verbs.fetch import fetch
+    from fd_scale.verbs.fetch import fetch, is_alone
 
-    for line in fetch(recipe):
+    what = options.recipe
+    if not is_alone(what):
+        what = load_recipe(what, options.overrides)
+    elif options.overrides:
+        raise UserError(f"{what}: is no recipe, and has no settings; leave out {' '.join(options.overrides)}")
+    for line in fetch(what):
         print(line)
 
 

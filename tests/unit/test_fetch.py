@@ -9,7 +9,7 @@ from local_hub import LocalHub
 from omegaconf import OmegaConf
 from shard_files import level, numbered, write_tar
 
-from fd_scale import cli
+from fd_scale import cli, hub
 from fd_scale.config import ModelConfig, build_recipe
 from fd_scale.data import open_source
 from fd_scale.errors import UserError
@@ -75,6 +75,33 @@ def test_a_recipe_that_names_nothing(recipe_values: Values, local_hub: LocalHub)
         "the recipe names nothing on the hub: there is nothing to fetch"
     ]
     assert local_hub.requests == []
+
+
+def test_a_model_or_a_source_alone(on_the_hub: LocalHub, published_teacher: HubFiles, tmp_path: Path) -> None:
+    """As `diagnose NAME@pretrained --images SOURCE` takes them."""
+    cli.main(["fetch", "swin_v2_tiny@pretrained"])
+    assert hub.cached(published_teacher)[0].name == "model.safetensors"
+    with pytest.raises(UserError, match=r"not in the cache .*, or fetch SOURCE, where there is a network"):
+        open_source(SHARDS)
+    cli.main(["fetch", SHARDS])
+    assert len(open_source(SHARDS)) == 40
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["swin_v2_tiny@pretrained"], "no weights of swin_v2_tiny are published"),
+        (["hf:{tmp_path}@pretrained"], "is a folder here; there is nothing to fetch"),
+        (["tar:hf://org/set/a.tar"], "is written hf://datasets/ORG/NAME/PATTERN"),
+        (["vit_base_patch16_224@pretrained", "seed=1"], "has no settings; leave out seed=1"),
+    ],
+)
+def test_wrong_names_alone(
+    arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["fetch", *(each.format(tmp_path=tmp_path) for each in arguments)])
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("published_teacher")
