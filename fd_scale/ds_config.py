@@ -56,10 +56,16 @@ UNSERVED = {
     "autotuning": "fd-scale plan chooses, and micro-batches are the recipe's",
     "data_efficiency": "the recipe's data section says what is shown and when",
     "tensor_parallel": "models are partitioned by ZeRO alone",
+    "zero_optimization.zenflow": "its optimizer takes matrices alone, and trains apart from the recipe's",
     "zero_optimization.elastic_checkpoint": "it lays checkpoints out in a way that this version does not read, and "
     "a run resumes on another number of ranks without it",
 }  # fmt: skip
 """Keys of a JSON that are refused, unless they are off, and why."""
+_OF_STAGE_3 = (
+    "zero_hpz_partition_size", "zero_quantized_weights", "zero_quantized_nontrainable_weights",
+    "zero_quantized_gradients",
+)  # fmt: skip
+"""Keys of `zero_optimization` that DeepSpeed passes over at other stages."""
 _ONE_REPLICA = {
     "offload_optimizer": "gradients are on the host by the time that replicas exchange them",
     "zero_quantized_gradients": "DeepSpeed's groups for it are of all ranks",
@@ -355,6 +361,12 @@ def _unserved(ds_config: dict[str, Any], file: str) -> Iterator[str]:
         )
         if value is not None and (not off or why == _REMOVED):
             yield f"{key} in {file} is not served: {why}; remove it"
+    zero, stage = ds_config.get("zero_optimization", {}), zero_stage(ds_config)
+    for key in _OF_STAGE_3:
+        if stage != 3 and _is_on(zero.get(key)):
+            yield (
+                f"zero_optimization.{key} in {file} needs ZeRO stage 3, got {stage}; raise the stage or remove it"
+            )
     for package, module in (("wandb", "wandb"), ("comet", "comet_ml")):
         monitor = ds_config.get(package)
         if isinstance(monitor, dict) and monitor.get("enabled") and find_spec(module) is None:

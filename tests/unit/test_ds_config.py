@@ -183,6 +183,17 @@ def test_what_is_not_served_is_refused_and_what_is_off_is_not(make_recipe: MakeR
         resolve(config, make_recipe(), 1, "cpu")
 
 
+@pytest.mark.parametrize("key", ["zero_hpz_partition_size", "zero_quantized_gradients"])
+def test_what_only_stage_3_has_is_refused_elsewhere(make_recipe: MakeRecipe, key: str) -> None:
+    on: dict[str, Any] = {key: 2 if key == "zero_hpz_partition_size" else True}
+    with pytest.raises(UserError, match=rf"{key} in .* needs ZeRO stage 3, got 2; raise the stage or remove"):
+        resolve({"zero_optimization": {"stage": 2} | on}, make_recipe(), 1, "cpu")
+    resolve({"zero_optimization": {"stage": 3} | on}, make_recipe(), 1, "cpu")
+    resolve(
+        {"zero_optimization": {"stage": 2, key: int(not key.startswith("zero_q"))}}, make_recipe(), 1, "cpu"
+    )
+
+
 def test_all_that_disagrees_is_told_at_once(make_recipe: MakeRecipe) -> None:
     config = {
         "scheduler": {"type": "WarmupLR"}, "amp": {"enabled": True}, "gradient_clipping": 7.0,
