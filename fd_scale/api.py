@@ -230,7 +230,7 @@ def predict(
         masks: whether a segmentation's masks are wanted in place of pictures, with the values of those it learned from.
 
     Returns:
-        The files.
+        The files; those of a detection end with `detections.json`.
 
     Raises:
         UserError: the run is of another task, or masks are wanted of one that has none; there is no whole checkpoint,
@@ -246,7 +246,7 @@ def predict(
     if masks and recipe.segmentation is None:
         raise UserError(
             f"--masks: a class for each pixel is what a segmentation predicts, {run} is of task {recipe.task}; leave "
-            "it out, or take the detections that evaluate writes"
+            "it out, and see detections.json"
         )
     recipe = replace(recipe, data=replace(recipe.data, evaluation=None))
     task, recipe, world = _to_evaluate(recipe)

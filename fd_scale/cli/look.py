@@ -76,7 +76,7 @@ def _add_predict(verbs: Verbs) -> None:
     predict = add_verb(
         verbs, "predict", "what a model makes of images: pictures with classes or objects, or a table of classes",
         "Predicts an image, or all below a folder, as `evaluate` does, and writes OUT/NAME.png for each, of a\n"
-        "classification OUT/predictions.csv.",
+        "detection OUT/detections.json, too (COCO's format, with scores), of a classification OUT/predictions.csv.",
         "  fd-scale predict runs/ade20k/tiny photo.jpg --out predicted\n"
         "  fd-scale predict runs/digits/finetune photos --out predicted\n"
         "  fd-scale predict runs/coco/tiny photos --out predicted detection.score_threshold=0.3\n"
@@ -122,7 +122,8 @@ def _predict(options: argparse.Namespace) -> None:
     from fd_scale import api
 
     written = api.predict(options.run_dir, options.images, options.out, options.overrides, options.masks)
-    print(written[0] if written[0].suffix == ".csv" else f"{len(written)} pictures in {options.out}")
+    pictures = [file for file in written if file.suffix == ".png"]
+    print(f"{len(pictures)} pictures in {options.out}" if pictures else written[0])
 
 
 def _report(options: argparse.Namespace) -> None:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 import logging
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
+from pycocotools import mask as coco_mask
 from torch import Tensor
 from torchvision.transforms.v2.functional import pil_to_tensor
 
@@ -22,10 +24,12 @@ from fd_scale.data import evaluation_batches, measuring_transform, open_source
 from fd_scale.data.base import UNLABELLED
 from fd_scale.data.decode import DecodeError, decode
 from fd_scale.data.folders import FileSource, walk_images
+from fd_scale.data.instances import Detections
 from fd_scale.data.masks import ade20k_names
 from fd_scale.data.picture import Picture
 from fd_scale.data.transforms import Transform, Unfinished
 from fd_scale.errors import UserError
+from fd_scale.evaluation import compact, results_of
 from fd_scale.finetune import ClassificationTask, DetectionTask, SegmentationTask
 from fd_scale.finetune.detection.pictures import with_detections
 from fd_scale.finetune.segmentation.pictures import overlay
@@ -170,6 +174,34 @@ def _unwritable(out: Path, error: OSError) -> UserError:
     return UserError(f"--out {out}: cannot be written ({error.strerror}); name another folder")
 
 
+@dataclass
+class _Annotations:
+    """Detections of images as COCO writes a data set of its own, with a score for each object."""
+
+    names: list[str]
+    images: list[dict[str, Any]] = field(default_factory=list)
+    objects: list[dict[str, Any]] = field(default_factory=list)
+
+    def add(self, file: str, found: Detections, height: int, width: int) -> None:
+        """Adds an image, in pixels, and what was found in it."""
+        self.images.append({"id": len(self.images) + 1, "file_name": file, "height": height, "width": width})
+        for result in results_of(
+            compact(found, height, width), len(self.images), range(1, len(self.names) + 1)
+        ):
+            runs = result.get("segmentation")
+            area = float(coco_mask.area(runs)) if runs else result["bbox"][2] * result["bbox"][3]
+            self.objects.append({"id": len(self.objects) + 1, "area": area, "iscrowd": 0} | result)
+
+    def write(self, out: Path) -> Path:
+        """Writes them, all or nothing, into a folder."""
+        out.mkdir(parents=True, exist_ok=True)
+        target = out / "detections.json"
+        categories = [{"id": number, "name": name} for number, name in enumerate(self.names, start=1)]
+        found = {"images": self.images, "annotations": self.objects, "categories": categories}
+        write_atomically(target, json.dumps(found))
+        return target
+
+
 def predict_images(
     task: SegmentationTask | DetectionTask,
     class_names: list[str] | None,
@@ -179,6 +211,8 @@ def predict_images(
     mask_values: list[int] | None = None,
 ) -> list[Path]:
     """Writes a PNG file for each image: it under the colours of its classes, with a legend; or its objects, or mask.
+
+    Objects are in `detections.json`, too, which is a data set in COCO's format, with a score for each.
 
     Args:
         task: with its trained weights, in eval mode on the device.
@@ -190,7 +224,7 @@ def predict_images(
             pictures are.
 
     Returns:
-        The pictures.
+        The pictures, and `detections.json` behind them.
 
     Raises:
         UserError: there are no images, two would be written to one file, or nothing can be; or, once all others are,
@@ -209,37 +243,44 @@ def predict_images(
             )
         taken[place] = file
 
-    broken = []
+    broken, written = [], list(targets.values())
+    annotations = _Annotations(names)
     for file, target in targets.items():
         try:
             image = decode(file.read_bytes())
         except (DecodeError, OSError) as error:
             broken.append(f"{file}: {error}".encode(errors="backslashreplace").decode())
             continue
+        pixels_CHW = pil_to_tensor(image).to(device)
         with torch.no_grad():
-            picture = _picture(task, image, names, device, mask_values)
+            if isinstance(task, DetectionTask):
+                found = task.detect(pixels_CHW, task.module)
+                annotations.add(str(file.relative_to(root)), found, image.height, image.width)
+                picture = Image.fromarray(with_detections(pixels_CHW, found, names, SHOWN_SCORE))
+            else:
+                picture = _segmented(task, image, pixels_CHW, names, mask_values)
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
             picture.save(target)
         except OSError as error:
             raise _unwritable(out, error) from None
         logger.info("%s", target)
+    if isinstance(task, DetectionTask):
+        try:
+            written.append(annotations.write(out))
+        except OSError as error:
+            raise _unwritable(out, error) from None
     _require_whole(broken, len(targets), out)
-    return list(targets.values())
+    return written
 
 
-def _picture(
-    task: SegmentationTask | DetectionTask,
+def _segmented(
+    task: SegmentationTask,
     image: Image.Image,
+    pixels_CHW: Tensor,
     names: list[str],
-    device: torch.device,
     mask_values: list[int] | None,
 ) -> Image.Image:
-    pixels_CHW = pil_to_tensor(image).to(device)
-    if isinstance(task, DetectionTask):
-        found = task.detect(pixels_CHW, task.module)
-        return Image.fromarray(with_detections(pixels_CHW, found, names, SHOWN_SCORE))
-
     def segment(images_BCHW: Tensor) -> Tensor:
         return task.module(images_BCHW=images_BCHW)["logits"]
 

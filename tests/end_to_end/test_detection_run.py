@@ -8,9 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from pycocotools.coco import COCO
 
 from fd_scale import api, cli
 from fd_scale.config import build_recipe
+from fd_scale.data import object_source, open_source
 from fd_scale.diagnose.run import Options, diagnose
 from fd_scale.errors import UserError
 from fd_scale.metrics import read_metrics
@@ -82,6 +84,24 @@ def test_it_learns_objects_by_heart_and_shows_them(
         assert before.shape == after.shape
         changed = (before != after).any(-1).mean()
         assert (changed > 0.05) == (name == "0.png"), "the last image has no object"
+    predicted = COCO(str(tmp_path / "out/detections.json"))
+    ids = {image["file_name"]: image["id"] for image in known["images"]}
+    numbers = {category["name"]: category["id"] for category in known["categories"]}
+    assert [image["file_name"] for image in predicted.imgs.values()] == sorted(ids)
+    assert results == [
+        {
+            "image_id": ids[predicted.imgs[each["image_id"]]["file_name"]],
+            "category_id": numbers[predicted.cats[each["category_id"]]["name"]],
+            **{key: each[key] for key in ("bbox", "score", "segmentation")},
+        }
+        for each in predicted.anns.values()
+    ], "what evaluate writes of the same images"
+    assert all(predicted.annToMask(each).sum() == each["area"] for each in predicted.anns.values())
+    own = tmp_path / "own"
+    own.mkdir()
+    (own / "images").symlink_to(images)
+    (own / "instances.json").symlink_to(tmp_path / "out/detections.json")
+    assert object_source(open_source(f"instances:{own}")).class_names == ["square", "disc"]
     with pytest.raises(UserError, match="--masks: a class for each pixel is what a segmentation predicts"):
         api.predict(run, images, tmp_path / "masks", masks=True)
     cli.main(["report", str(run)])
