@@ -15,6 +15,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import shutil
 import time
 from collections.abc import Callable
@@ -359,7 +360,7 @@ def refuse_other_identity(run_dir: Path, identity: dict[str, Any]) -> None:
     theirs |= json.loads(json.dumps(new, default=lambda _: None))
     # Version 0.1.0 wrote world_size into every checkpoint.
     other = [
-        f"{_SETTINGS.get(key, key)}={json.dumps(theirs.get(key))}, this run has {json.dumps(ours.get(key))}"
+        f"{_SETTINGS.get(key, key)}={shown(theirs.get(key))}, this run has {shown(ours.get(key))}"
         for key in sorted(ours.keys() | (theirs.keys() - {"world_size"}))
         if ours.get(key) != theirs.get(key)
     ]
@@ -369,6 +370,12 @@ def refuse_other_identity(run_dir: Path, identity: dict[str, Any]) -> None:
             f"{run_dir}: its checkpoints were written with {'; with '.join(other[:5])}{more}; restore "
             f"{'it' if len(other) == 1 else 'them'}, or give the new run a run_dir of its own"
         )
+
+
+def shown(value: Any) -> str:
+    """A value of JSON in a message: a hash by its first digits."""
+    text = json.dumps(value)
+    return f"{text[1:9]}..." if re.fullmatch('"[0-9a-f]{32,}"', text) else text
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fd_scale import log
-from fd_scale.checkpoint import read_manifest, write_atomically
+from fd_scale.checkpoint import read_manifest, shown, write_atomically
 from fd_scale.config import Recipe
 from fd_scale.data import Batch, evaluation_batches, evaluation_cut, spread
 from fd_scale.diagnose.plots import save
@@ -341,19 +341,13 @@ def read_places(file: Path, key: dict[str, Any]) -> list[Metrics]:
     if before == key:
         return places
     other = [
-        f"{name} {_short(before.get(name))}, here {_short(key.get(name))}"
+        f"{name} {shown(before.get(name))}, here {shown(key.get(name))}"
         for name in key | before
         if before.get(name) != key.get(name)
     ]
     raise UserError(
         f"{file}: is of another landscape ({'; '.join(other)}); name another folder by --out, or delete the file"
     )
-
-
-def _short(value: Any) -> str:
-    """A hash by its first digits."""
-    text = str(value)
-    return text if len(text) < 64 else f"{text[:8]}..."
 
 
 def write_places(file: Path, key: dict[str, Any], found: list[Metrics], more: dict[str, Any]) -> None:

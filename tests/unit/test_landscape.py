@@ -274,8 +274,8 @@ def test_places_are_taken_up_again(tmp_path: Path) -> None:
     [
         ({"points": 5}, "(points 3, here 5)"),
         ({"step": 9, "checkpoint": "b" * 64}, "(step 7, here 9; checkpoint aaaaaaaa..., here bbbbbbbb...)"),
-        ({"later": True}, "(later None, here True)"),
-        ({"step": None}, "(step 7, here None)"),
+        ({"later": True}, "(later null, here true)"),
+        ({"step": None}, "(step 7, here null)"),
     ],
 )
 def test_another_landscape_is_not_replaced(changes: dict[str, Any], words: str, tmp_path: Path) -> None:
