@@ -30,10 +30,9 @@ from fd_scale.models import (
     build_model,
     drop_path_scale,
     dtype_of,
-    learning_rate_scales,
     load_tensors,
     resolved,
-    undecayed_parameters,
+    set_up_training,
 )
 from fd_scale.placement import WHOLE, Placement
 from fd_scale.randomness import hash64, uniform
@@ -86,9 +85,6 @@ class DistillationTask:
                 with first.placement.building(first.dtype):
                     weights = first.model.state_dict(keep_vars=True)
                     load_tensors(student, weights, f"teacher {first.config.model.name}")
-        student.set_activation_checkpointing(
-            recipe.train.activation_checkpointing, recipe.train.checkpointing_period
-        )
         self.grid = student.grid_size(recipe.model.size, recipe.model.size)
         # Teacher and target of each objective.
         self.places = [
@@ -104,8 +100,7 @@ class DistillationTask:
             self.phi_s = [PhiS(objective.num_features) for objective in objectives]
         with placement.building(dtype):
             self.module = DistillationModule(student, objectives, choose_loss(config), dtype)
-        self.undecayed = undecayed_parameters(self.module)
-        self.lr_scales = learning_rate_scales(self.module, recipe.optim.layer_decay)
+        self.undecayed, self.lr_scales = set_up_training(self.module, recipe)
         self.rates = student.drop_path_rates
 
     def _objective(self, student: Backbone, index: int, number: int) -> Objective:

@@ -25,9 +25,8 @@ from fd_scale.models import (
     build_model,
     drop_path_scale,
     dtype_of,
-    learning_rate_scales,
     normalize,
-    undecayed_parameters,
+    set_up_training,
 )
 
 logger = logging.getLogger(__name__)
@@ -130,11 +129,7 @@ class ClassificationTask:
         self.evaluation = evaluation
         dtype = dtype_of(recipe.train.precision)
         self.module = ClassificationModule(recipe.model, recipe.classification, num_classes, dtype)
-        self.module.backbone.set_activation_checkpointing(
-            recipe.train.activation_checkpointing, recipe.train.checkpointing_period
-        )
-        self.undecayed = undecayed_parameters(self.module)
-        self.lr_scales = learning_rate_scales(self.module, recipe.optim.layer_decay)
+        self.undecayed, self.lr_scales = set_up_training(self.module, recipe)
         self.rates = self.module.backbone.drop_path_rates
 
     def prepare(self, world: World, loader: TrainLoader) -> None:

@@ -10,7 +10,7 @@ from fd_scale.models.build import (
     dtype_of,
     learning_rate_scales,
     normalize,
-    undecayed_parameters,
+    set_up_training,
 )
 from fd_scale.models.layers import Fp32Linear
 from fd_scale.models.pretrained import (
@@ -58,8 +58,8 @@ __all__ = [
     "read_weights",
     "resolved",
     "resolved_model",
+    "set_up_training",
     "timm_classifier",
-    "undecayed_parameters",
     "weights_folder",
     "weights_path",
     "weights_sha256",

@@ -15,7 +15,7 @@ import torch
 from fd_kernels.dispatch import set_implementation
 from torch import Tensor, nn
 
-from fd_scale.config import ModelConfig
+from fd_scale.config import ModelConfig, Recipe
 from fd_scale.errors import UserError
 from fd_scale.models.backbone import Backbone
 from fd_scale.models.huggingface import HuggingFaceBackbone, is_published
@@ -104,11 +104,21 @@ def choose_kernels(name: Literal["auto", "reference", "triton"], device: torch.d
     set_implementation(name)
 
 
-def undecayed_parameters(module: nn.Module) -> set[str]:
-    """Returns the names of a trained module's parameters that its backbone spares from weight decay."""
-    backbone = module.get_submodule(BACKBONE)
-    assert isinstance(backbone, Backbone), "modules hold what build_model returned"
-    return {f"{BACKBONE}.{name}" for name in backbone.no_weight_decay_names()}
+def set_up_training(module: nn.Module, recipe: Recipe) -> tuple[set[str], dict[str, float]]:
+    """Sets what the backward pass of a trained module's backbone computes again.
+
+    Returns:
+        Names of parameters that the backbone spares from weight decay, and `learning_rate_scales`.
+
+    Raises:
+        UserError: the model cannot recompute, or the order of its layers is not known.
+    """
+    backbone = _backbone_of(module)
+    backbone.set_activation_checkpointing(
+        recipe.train.activation_checkpointing, recipe.train.checkpointing_period
+    )
+    undecayed = {f"{BACKBONE}.{name}" for name in backbone.no_weight_decay_names()}
+    return undecayed, learning_rate_scales(module, recipe.optim.layer_decay)
 
 
 def learning_rate_scales(module: nn.Module, layer_decay: float) -> dict[str, float]:
@@ -125,11 +135,15 @@ def learning_rate_scales(module: nn.Module, layer_decay: float) -> dict[str, flo
     """
     if layer_decay == 1:
         return {}
-    backbone = module.get_submodule(BACKBONE)
-    assert isinstance(backbone, Backbone), "modules hold what build_model returned"
-    ids = backbone.layer_ids()
+    ids = _backbone_of(module).layer_ids()
     behind = max(ids.values()) + 1
     return {f"{BACKBONE}.{name}": layer_decay ** (behind - layer) for name, layer in ids.items()}
+
+
+def _backbone_of(module: nn.Module) -> Backbone:
+    backbone = module.get_submodule(BACKBONE)
+    assert isinstance(backbone, Backbone), "modules hold what build_model returned"
+    return backbone
 
 
 def normalize(images_BCHW: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:

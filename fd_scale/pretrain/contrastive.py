@@ -18,14 +18,7 @@ from fd_scale.config import ContrastiveConfig, ModelConfig, Recipe
 from fd_scale.data import Batch, TrainLoader
 from fd_scale.distributed import World
 from fd_scale.evaluation import Forward
-from fd_scale.models import (
-    build_model,
-    drop_path_scale,
-    dtype_of,
-    learning_rate_scales,
-    normalize,
-    undecayed_parameters,
-)
+from fd_scale.models import build_model, drop_path_scale, dtype_of, normalize, set_up_training
 
 
 class _GatherRanks(torch.autograd.Function):
@@ -112,11 +105,7 @@ class ContrastiveTask:
         assert recipe.contrastive is not None, "a recipe of task contrastive has its section"
         self.seed = recipe.seed
         self.module = ContrastiveModule(recipe.model, recipe.contrastive, dtype_of(recipe.train.precision))
-        self.module.backbone.set_activation_checkpointing(
-            recipe.train.activation_checkpointing, recipe.train.checkpointing_period
-        )
-        self.undecayed = undecayed_parameters(self.module)
-        self.lr_scales = learning_rate_scales(self.module, recipe.optim.layer_decay)
+        self.undecayed, self.lr_scales = set_up_training(self.module, recipe)
         self.rates = self.module.backbone.drop_path_rates
 
     def prepare(self, world: World, loader: TrainLoader) -> None:

@@ -20,14 +20,7 @@ from fd_scale.data import Batch, TrainLoader
 from fd_scale.distributed import World
 from fd_scale.errors import UserError
 from fd_scale.evaluation import EvaluationSet, Forward, mean_over_source
-from fd_scale.models import (
-    build_model,
-    drop_path_scale,
-    dtype_of,
-    learning_rate_scales,
-    normalize,
-    undecayed_parameters,
-)
+from fd_scale.models import build_model, drop_path_scale, dtype_of, normalize, set_up_training
 from fd_scale.randomness import uniform
 
 NUM_PICTURES = 8
@@ -118,11 +111,8 @@ class MaskedTask:
                 f"masked.ratio: {recipe.masked.ratio} of {self.num_cells} cells are {self.num_hidden}; expected at "
                 "least one that is hidden and one that is seen"
             )
-        self.module.backbone.set_activation_checkpointing(
-            recipe.train.activation_checkpointing, recipe.train.checkpointing_period
-        )
-        self.undecayed = undecayed_parameters(self.module) | {"mask_cell"}
-        self.lr_scales = learning_rate_scales(self.module, recipe.optim.layer_decay)
+        self.undecayed, self.lr_scales = set_up_training(self.module, recipe)
+        self.undecayed.add("mask_cell")
         self.rates = self.module.backbone.drop_path_rates
 
     def prepare(self, world: World, loader: TrainLoader) -> None:

@@ -23,7 +23,7 @@ from fd_scale.finetune.detection.boxes import NMS_IOU, suppressed
 from fd_scale.finetune.detection.module import DetectionModule, at_places
 from fd_scale.finetune.detection.pictures import with_detections, with_truth
 from fd_scale.finetune.detection.views import Viewer
-from fd_scale.models import drop_path_scale, dtype_of, learning_rate_scales, undecayed_parameters
+from fd_scale.models import drop_path_scale, dtype_of, set_up_training
 from fd_scale.randomness import hash64
 
 NUM_PICTURES = 4
@@ -55,13 +55,8 @@ class DetectionTask:
         self.evaluation = evaluation
         dtype = dtype_of(recipe.train.precision)
         self.module = DetectionModule(recipe.model, self.config, self.num_classes, dtype)
-        backbone = self.module.backbone
-        backbone.set_activation_checkpointing(
-            recipe.train.activation_checkpointing, recipe.train.checkpointing_period
-        )
-        self.viewer = Viewer(recipe, backbone)
-        self.undecayed = undecayed_parameters(self.module)
-        self.lr_scales = learning_rate_scales(self.module, recipe.optim.layer_decay)
+        self.undecayed, self.lr_scales = set_up_training(self.module, recipe)
+        self.viewer = Viewer(recipe, self.module.backbone)
 
     def prepare(self, world: World, loader: TrainLoader) -> None:
         """There is nothing beside the module."""

@@ -19,7 +19,7 @@ from fd_scale.evaluation import EvaluationSet, Forward, Predictor, Progress, Seg
 from fd_scale.finetune.classes import agreed_classes
 from fd_scale.finetune.segmentation.module import SegmentationModule
 from fd_scale.finetune.segmentation.pictures import error_map, painted
-from fd_scale.models import Backbone, drop_path_scale, dtype_of, learning_rate_scales, undecayed_parameters
+from fd_scale.models import Backbone, drop_path_scale, dtype_of, set_up_training
 from fd_scale.randomness import hash64
 
 NUM_PICTURES = 4
@@ -47,17 +47,13 @@ class SegmentationTask:
         self.evaluation = evaluation
         dtype = dtype_of(recipe.train.precision)
         self.module = SegmentationModule(recipe.model, self.config, self.num_classes, dtype)
-        backbone = self.module.backbone
-        backbone.set_activation_checkpointing(
-            recipe.train.activation_checkpointing, recipe.train.checkpointing_period
-        )
-        self.predictor = predictor_of(recipe, self.num_classes, backbone)
-        self.undecayed = undecayed_parameters(self.module) | {
+        self.undecayed, self.lr_scales = set_up_training(self.module, recipe)
+        self.undecayed |= {
             f"head.{name}.weight"
             for name, part in self.module.head.named_modules()
             if isinstance(part, nn.Embedding)
         }
-        self.lr_scales = learning_rate_scales(self.module, recipe.optim.layer_decay)
+        self.predictor = predictor_of(recipe, self.num_classes, self.module.backbone)
 
     def prepare(self, world: World, loader: TrainLoader) -> None:
         """There is nothing beside the module.
