@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
-from fd_scale.benchmarks.records import write_json
 from fd_scale.data.coco_index import CocoIndex, convert
 from fd_scale.errors import UserError
 from fd_scale.log import console
@@ -84,7 +83,7 @@ def _converted(source: Path, target: Path) -> tuple[float, float]:
     return time.monotonic() - began, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
-def bench_annotations(num_images: int, num_objects: int, json_file: str | None) -> None:
+def bench_annotations(num_images: int, num_objects: int) -> dict[str, Any]:
     """Measures the conversion in a process of its own, then how long the index takes to open.
 
     Raises:
@@ -108,4 +107,4 @@ def bench_annotations(num_images: int, num_objects: int, json_file: str | None) 
     for name, value in found.items():
         table.add_row(name, f"{value:.4g}" if isinstance(value, float) else f"{value:,}")
     console.print(table)
-    write_json(json_file, found)
+    return found

@@ -22,7 +22,6 @@ from torchvision.ops import MultiScaleRoIAlign
 
 from fd_scale.benchmarks.beside import Peer, beside
 from fd_scale.benchmarks.finetune import show
-from fd_scale.benchmarks.records import write_json
 from fd_scale.benchmarks.step import WARM_UP_STEPS, now
 from fd_scale.config import Recipe
 from fd_scale.data import Batch
@@ -140,16 +139,13 @@ def _convolutions(module: nn.Module) -> list[nn.Module]:
     return [layer for layer in module.modules() if isinstance(layer, nn.Conv2d)]
 
 
-def bench_detection(
-    recipe_name: str, overrides: Sequence[str], num_steps: int, json_file: str | None
-) -> dict[str, Any]:
+def bench_detection(recipe_name: str, overrides: Sequence[str], num_steps: int) -> dict[str, Any]:
     """Measures steps, then detections, on images in memory in this process, both in turns, and prints two tables.
 
     Args:
         recipe_name: recipe of task detection with head mask_rcnn; nothing is evaluated.
         overrides: settings that replace the recipe's.
         num_steps: measured steps, and detections, of each after a warm-up.
-        json_file: where the measurements go too.
 
     Returns:
         The measurements: times in ms.
@@ -162,7 +158,6 @@ def bench_detection(
     show(result, PEER, result["images"])
     detections = {f"{loop}_ms": result[f"{loop}_detection_ms"] for loop in ("ours", PEER)}
     show(detections, PEER, 1)
-    write_json(json_file, result)
     return result
 
 

@@ -18,7 +18,6 @@ from torch import Tensor
 
 from fd_scale import api
 from fd_scale.benchmarks.finetune import WARM_UP_STEPS, show
-from fd_scale.benchmarks.records import write_json
 from fd_scale.benchmarks.step import now, settings_alone
 from fd_scale.config import FeaturesConfig, load_recipe
 from fd_scale.data import open_source
@@ -34,16 +33,13 @@ from fd_scale.verbs import features as teacher_features
 PRECISIONS = ("bf16", "int8")
 
 
-def bench_features(
-    recipe_name: str, overrides: Sequence[str], num_steps: int, json_file: str | None
-) -> dict[str, Any]:
+def bench_features(recipe_name: str, overrides: Sequence[str], num_steps: int) -> dict[str, Any]:
     """Computes one view of all training images, then measures whole steps of both kinds in turns; prints tables.
 
     Args:
         recipe_name: recipe of a distillation; nothing is evaluated.
         overrides: settings that replace the recipe's.
         num_steps: measured steps of each loop, after a warm-up.
-        json_file: where the measurements go too.
 
     Returns:
         The measurements: times in ms, `precisions` with bytes and errors, `features_s` to compute them.
@@ -93,7 +89,6 @@ def bench_features(
     } | {f"{name}_ms": values for name, values in times.items()}  # fmt: skip
     show(result, "teachers", recipe.train.global_batch, "features")
     _show(result)
-    write_json(json_file, result)
     return result
 
 

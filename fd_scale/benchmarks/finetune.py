@@ -21,7 +21,6 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from fd_scale import api
-from fd_scale.benchmarks.records import write_json
 from fd_scale.benchmarks.step import now, settings_alone
 from fd_scale.config import Recipe, load_recipe
 from fd_scale.data import Batch, Source, TrainLoader, open_source
@@ -142,16 +141,13 @@ class _TakingTurns:
             batches.close()
 
 
-def bench_finetune(
-    recipe_name: str, overrides: Sequence[str], num_steps: int, json_file: str | None
-) -> dict[str, Any]:
+def bench_finetune(recipe_name: str, overrides: Sequence[str], num_steps: int) -> dict[str, Any]:
     """Measures whole fine-tuning steps in this process, the two loops in turns, and prints a table.
 
     Args:
         recipe_name: recipe of task classification; nothing is evaluated.
         overrides: settings that replace the recipe's.
         num_steps: measured steps of each loop, after a warm-up.
-        json_file: where the measurements go too.
 
     Returns:
         The measurements: times in ms.
@@ -179,7 +175,6 @@ def bench_finetune(
         "ours_ms": turns.ours_ms[WARM_UP_STEPS:], "timm_ms": turns.timm_ms[WARM_UP_STEPS:],
     }  # fmt: skip
     show(result, "timm", recipe.train.global_batch)
-    write_json(json_file, result)
     return result
 
 

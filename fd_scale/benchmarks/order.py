@@ -8,12 +8,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from rich.table import Table
 
-from fd_scale.benchmarks.records import write_json
 from fd_scale.data.order import ShardOrder, order
 from fd_scale.errors import UserError
 from fd_scale.log import console
@@ -26,9 +26,7 @@ Ids = npt.NDArray[np.int64]
 Order = Callable[[Ids], Ids]
 
 
-def bench_order(
-    num_shards: int, shard_size: int, batch: int, windows: list[int], json_file: str | None
-) -> None:
+def bench_order(num_shards: int, shard_size: int, batch: int, windows: list[int]) -> dict[str, Any]:
     """Prints a table, a row for each order of one epoch.
 
     Args:
@@ -36,7 +34,6 @@ def bench_order(
         shard_size: images in a shard.
         batch: images of a step.
         windows: each with a row; the order over all has the last one.
-        json_file: where the numbers go too.
     """
     if min(num_shards, shard_size, batch, *windows) < 1 or batch > num_shards * shard_size:
         raise UserError("bench order: expected numbers of at least 1, and a batch no larger than all shards")
@@ -52,7 +49,7 @@ def bench_order(
     for name, values in found.items():
         table.add_row(name, *(f"{value:.4g}" for value in values.values()))
     console.print(table)
-    write_json(json_file, {"shards": num_shards, "shard_size": shard_size, "batch": batch, "orders": found})
+    return {"shards": num_shards, "shard_size": shard_size, "batch": batch, "orders": found}
 
 
 def _measured(ordered: Order, size: int, shard_size: int, batch: int) -> dict[str, float]:

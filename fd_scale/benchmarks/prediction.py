@@ -15,7 +15,6 @@ from rich.table import Table
 from torch import Tensor
 
 from fd_scale import api
-from fd_scale.benchmarks.records import write_json
 from fd_scale.config import load_recipe
 from fd_scale.errors import UserError
 from fd_scale.finetune import SegmentationTask
@@ -26,7 +25,7 @@ from fd_scale.run_folder import environment
 
 
 def bench_prediction(
-    recipe_name: str, overrides: Sequence[str], sides: Sequence[int], repeats: int, json_file: str | None
+    recipe_name: str, overrides: Sequence[str], sides: Sequence[int], repeats: int
 ) -> dict[str, Any]:
     """Predicts square images of noise, as they are and as the recipe says, with random weights; prints a table.
 
@@ -35,7 +34,6 @@ def bench_prediction(
         overrides: settings that replace the recipe's.
         sides: of the images in pixels.
         repeats: images of each side that are measured, after one that is not.
-        json_file: where the measurements go too.
 
     Returns:
         The measurements; of each side, `windows`, `seconds` of each image and `peak_gib` of the process, or of the GPU,
@@ -86,5 +84,4 @@ def bench_prediction(
             f"{mean:.2f} ({', '.join(f'{each:.2f}' for each in seconds[1:])})", f"{1 / mean:.3g}", f"{peak_gib:.2f}",
         )  # fmt: skip
     console.print(table)
-    write_json(json_file, result)
     return result

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from fd_scale.benchmarks.beside import Peer, beside
 from fd_scale.benchmarks.finetune import show
-from fd_scale.benchmarks.records import write_json
 from fd_scale.config import Recipe
 from fd_scale.errors import UserError
 from fd_scale.finetune import SegmentationTask
@@ -63,16 +62,13 @@ class TransformersUPerNet(nn.Module):
         return {"loss": cross_entropy_sum(self.head(maps), masks_BHW), "auxiliary": auxiliary}
 
 
-def bench_segmentation(
-    recipe_name: str, overrides: Sequence[str], num_steps: int, json_file: str | None
-) -> dict[str, Any]:
+def bench_segmentation(recipe_name: str, overrides: Sequence[str], num_steps: int) -> dict[str, Any]:
     """Measures steps on batches in memory in this process, the two loops in turns, and prints a table.
 
     Args:
         recipe_name: recipe of task segmentation with UPerNet; nothing is evaluated.
         overrides: settings that replace the recipe's.
         num_steps: measured steps of each loop, after a warm-up.
-        json_file: where the measurements go too.
 
     Returns:
         The measurements: times in ms.
@@ -85,7 +81,6 @@ def bench_segmentation(
         Peer(name=PEER, refuse=_refuse, module=TransformersUPerNet, settings=["segmentation.norm=batch"]),
     )  # fmt: skip
     show(result, PEER, result["images"])
-    write_json(json_file, result)
     return result
 
 

@@ -19,7 +19,6 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from fd_scale import api, distributed
-from fd_scale.benchmarks.records import write_json
 from fd_scale.checkpoint import write_atomically
 from fd_scale.config import Recipe, load_recipe
 from fd_scale.data import Batch, TrainLoader, open_source
@@ -32,14 +31,13 @@ VARIANTS = (("zero0", 1), ("zero3", 2))
 WARM_UP_STEPS = 5
 
 
-def bench_step(recipe: str, overrides: list[str], num_steps: int, json_file: str | None) -> dict[str, Any]:
+def bench_step(recipe: str, overrides: list[str], num_steps: int) -> dict[str, Any]:
     """Measures one optimizer step at ZeRO 0 on one process and at ZeRO 3 on two; prints a table.
 
     Args:
         recipe: recipe of a distillation.
         overrides: settings that replace the recipe's.
         num_steps: measured steps of each loop, after a warm-up.
-        json_file: where the measurements go too.
 
     Returns:
         The measurements: times in ms.
@@ -58,7 +56,6 @@ def bench_step(recipe: str, overrides: list[str], num_steps: int, json_file: str
             )
     result = {"environment": environment(), "recipe": recipe, "overrides": overrides, "rows": rows}
     _show(result)
-    write_json(json_file, result)
     return result
 
 

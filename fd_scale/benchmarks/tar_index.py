@@ -16,7 +16,6 @@ from pathlib import Path
 import numpy as np
 from rich.table import Table
 
-from fd_scale.benchmarks.records import write_json
 from fd_scale.data.order import order
 from fd_scale.data.shards import TarSource
 from fd_scale.data.tar_index import Shard, TarIndex, identified, index_of, write_shards
@@ -32,14 +31,13 @@ _NUM_REPEATS = 20
 _SHARD_NUMBER = b"#####"
 
 
-def bench_index(num_images: int, num_shards: int, num_tars: int, json_file: str | None) -> None:
+def bench_index(num_images: int, num_shards: int, num_tars: int) -> dict[str, float]:
     """Measures a large index that is generated, and the reading of small tar files beside the opening of theirs.
 
     Args:
         num_images: of the generated index.
         num_shards: that it has.
         num_tars: real shards of 500 images with labels.
-        json_file: where the measurements go too.
     """
     if min(num_images, num_shards, num_tars) < 1:
         raise UserError("--images, --shards, --tars: expected at least 1 of each")
@@ -51,7 +49,7 @@ def bench_index(num_images: int, num_shards: int, num_tars: int, json_file: str 
     for name, value in found.items():
         table.add_row(name, f"{value:.4g}" if isinstance(value, float) else f"{value:,}")
     console.print(table)
-    write_json(json_file, found)
+    return found
 
 
 @contextlib.contextmanager

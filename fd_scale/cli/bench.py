@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from importlib import import_module
 from pathlib import Path
 
 from fd_scale.cli.parts import Verbs, add_overrides, add_recipe, add_verb
@@ -34,8 +35,7 @@ def add_bench(verbs: Verbs) -> None:
         "recipe", metavar="RECIPE", nargs="?", default="digits/distill", help="default: digits/distill"
     )
     add_overrides(step)
-    _add_steps(step)
-    step.set_defaults(run=_bench)
+    _run_steps(step, "step.bench_step")
 
     finetune = add_verb(
         subjects, "finetune", "one fine-tuning step, images and all, beside timm's loader, Mixup and optimizer",
@@ -43,8 +43,7 @@ def add_bench(verbs: Verbs) -> None:
         "  fd-scale bench finetune digits/finetune model.weights=null",
     )  # fmt: skip
     add_recipe(finetune)
-    _add_steps(finetune)
-    finetune.set_defaults(run=_bench_finetune)
+    _run_steps(finetune, "finetune.bench_finetune")
 
     _add_bench_features(subjects)
 
@@ -55,8 +54,7 @@ def add_bench(verbs: Verbs) -> None:
         "  fd-scale bench segmentation ade20k/tiny data.train=ade20k_val:ADEChallengeData2016",
     )  # fmt: skip
     add_recipe(segmentation)
-    _add_steps(segmentation)
-    segmentation.set_defaults(run=_bench_segmentation)
+    _run_steps(segmentation, "segmentation.bench_segmentation")
 
     _add_bench_prediction(subjects)
     _add_bench_detection(subjects)
@@ -68,9 +66,16 @@ def add_bench(verbs: Verbs) -> None:
     _add_bench_scale(subjects)
 
 
-def _add_steps(bench: argparse.ArgumentParser) -> None:
+def _run_steps(bench: argparse.ArgumentParser, function: str) -> None:
+    """Adds a number of steps; the function is given it behind the recipe."""
     bench.add_argument("--steps", type=int, default=30, help="measured ones of each loop (default: 30)")
+    _run(bench, function, "recipe", "overrides", "steps")
+
+
+def _run(bench: argparse.ArgumentParser, function: str, *options: str) -> None:
+    """Lets a function of `fd_scale.benchmarks` run with these options; what it returns is written to --json."""
     bench.add_argument("--json", metavar="FILE", help="write the measurements there too")
+    bench.set_defaults(run=_bench, function=function, given=options)
 
 
 def _add_bench_features(subjects: Verbs) -> None:
@@ -81,8 +86,7 @@ def _add_bench_features(subjects: Verbs) -> None:
         "  fd-scale bench features imagenet/dino_vit_base data.train=tar:imagenet-sample --steps 20",
     )  # fmt: skip
     add_recipe(features)
-    _add_steps(features)
-    features.set_defaults(run=_bench_features)
+    _run_steps(features, "features.bench_features")
 
 
 def _add_bench_kernels(subjects: Verbs) -> None:
@@ -114,8 +118,7 @@ def _add_bench_prediction(subjects: Verbs) -> None:
         "--sides", type=int, nargs="+", default=[640, 896, 4096], help="in pixels (default: 640 896 4096)"
     )
     prediction.add_argument("--repeats", type=int, default=3, help="measured images of each (default: 3)")
-    prediction.add_argument("--json", metavar="FILE", help="write the measurements there too")
-    prediction.set_defaults(run=_bench_prediction)
+    _run(prediction, "prediction.bench_prediction", "recipe", "overrides", "sides", "repeats")
 
 
 def _add_bench_detection(subjects: Verbs) -> None:
@@ -126,8 +129,7 @@ def _add_bench_detection(subjects: Verbs) -> None:
         "  fd-scale bench detection coco/tiny data.train=coco_val:coco",
     )  # fmt: skip
     add_recipe(detection)
-    _add_steps(detection)
-    detection.set_defaults(run=_bench_detection)
+    _run_steps(detection, "detection.bench_detection")
 
     annotations = add_verb(
         subjects, "annotations", "COCO's annotations to the index that a detection reads: time and memory",
@@ -138,8 +140,7 @@ def _add_bench_detection(subjects: Verbs) -> None:
     annotations.add_argument(
         "--objects", type=int, default=860_001, help="how many (default: 860001, COCO's)"
     )
-    annotations.add_argument("--json", metavar="FILE", help="write the measurements there too")
-    annotations.set_defaults(run=_bench_annotations)
+    _run(annotations, "annotations.bench_annotations", "images", "objects")
 
 
 def _add_bench_data(subjects: Verbs) -> None:
@@ -176,8 +177,7 @@ def _add_bench_index(subjects: Verbs) -> None:
     index.add_argument("--images", type=int, default=100_000_000, help="of the index (default: 100000000)")
     index.add_argument("--shards", type=int, default=10_000, help="that it has (default: 10000)")
     index.add_argument("--tars", type=int, default=200, help="real shards of 500 images (default: 200)")
-    index.add_argument("--json", metavar="FILE", help="write the measurements there too")
-    index.set_defaults(run=_bench_index)
+    _run(index, "tar_index.bench_index", "images", "shards", "tars")
 
     order = add_verb(
         subjects, "order", "how well an order by shards (data.shard_window) shuffles, and what it reads at a time",
@@ -189,8 +189,7 @@ def _add_bench_index(subjects: Verbs) -> None:
     order.add_argument("--shard-size", type=int, default=1000, help="images in a shard (default: 1000)")
     order.add_argument("--batch", type=int, default=4096, help="images of a step (default: 4096)")
     order.add_argument("--window", type=int, nargs="+", default=[8, 32, 128], help="(default: 8 32 128)")
-    order.add_argument("--json", metavar="FILE", help="write the measurements there too")
-    order.set_defaults(run=_bench_order)
+    _run(order, "order.bench_order", "shards", "shard_size", "batch", "window")
 
 
 def _add_bench_giant(subjects: Verbs) -> None:
@@ -252,45 +251,11 @@ def _add_bench_scale(subjects: Verbs) -> None:
 
 
 def _bench(options: argparse.Namespace) -> None:
-    from fd_scale.benchmarks.step import bench_step
+    from fd_scale.benchmarks.records import write_json
 
-    bench_step(options.recipe, options.overrides, options.steps, options.json)
-
-
-def _bench_detection(options: argparse.Namespace) -> None:
-    from fd_scale.benchmarks.detection import bench_detection
-
-    bench_detection(options.recipe, options.overrides, options.steps, options.json)
-
-
-def _bench_finetune(options: argparse.Namespace) -> None:
-    from fd_scale.benchmarks.finetune import bench_finetune
-
-    bench_finetune(options.recipe, options.overrides, options.steps, options.json)
-
-
-def _bench_features(options: argparse.Namespace) -> None:
-    from fd_scale.benchmarks.features import bench_features
-
-    bench_features(options.recipe, options.overrides, options.steps, options.json)
-
-
-def _bench_annotations(options: argparse.Namespace) -> None:
-    from fd_scale.benchmarks.annotations import bench_annotations
-
-    bench_annotations(options.images, options.objects, options.json)
-
-
-def _bench_index(options: argparse.Namespace) -> None:
-    from fd_scale.benchmarks.tar_index import bench_index
-
-    bench_index(options.images, options.shards, options.tars, options.json)
-
-
-def _bench_order(options: argparse.Namespace) -> None:
-    from fd_scale.benchmarks.order import bench_order
-
-    bench_order(options.shards, options.shard_size, options.batch, options.window, options.json)
+    module, function = options.function.split(".")
+    bench = getattr(import_module(f"fd_scale.benchmarks.{module}"), function)
+    write_json(options.json, bench(*(getattr(options, name) for name in options.given)))
 
 
 def _bench_data(options: argparse.Namespace) -> None:
@@ -309,18 +274,6 @@ def _bench_data(options: argparse.Namespace) -> None:
     if recipe is not None and gpu is not None:
         for line in input_needed(plan(options.recipe, recipe, gpu, options.gpus, images_per_core=rate)):
             results().print(line, soft_wrap=True, highlight=False)
-
-
-def _bench_segmentation(options: argparse.Namespace) -> None:
-    from fd_scale.benchmarks.segmentation import bench_segmentation
-
-    bench_segmentation(options.recipe, options.overrides, options.steps, options.json)
-
-
-def _bench_prediction(options: argparse.Namespace) -> None:
-    from fd_scale.benchmarks.prediction import bench_prediction
-
-    bench_prediction(options.recipe, options.overrides, options.sides, options.repeats, options.json)
 
 
 def _bench_kernels(options: argparse.Namespace) -> None:

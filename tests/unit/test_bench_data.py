@@ -1,6 +1,11 @@
-"""`bench data`, and what the plan makes of its number: all ways run on the same files, cores add up."""
+"""`bench data`, and what the plan makes of its number: all ways run on the same files, cores add up.
+
+And that the command line gives each benchmark what it asks for.
+"""
 
 import contextlib
+import importlib
+import inspect
 import io
 import json
 import math
@@ -46,6 +51,22 @@ def test_all_ways_run(photos: str, tmp_path: Path, capsys: pytest.CaptureFixture
         assert speed["core"] > 0
     assert rate == found["images_per_s"][f"{OURS}, 4 crops an image"][0]["core"]
     assert LIMIT.split()[0] in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["step"], ["finetune", "R"], ["features", "R"], ["segmentation", "R"], ["prediction", "R"],
+        ["detection", "R"], ["annotations"], ["index"], ["order"],
+    ],
+    ids=lambda words: words[0],
+)  # fmt: skip
+def test_benchmarks_are_given_what_they_ask_for(words: list[str]) -> None:
+    options = cli.parsed(["bench", *words])
+    module, function = options.function.split(".")
+    asked = inspect.signature(getattr(importlib.import_module(f"fd_scale.benchmarks.{module}"), function))
+    assert all(name in asking for name, asking in zip(options.given, asked.parameters, strict=True))
+    assert all(hasattr(options, name) for name in options.given)
 
 
 def test_a_source_without_jpeg_files(tmp_path: Path) -> None:
