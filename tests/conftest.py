@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from omegaconf import OmegaConf
 from PIL import Image
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the ranks of a test share two cores
@@ -182,3 +183,14 @@ def recipe_values(values_in: Callable[..., dict[str, Any]], tmp_path: Path) -> C
 def make_recipe(recipe_values: Callable[..., dict[str, Any]]) -> Callable[..., Recipe]:
     """As `recipe_values`, checked and built."""
     return lambda *args, **changes: build_recipe(recipe_values(*args, **changes))
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Callable[[dict[str, Any]], str]:
+    """Returns a function that saves the values of a recipe as YAML, and names the file."""
+
+    def write(values: dict[str, Any]) -> str:
+        OmegaConf.save(OmegaConf.create(values), tmp_path / "recipe.yaml")
+        return str(tmp_path / "recipe.yaml")
+
+    return write

@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from omegaconf import OmegaConf
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -21,7 +20,7 @@ from fd_scale.models import create_model
 from fd_scale.trainer import Trainer
 
 Values = Callable[..., dict[str, Any]]
-Write = Callable[[dict[str, Any]], str]
+Saved = Callable[[dict[str, Any]], str]
 Refused = Callable[..., str]
 
 VERBS = {
@@ -72,18 +71,6 @@ def refused(capsys: pytest.CaptureFixture[str]) -> Refused:
         return sentence
 
     return run
-
-
-@pytest.fixture
-def write(tmp_path: Path) -> Write:
-    """Writes a recipe, returns its path."""
-
-    def write(values: dict[str, Any]) -> str:
-        file = tmp_path / "recipe.yaml"
-        OmegaConf.save(OmegaConf.create(values), file)
-        return str(file)
-
-    return write
 
 
 @pytest.mark.parametrize(
@@ -147,10 +134,10 @@ def write(tmp_path: Path) -> Write:
     ],
 )  # fmt: skip
 def test_setting(
-    recipe_values: Values, write: Write, refused: Refused, task: str, overrides: list[str], facts: list[str]
+    recipe_values: Values, saved: Saved, refused: Refused, task: str, overrides: list[str], facts: list[str]
 ) -> None:
     values = recipe_values(task)
-    sentence = refused(VERBS[task], write(values), *overrides)
+    sentence = refused(VERBS[task], saved(values), *overrides)
     assert all(fact in sentence for fact in facts), sentence
     assert not Path(values["run_dir"]).exists(), "it was refused before anything was written"
 
@@ -175,10 +162,10 @@ def test_file_that_is_no_recipe(tmp_path: Path, refused: Refused, text: str, fac
 
 
 @pytest.mark.parametrize("section", ["model", "data", "optim", "train"])
-def test_missing_section(recipe_values: Values, write: Write, refused: Refused, section: str) -> None:
+def test_missing_section(recipe_values: Values, saved: Saved, refused: Refused, section: str) -> None:
     values = recipe_values()
     del values[section]
-    assert f"required and not given: {section}" in refused("distill", write(values))
+    assert f"required and not given: {section}" in refused("distill", saved(values))
 
 
 def test_unknown_recipe(refused: Refused) -> None:
@@ -188,37 +175,37 @@ def test_unknown_recipe(refused: Refused) -> None:
 
 
 @pytest.mark.parametrize("verb", ["pretrain", "finetune"])
-def test_verb_of_another_task(recipe_values: Values, write: Write, refused: Refused, verb: str) -> None:
-    assert "its task is distill; run it with `fd-scale distill`" in refused(verb, write(recipe_values()))
+def test_verb_of_another_task(recipe_values: Values, saved: Saved, refused: Refused, verb: str) -> None:
+    assert "its task is distill; run it with `fd-scale distill`" in refused(verb, saved(recipe_values()))
 
 
-def test_empty_data_set(recipe_values: Values, write: Write, refused: Refused, tmp_path: Path) -> None:
+def test_empty_data_set(recipe_values: Values, saved: Saved, refused: Refused, tmp_path: Path) -> None:
     (tmp_path / "images" / "cats").mkdir(parents=True)
-    sentence = refused("distill", write(recipe_values()), f"data.train=imagefolder:{tmp_path / 'images'}")
+    sentence = refused("distill", saved(recipe_values()), f"data.train=imagefolder:{tmp_path / 'images'}")
     assert f"{tmp_path / 'images'} holds no images" in sentence
 
 
-def test_no_labels_to_learn(recipe_values: Values, write: Write, refused: Refused, tmp_path: Path) -> None:
+def test_no_labels_to_learn(recipe_values: Values, saved: Saved, refused: Refused, tmp_path: Path) -> None:
     for index in range(16):
         Image.new("RGB", (8, 8)).save(tmp_path / f"{index}.png")
     sentence = refused(
-        "finetune", write(recipe_values("classification")), f"data.train=imagefolder:{tmp_path}"
+        "finetune", saved(recipe_values("classification")), f"data.train=imagefolder:{tmp_path}"
     )
     assert "has 0 classes; classification needs labels" in sentence
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, and it would be used")
-def test_gpu_that_is_not_there(recipe_values: Values, write: Write, refused: Refused) -> None:
-    sentence = refused("distill", write(recipe_values()), "train.device=cuda")
+def test_gpu_that_is_not_there(recipe_values: Values, saved: Saved, refused: Refused) -> None:
+    sentence = refused("distill", saved(recipe_values()), "train.device=cuda")
     assert "train.device: got cuda, but torch sees no GPU" in sentence
     assert "set train.device=cpu" in sentence
 
 
 def test_run_folder_that_cannot_be_written(
-    recipe_values: Values, write: Write, refused: Refused, tmp_path: Path
+    recipe_values: Values, saved: Saved, refused: Refused, tmp_path: Path
 ) -> None:
     (tmp_path / "file").touch()  # nobody can make a folder below a file, root neither
-    sentence = refused("distill", write(recipe_values()), f"run_dir={tmp_path / 'file' / 'run'}")
+    sentence = refused("distill", saved(recipe_values()), f"run_dir={tmp_path / 'file' / 'run'}")
     assert f"run_dir: {tmp_path / 'file' / 'run'} cannot be written (Not a directory)" in sentence
     assert "run_dir=PATH" in sentence
 
@@ -255,20 +242,20 @@ def test_run_folder_that_cannot_be_written(
     ids=lambda value: "".join(re.findall(r"\w+", json.dumps(value))) if isinstance(value, dict) else "-",
 )  # fmt: skip
 def test_deepspeed_json(
-    recipe_values: Values, write: Write, refused: Refused, tmp_path: Path, config: Any, facts: list[str]
+    recipe_values: Values, saved: Saved, refused: Refused, tmp_path: Path, config: Any, facts: list[str]
 ) -> None:
     file = tmp_path / "ds.json"
     file.write_text(json.dumps(config))
-    sentence = refused("distill", write(recipe_values(optim__grad_clip=0.5)), f"train.ds_config={file}")
+    sentence = refused("distill", saved(recipe_values(optim__grad_clip=0.5)), f"train.ds_config={file}")
     assert all(fact in sentence for fact in ["train.ds_config", str(file), *facts]), sentence
 
 
 @pytest.mark.parametrize("content", [b'{"train_batch_size": ', b"\xff\xfe\x00"])
 def test_deepspeed_json_that_is_broken(
-    recipe_values: Values, write: Write, refused: Refused, tmp_path: Path, content: bytes
+    recipe_values: Values, saved: Saved, refused: Refused, tmp_path: Path, content: bytes
 ) -> None:
     (tmp_path / "ds.json").write_bytes(content)
-    sentence = refused("distill", write(recipe_values()), f"train.ds_config={tmp_path / 'ds.json'}")
+    sentence = refused("distill", saved(recipe_values()), f"train.ds_config={tmp_path / 'ds.json'}")
     assert f"{tmp_path / 'ds.json'} is not JSON" in sentence
 
 
@@ -281,11 +268,11 @@ def test_deepspeed_json_that_is_broken(
     ],
 )
 def test_what_deepspeed_itself_refuses(
-    recipe_values: Values, write: Write, refused: Refused, tmp_path: Path, zero: dict[str, Any], fact: str
+    recipe_values: Values, saved: Saved, refused: Refused, tmp_path: Path, zero: dict[str, Any], fact: str
 ) -> None:
     file = tmp_path / "ds.json"
     file.write_text(json.dumps({"zero_optimization": zero}))
-    sentence = refused("distill", write(recipe_values(optim__grad_clip=0.5)), f"train.ds_config={file}")
+    sentence = refused("distill", saved(recipe_values(optim__grad_clip=0.5)), f"train.ds_config={file}")
     assert "train.ds_config: DeepSpeed refuses it" in sentence
     assert fact in sentence
 
@@ -311,10 +298,10 @@ def other_weights(path: Path, kind: str) -> list[str]:
 
 @pytest.mark.parametrize("kind", ["pickle", "truncated", "fewer blocks", "more blocks", "wider"])
 def test_weights_that_do_not_fit(
-    recipe_values: Values, write: Write, refused: Refused, tmp_path: Path, kind: str
+    recipe_values: Values, saved: Saved, refused: Refused, tmp_path: Path, kind: str
 ) -> None:
     facts = other_weights(tmp_path / "other.safetensors", kind)
-    sentence = refused("distill", write(recipe_values()), f"model.weights={tmp_path / 'other.safetensors'}")
+    sentence = refused("distill", saved(recipe_values()), f"model.weights={tmp_path / 'other.safetensors'}")
     assert all(fact in sentence for fact in [str(tmp_path / "other.safetensors"), *facts]), sentence
 
 
@@ -334,7 +321,7 @@ def test_weights_that_do_not_fit(
     ],
 )  # fmt: skip
 def test_masks(
-    recipe_values: Values, write: Write, refused: Refused, write_shapes: Callable[..., str], tmp_path: Path,
+    recipe_values: Values, saved: Saved, refused: Refused, write_shapes: Callable[..., str], tmp_path: Path,
     damage: str, overrides: list[str], facts: list[str],
 ) -> None:  # fmt: skip
     """A sentence with the file's name. What a transform cannot use is a bad sample: named in the log, and counted."""
@@ -349,7 +336,7 @@ def test_masks(
     elif damage == "missing":
         mask.unlink()
     values = recipe_values("segmentation", data__train=source, train__global_batch=8)
-    sentence = refused("finetune", write(values), *overrides)
+    sentence = refused("finetune", saved(values), *overrides)
     assert all(fact in sentence for fact in facts), sentence
 
 
@@ -368,7 +355,7 @@ def test_masks(
     ],
 )  # fmt: skip
 def test_objects(
-    recipe_values: Values, write: Write, refused: Refused, write_objects: Callable[..., str], tmp_path: Path,
+    recipe_values: Values, saved: Saved, refused: Refused, write_objects: Callable[..., str], tmp_path: Path,
     overrides: list[str], facts: list[str],
 ) -> None:  # fmt: skip
     source = write_objects(tmp_path / "objects")
@@ -378,27 +365,27 @@ def test_objects(
         known = json.loads(file.read_text())
         bare = [each | {"segmentation": []} for each in known["annotations"]]
         file.write_text(json.dumps(known | {"annotations": bare}))
-    sentence = refused("finetune", write(values), *overrides)
+    sentence = refused("finetune", saved(values), *overrides)
     assert all(fact in sentence for fact in facts), sentence
 
 
 def test_masks_are_for_segmentation(
-    recipe_values: Values, write: Write, refused: Refused, write_shapes: Callable[..., str], tmp_path: Path
+    recipe_values: Values, saved: Saved, refused: Refused, write_shapes: Callable[..., str], tmp_path: Path
 ) -> None:
-    sentence = refused("distill", write(recipe_values()), f"data.train={write_shapes(tmp_path / 'shapes')}")
+    sentence = refused("distill", saved(recipe_values()), f"data.train={write_shapes(tmp_path / 'shapes')}")
     assert (
         "has masks, which only task segmentation learns; name its images, imagefolder:PATH/images" in sentence
     )
 
 
 def test_a_mask_that_does_not_fit_is_a_counted_skip_where_that_is_configured(
-    recipe_values: Values, write: Write, write_shapes: Callable[..., str], tmp_path: Path,
+    recipe_values: Values, saved: Saved, write_shapes: Callable[..., str], tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     source = write_shapes(tmp_path / "shapes")
     Image.new("L", (50, 50)).save(tmp_path / "shapes/masks/0.png")
     values = recipe_values("segmentation", data__train=source, train__global_batch=8, train__steps=2)
-    cli.main(["finetune", write(values), "data.max_bad_fraction=0.2"])
+    cli.main(["finetune", saved(values), "data.max_bad_fraction=0.2"])
     said = capsys.readouterr().err
     assert "images/0.png cannot be decoded, another sample takes its place: its mask" in said
     assert "masks/0.png is 50 x 50 px" in said
@@ -412,12 +399,12 @@ def trained_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def run(
-    trained_once: Path, recipe_values: Values, write: Write, capsys: pytest.CaptureFixture[str]
+    trained_once: Path, recipe_values: Values, saved: Saved, capsys: pytest.CaptureFixture[str]
 ) -> dict[str, Any]:
     """A recipe whose run folder holds two steps of training."""
     values = recipe_values(train__steps=2)
     if not trained_once.exists():
-        cli.main(["distill", write(values), f"run_dir={trained_once}"])
+        cli.main(["distill", saved(values), f"run_dir={trained_once}"])
         capsys.readouterr()
     shutil.copytree(trained_once, values["run_dir"])
     return values
@@ -440,11 +427,11 @@ def run(
     ],
 )
 def test_checkpoint_of_another_run(
-    run: dict[str, Any], write: Write, refused: Refused, overrides: list[str], facts: list[str]
+    run: dict[str, Any], saved: Saved, refused: Refused, overrides: list[str], facts: list[str]
 ) -> None:
     recipe_file = Path(run["run_dir"]) / "recipe.yaml"
     before = recipe_file.read_text()
-    sentence = refused("distill", write(run), *overrides)
+    sentence = refused("distill", saved(run), *overrides)
     assert all(fact in sentence for fact in [*facts, "a run_dir of its own"]), sentence
     assert recipe_file.read_text() == before, "what was refused leaves no trace"
 
@@ -477,10 +464,10 @@ def test_export_to_where_nothing_can_be_written(
 
 
 def test_a_good_recipe_is_not_refused(
-    run: dict[str, Any], write: Write, capsys: pytest.CaptureFixture[str]
+    run: dict[str, Any], saved: Saved, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The recipe of these tests is sound: what they see refused is what they broke."""
-    cli.main(["distill", write(run), "run_dir=" + run["run_dir"] + "-again"])
+    cli.main(["distill", saved(run), "run_dir=" + run["run_dir"] + "-again"])
     assert (Path(run["run_dir"] + "-again") / "checkpoints" / "latest").read_text() == "step_00000002\n"
 
 
@@ -501,16 +488,16 @@ def test_evaluation_of_what_cannot_be(
 
 
 def test_a_batch_script_learns_the_sentence(
-    recipe_values: Values, write: Write, refused: Refused, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    recipe_values: Values, saved: Saved, refused: Refused, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("FD_ERROR_FILE", str(tmp_path / "error"))
-    sentence = refused("distill", write(recipe_values()), "train.global_bach=1")
+    sentence = refused("distill", saved(recipe_values()), "train.global_bach=1")
     assert (tmp_path / "error").read_text() == sentence.removeprefix("fd-scale: ") + "\n"
 
 
 @pytest.mark.parametrize("torchrun", [False, True])
 def test_a_preempted_run_says_so_by_its_exit_code(
-    recipe_values: Values, write: Write, monkeypatch: pytest.MonkeyPatch, torchrun: bool
+    recipe_values: Values, saved: Saved, monkeypatch: pytest.MonkeyPatch, torchrun: bool
 ) -> None:
     values = recipe_values()
     if torchrun:
@@ -524,15 +511,15 @@ def test_a_preempted_run_says_so_by_its_exit_code(
 
     monkeypatch.setattr(Trainer, "agree", agree)
     if torchrun:
-        cli.main(["distill", write(values)])
+        cli.main(["distill", saved(values)])
     else:
         with pytest.raises(SystemExit) as ended:
-            cli.main(["distill", write(values)])
+            cli.main(["distill", saved(values)])
         assert ended.value.code == 75
     assert (Path(values["run_dir"]) / "preempt").exists(), "why it ended"
     assert not (Path(values["run_dir"]) / "lock").exists()
     monkeypatch.setattr(Trainer, "agree", original)
-    cli.main(["distill", write(values)])
+    cli.main(["distill", saved(values)])
     assert not (Path(values["run_dir"]) / "preempt").exists()
     steps = [
         json.loads(line) for line in (Path(values["run_dir"]) / "metrics.jsonl").read_text().splitlines()

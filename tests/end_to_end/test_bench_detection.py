@@ -9,7 +9,6 @@ import pytest
 
 from fd_scale import api, cli
 from fd_scale.benchmarks.detection import TorchvisionMaskRCNN
-from fd_scale.config import build_recipe, to_yaml
 from fd_scale.data import open_source
 from fd_scale.finetune import DetectionTask
 
@@ -17,14 +16,13 @@ pytestmark = pytest.mark.slow
 
 
 def test_both_are_measured(
-    recipe_values: Callable[..., dict[str, Any]], write_objects: Callable[..., str], tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    recipe_values: Callable[..., dict[str, Any]], write_objects: Callable[..., str],
+    saved: Callable[[dict[str, Any]], str], tmp_path: Path, capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     source = write_objects(tmp_path / "objects")
     values = recipe_values("detection", data__train=source, train__global_batch=4, train__micro_batch=4)
-    recipe, out = tmp_path / "recipe.yaml", tmp_path / "out.json"
-    recipe.write_text(to_yaml(build_recipe(values)))
-    cli.main(["bench", "detection", str(recipe), "--steps", "2", "--json", str(out)])
+    recipe, out = saved(values), tmp_path / "out.json"
+    cli.main(["bench", "detection", recipe, "--steps", "2", "--json", str(out)])
     found = json.loads(out.read_text())
     for times in ("ours_ms", "torchvision_ms", "ours_detection_ms", "torchvision_detection_ms"):
         assert len(found[times]) == 2

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from fd_scale.benchmarks.finetune import TimmLoop
-from fd_scale.config import Recipe, build_recipe, to_yaml
+from fd_scale.config import Recipe
 
 pytestmark = pytest.mark.slow
 
@@ -27,10 +27,11 @@ def test_timms_loop_trains_every_parameter(make_recipe: Callable[..., Recipe]) -
     assert still == []
 
 
-def test_both_loops_are_measured(recipe_values: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
-    file, out = tmp_path / "recipe.yaml", tmp_path / "out.json"
-    file.write_text(to_yaml(build_recipe(recipe_values("fine-tuning"))))
-    command = [sys.executable, "-m", "fd_scale", "bench", "finetune", str(file), "--steps", "2"]
+def test_both_loops_are_measured(
+    recipe_values: Callable[..., dict[str, Any]], saved: Callable[[dict[str, Any]], str], tmp_path: Path
+) -> None:
+    file, out = saved(recipe_values("fine-tuning")), tmp_path / "out.json"
+    command = [sys.executable, "-m", "fd_scale", "bench", "finetune", file, "--steps", "2"]
     subprocess.run([*command, "--json", str(out)], check=True, timeout=120)
     found = json.loads(out.read_text())
     for loop in ("ours_ms", "timm_ms"):

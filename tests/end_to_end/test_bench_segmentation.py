@@ -10,7 +10,6 @@ import torch
 
 from fd_scale import api, cli
 from fd_scale.benchmarks.segmentation import TransformersUPerNet
-from fd_scale.config import build_recipe, to_yaml
 from fd_scale.data import open_source
 from fd_scale.finetune import SegmentationTask
 
@@ -19,19 +18,19 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture
 def recipe(
-    recipe_values: Callable[..., dict[str, Any]], write_shapes: Callable[..., str], tmp_path: Path
-) -> Path:
+    recipe_values: Callable[..., dict[str, Any]], write_shapes: Callable[..., str],
+    saved: Callable[[dict[str, Any]], str], tmp_path: Path,
+) -> str:  # fmt: skip
     source = write_shapes(tmp_path / "shapes")
-    values = recipe_values("segmentation", data__train=source, train__global_batch=4, train__micro_batch=4)
-    file = tmp_path / "recipe.yaml"
-    file.write_text(to_yaml(build_recipe(values)))
-    return file
+    return saved(
+        recipe_values("segmentation", data__train=source, train__global_batch=4, train__micro_batch=4)
+    )
 
 
-def test_both_loops_are_measured(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_both_loops_are_measured(recipe: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("transformers", reason="needs the extra [hf]")
     out = tmp_path / "out.json"
-    cli.main(["bench", "segmentation", str(recipe), "--steps", "2", "--json", str(out)])
+    cli.main(["bench", "segmentation", recipe, "--steps", "2", "--json", str(out)])
     found = json.loads(out.read_text())
     for loop in ("ours_ms", "transformers_ms"):
         assert len(found[loop]) == 2
@@ -44,7 +43,7 @@ def test_both_loops_are_measured(recipe: Path, tmp_path: Path, capsys: pytest.Ca
 
 
 def test_prediction_is_measured_by_size(
-    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    recipe: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out.json"
     settings = ["segmentation.num_classes=3", "segmentation.short_side=24"]
@@ -52,7 +51,7 @@ def test_prediction_is_measured_by_size(
         [
             "bench",
             "prediction",
-            str(recipe),
+            recipe,
             *settings,
             "--sides",
             "60",
@@ -70,11 +69,11 @@ def test_prediction_is_measured_by_size(
     assert [each["windows"] for each in found["sides"].values()] == [1, 4 * 4]
     capsys.readouterr()
     with pytest.raises(SystemExit):
-        cli.main(["bench", "prediction", str(recipe)])
+        cli.main(["bench", "prediction", recipe])
     assert "segmentation.num_classes" in capsys.readouterr().err
 
 
-def test_the_peer_has_as_many_parameters_and_trains_them(recipe: Path) -> None:
+def test_the_peer_has_as_many_parameters_and_trains_them(recipe: str) -> None:
     pytest.importorskip("transformers", reason="needs the extra [hf]")
     loaded = api.load_recipe(recipe, ["segmentation.norm=batch", "model.overrides.drop_path_rate=0.0"])
     task = api.build_task(loaded, open_source(loaded.data.train))

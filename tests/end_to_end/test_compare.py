@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 
 from fd_scale import cli
-from fd_scale.config import build_recipe, to_yaml
 from fd_scale.errors import UserError
 from fd_scale.verbs import compare
 from fd_scale.verbs.compare import Comparison
@@ -17,11 +16,8 @@ Values = Callable[..., dict[str, Any]]
 
 
 @pytest.fixture
-def recipe(recipe_values: Values, tmp_path: Path) -> str:
-    values = recipe_values("classification", data__evaluation="digits:test", train__steps=4)
-    file = tmp_path / "recipe.yaml"
-    file.write_text(to_yaml(build_recipe(values)))
-    return str(file)
+def recipe(recipe_values: Values, saved: Callable[[dict[str, Any]], str]) -> str:
+    return saved(recipe_values("classification", data__evaluation="digits:test", train__steps=4))
 
 
 @pytest.mark.slow

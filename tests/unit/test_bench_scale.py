@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from omegaconf import OmegaConf
 
 from fd_scale import cli
 from fd_scale.benchmarks import scale_report
@@ -20,10 +19,8 @@ HERE = Environment(gpu="NVIDIA H100 80GB HBM3", versions=VERSIONS, commit="c", s
 
 
 @pytest.fixture
-def recipe_file(recipe_values: Callable[..., dict[str, Any]], tmp_path: Path) -> str:
-    values = recipe_values(train__ds_config="zero3", train__global_batch=16, train__micro_batch=8)
-    OmegaConf.save(OmegaConf.create(values), tmp_path / "recipe.yaml")
-    return str(tmp_path / "recipe.yaml")
+def recipe_file(recipe_values: Callable[..., dict[str, Any]], saved: Callable[[dict[str, Any]], str]) -> str:
+    return saved(recipe_values(train__ds_config="zero3", train__global_batch=16, train__micro_batch=8))
 
 
 def record(job: Job, size: int, median_ms: float | None = None, **values: Any) -> Record:
@@ -134,9 +131,10 @@ def test_wrong_options(
 
 
 def test_other_tasks_are_refused(
-    recipe_values: Callable[..., dict[str, Any]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    recipe_values: Callable[..., dict[str, Any]],
+    saved: Callable[[dict[str, Any]], str],
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    OmegaConf.save(OmegaConf.create(recipe_values("contrastive")), tmp_path / "other.yaml")
     with pytest.raises(SystemExit):
-        cli.main(["bench", "scale", str(tmp_path / "other.yaml"), "--report"])
+        cli.main(["bench", "scale", saved(recipe_values("contrastive")), "--report"])
     assert "is contrastive, expected distill" in capsys.readouterr().err

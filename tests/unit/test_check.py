@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from omegaconf import OmegaConf
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -33,18 +32,8 @@ Check = Callable[..., dict[str, tuple[str, str]]]
 
 
 @pytest.fixture
-def recipe_file(tmp_path: Path) -> Callable[[dict[str, Any]], str]:
-    def write(values: dict[str, Any]) -> str:
-        file = tmp_path / "recipe.yaml"
-        OmegaConf.save(OmegaConf.create(values), file)
-        return str(file)
-
-    return write
-
-
-@pytest.fixture
 def check(
-    recipe_file: Callable[[dict[str, Any]], str],
+    saved: Callable[[dict[str, Any]], str],
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> Check:
@@ -54,7 +43,7 @@ def check(
     def run(values: dict[str, Any], *arguments: str) -> dict[str, tuple[str, str]]:
         code = 0
         try:
-            cli.main(["check", recipe_file(values), *arguments])
+            cli.main(["check", saved(values), *arguments])
         except SystemExit as ended:
             code = int(ended.code or 0)
         out = capsys.readouterr().out

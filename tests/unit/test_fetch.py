@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 from local_hub import LocalHub
-from omegaconf import OmegaConf
 from shard_files import level, numbered, write_tar
 
 from fd_scale import cli, hub
@@ -18,6 +17,7 @@ from fd_scale.verbs import fetch
 from fd_scale.verbs.check import check
 
 Values = Callable[..., dict[str, Any]]
+Saved = Callable[[dict[str, Any]], str]
 SHARDS = "tar:hf://datasets/org/set/train-{0..1}.tar"
 
 
@@ -106,14 +106,13 @@ def test_wrong_names_alone(
 
 @pytest.mark.usefixtures("published_teacher")
 def test_the_verb_and_then_the_data_without_a_network(
-    recipe_values: Values, on_the_hub: LocalHub, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    recipe_values: Values, saved: Saved, on_the_hub: LocalHub, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    file = tmp_path / "recipe.yaml"
-    OmegaConf.save(OmegaConf.create(with_teacher(recipe_values())), file)
+    file = saved(with_teacher(recipe_values()))
     with pytest.raises(UserError, match=r"org/set.*is not in the cache"):
         open_source(SHARDS)
     assert on_the_hub.requests == [], "a run asks the cache alone"
-    cli.main(["fetch", str(file), f"data.train={SHARDS}"])
+    cli.main(["fetch", file, f"data.train={SHARDS}"])
     data, teacher = capsys.readouterr().out.splitlines()
     folder = on_the_hub.home / "hub"
     assert data.startswith("dataset org/set@main (train-0.tar, train-1.tar): 2 files, 0.1 MiB, in ")
@@ -129,36 +128,31 @@ def test_the_verb_and_then_the_data_without_a_network(
 @pytest.mark.usefixtures("published_teacher")
 def test_check_says_whether_the_network_would_be_needed(
     recipe_values: Values,
+    saved: Saved,
     on_the_hub: LocalHub,
-    tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setenv("COLUMNS", "400")
-    file = tmp_path / "recipe.yaml"
-    OmegaConf.save(
-        OmegaConf.create(recipe_values("contrastive", data__train=SHARDS, train__micro_batch=16)), file
-    )
+    file = saved(recipe_values("contrastive", data__train=SHARDS, train__micro_batch=16))
 
     def row() -> str:
         return next(line for line in capsys.readouterr().out.splitlines() if line.startswith("│ network"))
 
     with pytest.raises(SystemExit):
-        check(str(file), [], 1)
+        check(file, [], 1)
     found = row()
     assert "fails" in found
     assert "dataset org/set@main (train-0.tar, train-1.tar): is not in the cache" in found
-    cli.main(["fetch", str(file)])
-    check(str(file), [], 1)
+    cli.main(["fetch", file])
+    check(file, [], 1)
     assert "nothing will be fetched: 1 things are in the cache" in row()
 
 
 def test_a_wrong_address_ends_the_verb(
-    recipe_values: Values, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    recipe_values: Values, saved: Saved, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    file = tmp_path / "recipe.yaml"
-    OmegaConf.save(OmegaConf.create(recipe_values()), file)
     with pytest.raises(SystemExit) as ended:
-        cli.main(["fetch", str(file), "data.train=tar:hf://org/set"])
+        cli.main(["fetch", saved(recipe_values()), "data.train=tar:hf://org/set"])
     assert ended.value.code == 2
     assert "is written hf://datasets/ORG/NAME/PATTERN" in capsys.readouterr().err

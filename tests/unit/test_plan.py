@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from omegaconf import OmegaConf
 from rich.console import Console
 
 from fd_scale import api, cli
@@ -336,17 +335,13 @@ def test_report_json_and_plot(planned: Callable[..., Plan], tmp_path: Path) -> N
 
 
 @pytest.fixture
-def recipe_file(recipe_values: Callable[..., dict[str, Any]], tmp_path: Path) -> Callable[..., str]:
-    def write(**changes: Any) -> str:
-        OmegaConf.save(OmegaConf.create(recipe_values(**changes)), tmp_path / "recipe.yaml")
-        return str(tmp_path / "recipe.yaml")
-
-    return write
+def recipe(recipe_values: Callable[..., dict[str, Any]], saved: Callable[[dict[str, Any]], str]) -> str:
+    return saved(recipe_values())
 
 
-def test_the_verb(recipe_file: Callable[..., str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_verb(recipe: str, capsys: pytest.CaptureFixture[str]) -> None:
     """Settings may stand behind the options; a refusal is a row, not an end."""
-    cli.main(["plan", recipe_file(), "--gpus", "2", "--gpu", "h200", "train.micro_batch=4"])
+    cli.main(["plan", recipe, "--gpus", "2", "--gpu", "h200", "train.micro_batch=4"])
     out = capsys.readouterr().out
     assert "micro-batch 4, checkpointing none" in out
     assert "recipe as it is: fits" in out
@@ -363,10 +358,10 @@ def test_the_verb(recipe_file: Callable[..., str], capsys: pytest.CaptureFixture
     ],
 )
 def test_wrong_options(
-    recipe_file: Callable[..., str], capsys: pytest.CaptureFixture[str], arguments: list[str], sentence: str
+    recipe: str, capsys: pytest.CaptureFixture[str], arguments: list[str], sentence: str
 ) -> None:
     with pytest.raises(SystemExit) as ended:
-        cli.main(["plan", recipe_file(), *arguments])
+        cli.main(["plan", recipe, *arguments])
     assert ended.value.code == 2
     found = capsys.readouterr().err
     assert found.startswith("fd-scale: ")
@@ -374,11 +369,11 @@ def test_wrong_options(
         raise AssertionError(found)
 
 
-def test_unknown_arguments_are_still_refused(recipe_file: Callable[..., str]) -> None:
+def test_unknown_arguments_are_still_refused(recipe: str) -> None:
     for arguments in (
-        ["plan", recipe_file(), "--gpuz=3"],
+        ["plan", recipe, "--gpuz=3"],
         ["recipes", "a=b"],
-        ["plan", recipe_file(), "--gpus", "2", "x"],
+        ["plan", recipe, "--gpus", "2", "x"],
     ):
         with pytest.raises(SystemExit) as ended:
             cli.main(arguments)
@@ -386,10 +381,10 @@ def test_unknown_arguments_are_still_refused(recipe_file: Callable[..., str]) ->
 
 
 def test_check_refuses_what_does_not_fit(
-    recipe_file: Callable[..., str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    recipe: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "400")
-    arguments = ["check", recipe_file(), "--gpus", "2", "--gpu", "h100"]
+    arguments = ["check", recipe, "--gpus", "2", "--gpu", "h100"]
     cli.main(arguments)
     assert "GiB of h100, x 2" in capsys.readouterr().out
     monkeypatch.setattr(check, "find_gpu", lambda name: replace(find_gpu(name), memory=2**20))

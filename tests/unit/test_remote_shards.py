@@ -14,7 +14,6 @@ from typing import Any
 import pytest
 import torch
 from fake_store import FakeStore, failing, serve
-from omegaconf import OmegaConf
 from shard_files import image_file, level, numbered, write_tar
 
 from fd_scale import api
@@ -54,6 +53,18 @@ def remote(local: str, tmp_path: Path) -> Iterator[FakeStore]:
         yield fake
 
 
+@pytest.fixture
+def memory(remote: FakeStore) -> Iterator[Any]:
+    """The same files in fsspec's store in memory."""
+    import fsspec
+
+    found = fsspec.filesystem("memory")
+    for path, data in remote.files.items():
+        found.pipe_file(path, data)
+    yield found
+    found.rm("/set", recursive=True)
+
+
 def opened(fake: FakeStore) -> TarSource:
     source = open_source(f"tar:{fake.url}/set/{{0..3}}.tar")
     assert isinstance(source, TarSource)
@@ -70,6 +81,19 @@ def one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FD_SHARD_CACHE_GIB", "0")
 
 
+@pytest.fixture(params=["kept", "one by one"])
+def kept_or_one_by_one(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if request.param == "one by one":
+        one_by_one(monkeypatch)
+
+
+def loader_of(source: Any, global_batch: int, **options: Any) -> TrainLoader:
+    given = {"micro_batch": global_batch, "num_workers": 0} | options
+    return TrainLoader(
+        source, ImageAlone(evaluation_transform(4)), seed=0, global_batch=global_batch, rank=0, world_size=1, **given
+    )  # fmt: skip
+
+
 def impatient(monkeypatch: pytest.MonkeyPatch, fault: str | int) -> None:
     """Elsewhere a slow machine should not look like a slow store."""
     if fault in ("hang", "drip"):
@@ -80,12 +104,8 @@ def shards_kept(tmp_path: Path) -> list[Path]:
     return sorted(tmp_path.glob("cache/fd-scale/shards/*.tar"))
 
 
+@pytest.mark.usefixtures("memory")
 def test_the_same_samples_as_from_files(remote: FakeStore, local: str) -> None:
-    import fsspec
-
-    memory = fsspec.filesystem("memory")
-    for path, data in remote.files.items():
-        memory.pipe_file(path, data)
     files = open_source(local)
     for spec in (
         "memory://set/{0..3}.tar",
@@ -100,25 +120,18 @@ def test_the_same_samples_as_from_files(remote: FakeStore, local: str) -> None:
         assert source.fingerprint == files.fingerprint, "a run may move"
         assert source.name(5).endswith("/set/1.tar:0040.png")
         assert level(pickle.loads(pickle.dumps(source)), 17) == LEVELS[17]
-    memory.rm("/set", recursive=True)
 
 
-def test_files_of_a_range_need_no_list(remote: FakeStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    import fsspec
-
+def test_files_of_a_range_need_no_list(memory: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     def forbidden(*_: Any, **__: Any) -> None:
         raise PermissionError("Access Denied")
 
-    memory = fsspec.filesystem("memory")
-    for path, data in remote.files.items():
-        memory.pipe_file(path, data)
     listed = store.states([f"memory://set/{number}.tar" for number in range(4)])
     monkeypatch.setattr(type(memory), "ls", forbidden)
     assert store.states([f"memory://set/{number}.tar" for number in range(4)]) == listed
     with pytest.raises(UserError, match=r"memory://set/4.tar: is not there, as 1 of 5 files"):
         store.states([f"memory://set/{number}.tar" for number in range(5)])
     monkeypatch.undo()
-    memory.rm("/set", recursive=True)
 
 
 def test_headers_and_shards_are_read_once(remote: FakeStore, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -177,9 +190,7 @@ def test_the_cache_is_bounded_and_keeps_what_is_used(
     assert remote.sent == sizes
     read(1)
     assert remote.sent == sizes | {"/set/1.tar": 2 * sizes["/set/1.tar"]}, "was thrown out"
-    assert len(os.listdir("/proc/self/fd")) - before <= 2, (
-        "connections; no shard stays open, so what goes is gone"
-    )
+    assert len(os.listdir("/proc/self/fd")) - before <= 2, "connections; no shard stays open: it would stay"
     assert not left.exists(), "what a killed process left counts, and goes first"
     source.keep_shards(3)
     assert source.shards.whole, "never less than was said before"
@@ -190,10 +201,7 @@ def test_a_micro_batch_is_asked_for_at_once(remote: FakeStore, monkeypatch: pyte
     twice = open_source([SourceConfig(source=f"tar:{remote.url}/set/{{0..3}}.tar", weight=2)])
     remote.delay_s, remote.most_at_once = 0.1, 0
     remote.forget()
-    loader = TrainLoader(
-        twice, ImageAlone(evaluation_transform(4)), seed=0, global_batch=36, micro_batch=18, rank=0, world_size=1,
-        num_workers=0,
-    )  # fmt: skip
+    loader = loader_of(twice, 36, micro_batch=18)
     batches = next(loader.iterate(0))
     assert sorted(torch.cat([batch.images[:, 0, 0, 0] for batch in batches]).tolist()) == sorted(LEVELS * 2)
     assert remote.num_reads() == 36
@@ -205,10 +213,7 @@ def test_a_micro_batch_is_asked_for_at_once(remote: FakeStore, monkeypatch: pyte
 
 def test_the_shard_that_comes_is_fetched_meanwhile(remote: FakeStore) -> None:
     source = opened(remote)
-    loader = TrainLoader(
-        source, ImageAlone(evaluation_transform(4)), seed=0, global_batch=2, micro_batch=2, rank=0, world_size=1,
-        num_workers=0, shard_window=1,
-    )  # fmt: skip
+    loader = loader_of(source, 2, shard_window=1)
     order = ShardOrder(source.index.first_S, 1)
     shards = [source.index.shard(int(order(0, 0, position))) for position in range(18)]
     first, second = [*dict.fromkeys(shards)][:2]
@@ -304,25 +309,17 @@ def test_several_at_once_download_a_shard_once(remote: FakeStore) -> None:
 
 
 @pytest.mark.parametrize("fault", [503, 429, "reset", "cut", "short", "drip"])
-@pytest.mark.parametrize("kept", [True, False], ids=["kept", "one by one"])
+@pytest.mark.usefixtures("kept_or_one_by_one")
 def test_a_fault_that_passes(
-    remote: FakeStore,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-    fault: str | int,
-    kept: bool,
+    remote: FakeStore, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, fault: str | int
 ) -> None:
-    if not kept:
-        one_by_one(monkeypatch)
     source = opened(remote)
     impatient(monkeypatch, fault)
     # aiohttp itself asks again after a reset, of each of three ranges that are asked for at once.
     remote.fault = failing(fault, times=4 if fault == "reset" else 2)
     assert levels(source) == LEVELS
     assert f"{remote.url}/set/0.tar: " in caplog.text
-    assert re.search(r"tries of a store that failed: [124] until now", caplog.text), (
-        "aiohttp itself tries a reset again"
-    )
+    assert re.search(r"tries of a store that failed: [124] until now", caplog.text)
 
 
 @pytest.mark.slow
@@ -340,17 +337,10 @@ def test_a_fault_that_passes(
         ("whole", "the store gives whole files, not ranges of them"),
     ],
 )
-@pytest.mark.parametrize("kept", [True, False], ids=["kept", "one by one"])
+@pytest.mark.usefixtures("kept_or_one_by_one")
 def test_a_fault_that_stays(
-    remote: FakeStore,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    fault: str | int,
-    message: str,
-    kept: bool,
+    remote: FakeStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str | int, message: str
 ) -> None:
-    if not kept:
-        one_by_one(monkeypatch)
     source = opened(remote)
     impatient(monkeypatch, fault)
     remote.fault = failing(fault, times=-1)
@@ -382,13 +372,9 @@ def test_a_store_that_fails_at_the_start(
         opened(remote)
 
 
-@pytest.mark.parametrize("kept", [True, False], ids=["kept", "one by one"])
+@pytest.mark.usefixtures("kept_or_one_by_one")
 @pytest.mark.parametrize("num_images", [5, 12], ids=["another version", "another size"])
-def test_a_shard_that_changes(
-    remote: FakeStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kept: bool, num_images: int
-) -> None:
-    if not kept:
-        one_by_one(monkeypatch)
+def test_a_shard_that_changes(remote: FakeStore, tmp_path: Path, num_images: int) -> None:
     source = opened(remote)
     changed = write_tar(tmp_path / "changed.tar", numbered(200, 200 + num_images)).read_bytes()
     assert (len(changed) == len(remote.files["/set/0.tar"])) == (num_images == 5)
@@ -485,11 +471,7 @@ def test_a_kept_shard_that_is_damaged_is_read_from_the_store(remote: FakeStore, 
 def test_a_bad_member_and_evil_names(remote: FakeStore, tmp_path: Path) -> None:
     bad = write_tar(tmp_path / "bad.tar", [("0.png", image_file(0)[:40]), ("1.png", image_file(7))])
     remote.files["/set/0.tar"] = bad.read_bytes()
-    source = opened(remote)
-    loader = TrainLoader(
-        source, ImageAlone(evaluation_transform(4)), seed=0, global_batch=15, micro_batch=15, rank=0, world_size=1,
-        num_workers=0, max_bad_fraction=0.1,
-    )  # fmt: skip
+    loader = loader_of(opened(remote), 15, max_bad_fraction=0.1)
     assert next(loader.iterate(0))[0].num_bad == 1, "counted, and replaced"
     for name in ("../evil.png", "/etc/evil.png"):
         evil = write_tar(tmp_path / "evil.tar", [(name, b"")])
@@ -505,10 +487,7 @@ def test_a_fault_in_a_worker_is_its_sentence(remote: FakeStore, monkeypatch: pyt
     one_by_one(monkeypatch)
     source = opened(remote)
     del remote.files["/set/2.tar"]
-    loader = TrainLoader(
-        source, ImageAlone(evaluation_transform(4)), seed=0, global_batch=18, micro_batch=6, rank=0, world_size=1,
-        num_workers=1,
-    )  # fmt: skip
+    loader = loader_of(source, 18, micro_batch=6, num_workers=1)
     with pytest.raises(
         UserError, match=r"^http\S+/set/2.tar: is not there any more; put it back, or start again.*$"
     ):
@@ -580,18 +559,17 @@ def test_an_index_beside_the_shards(
     assert levels(source) == LEVELS
     remote.files["/set/2.tar"] = write_tar(tmp_path / "2.tar", numbered(7, 9)).read_bytes()
     fresh_cache(tmp_path)
-    assert levels(opened(remote)) == [*LEVELS[:8], 7, 8, *LEVELS[14:]], "what has changed is read"
+    changed = [*LEVELS[:8], 7, 8, *LEVELS[14:]]
+    assert levels(opened(remote)) == changed, "what has changed is read"
     for damaged in (out.read_bytes()[:-20], b"", b"x" * 1000):
         remote.files["/set/fd-scale.index"] = damaged
         fresh_cache(tmp_path)
-        assert levels(opened(remote)) == [*LEVELS[:8], 7, 8, *LEVELS[14:]], "a damaged one spares nothing"
+        assert levels(opened(remote)) == changed, "a damaged one spares nothing"
     # As a store answers for what is not there, to those who may not list it; and one that fails.
     for status in (403, 500):
         remote.fault = lambda _, path, status=status: status if path.endswith(".index") else None
         fresh_cache(tmp_path)
-        assert levels(opened(remote)) == [*LEVELS[:8], 7, 8, *LEVELS[14:]], (
-            "nor does one that may not be read"
-        )
+        assert levels(opened(remote)) == changed, "nor does one that may not be read"
     remote.fault = lambda *_: None
     with pytest.raises(SystemExit, match="2"):
         main(["index", spec, "--out", str(tmp_path)])
@@ -605,23 +583,18 @@ def fresh_cache(tmp_path: Path) -> None:
 
 def test_check_says_that_shards_will_be_fetched(
     remote: FakeStore,
-    tmp_path: Path,
     recipe_values: Callable[..., dict[str, Any]],
+    saved: Callable[[dict[str, Any]], str],
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("COLUMNS", "400")
-    spec = f"tar:{remote.url}/set/{{0..3}}.tar"
-    OmegaConf.save(
-        OmegaConf.create(
-            recipe_values("contrastive", data__train=spec, data__shard_window=2, train__micro_batch=16)
-        ),
-        tmp_path / "recipe.yaml",
+    shards = f"{remote.url}/set/{{0..3}}.tar"
+    values = recipe_values(
+        "contrastive", data__train=f"tar:{shards}", data__shard_window=2, train__micro_batch=16
     )
-    main(["check", str(tmp_path / "recipe.yaml")])
+    main(["check", saved(values)])
     printed = capsys.readouterr().out
-    assert (
-        f"things are in the cache; but shards will, as they are read: {spec.removeprefix('tar:')}" in printed
-    )
-    assert f"{spec}: 18 images, 124 classes, one of 4x3 px" in printed
+    assert f"things are in the cache; but shards will, as they are read: {shards}" in printed
+    assert f"tar:{shards}: 18 images, 124 classes, one of 4x3 px" in printed
     assert "1 steps an epoch" in printed

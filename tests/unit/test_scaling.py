@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from omegaconf import OmegaConf
 from rich.console import Console
 
 from fd_scale import cli
@@ -306,9 +305,8 @@ def test_assumptions() -> None:
 
 
 @pytest.fixture
-def recipe_file(recipe_values: Callable[..., dict[str, Any]], tmp_path: Path) -> str:
-    OmegaConf.save(OmegaConf.create(recipe_values(train__ds_config="zero3")), tmp_path / "recipe.yaml")
-    return str(tmp_path / "recipe.yaml")
+def recipe_file(recipe_values: Callable[..., dict[str, Any]], saved: Callable[[dict[str, Any]], str]) -> str:
+    return saved(recipe_values(train__ds_config="zero3"))
 
 
 def test_a_curve_says_where_it_ends(make_recipe: Callable[..., Recipe]) -> None:
