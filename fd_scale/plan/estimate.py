@@ -21,10 +21,10 @@ from fd_scale.plan.memory import (
     STAGES,
     Memory,
     Recorded,
+    Sharding,
     frozen_in_parts,
     hpz_ranks,
     memory,
-    persistent_parameters,
     state,
 )
 
@@ -35,11 +35,6 @@ LAUNCH_US = 450.0
 IMAGES_PER_CORE = 350.0
 """Crops of 224 px a second, of photos of 108 KB and 500 x 375 px: `fd-scale bench data`, see docs/loading.md."""
 
-
-# What DeepSpeed takes where its JSON names no other number; in elements.
-_REUSE_DISTANCE = 1e9
-_PREFETCH_BUCKET = 5e7
-_BUCKET = 5e8
 _GRADIENT_SIZES = {"fp32": 4, "fp16": 2, "bf16": 2}
 """Bytes, by the JSON's `communication_data_type`."""
 
@@ -83,6 +78,11 @@ class Choice:
     launch_seconds: float
     """Least that the host takes to launch it."""
     traffic: Traffic
+
+    @property
+    def way(self) -> tuple[str, Policy, int]:
+        """In what choices differ: stage, policy and micro-batch."""
+        return self.stage, self.policy, self.micro_batch
 
     @property
     def step_seconds(self) -> float:
@@ -232,33 +232,24 @@ def plan(
     own_stage = str(ds_config.zero_stage(zero))
     if own_stage == "3" and ds_config.shard_size(train, num_gpus) < num_gpus:
         own_stage = HIERARCHICAL
-    given = {stage: _of_stage(stage, zero) for stage in STAGES}
+    replica = train.mics_shard_size or GPUS_PER_NODE
     choices = tuple(
-        _choice(recipe, counts, gpu, num_gpus, utilisation, launch_us, given[stage], stage, policy, size)
-        for stage in STAGES
+        _choice(
+            recipe, counts, gpu, Sharding(stage, num_gpus, share // size, given["zero_optimization"], replica), policy,
+            given=given, utilisation=utilisation, launch_us=launch_us,
+        )
+        for stage, given in {stage: _of_stage(stage, zero) for stage in STAGES}.items()
         for policy in counts.activations
         for size in sizes
-    )
-    own = next(
-        choice
-        for choice in choices
-        if (choice.stage, choice.policy, choice.micro_batch) == (own_stage, own_policy, largest)
-    )
+    )  # fmt: skip
+    own = next(choice for choice in choices if choice.way == (own_stage, own_policy, largest))
     if images is None and source is not None:
         images = len(source)
     return Plan(
-        name=name,
-        recipe=recipe,
-        counts=counts,
-        gpu=gpu,
-        num_gpus=num_gpus,
-        choices=choices,
-        own=own,
-        utilisation=utilisation,
-        launch_us=launch_us,
-        num_steps=_num_steps(recipe, images),
+        name=name, recipe=recipe, counts=counts, gpu=gpu, num_gpus=num_gpus, choices=choices, own=own,
+        utilisation=utilisation, launch_us=launch_us, num_steps=_num_steps(recipe, images),
         images_per_core=images_per_core,
-    )
+    )  # fmt: skip
 
 
 def present_gpu(device: torch.device) -> Gpu:
@@ -281,50 +272,33 @@ def _of_stage(stage: str, given: dict[str, Any]) -> dict[str, Any]:
 
 
 def _choice(
-    recipe: Recipe, counts: Counts, gpu: Gpu, num_gpus: int, utilisation: float, launch_us: float,
-    given: dict[str, Any], stage: str, policy: Policy, micro_batch: int,
+    recipe: Recipe, counts: Counts, gpu: Gpu, sharding: Sharding, policy: Policy, *,
+    given: dict[str, Any], utilisation: float, launch_us: float,
 ) -> Choice:  # fmt: skip
-    train, zero = recipe.train, given["zero_optimization"]
-    accumulation = train.global_batch // (micro_batch * num_gpus)
+    train, stage, accumulation = recipe.train, sharding.stage, sharding.accumulation
+    micro_batch = train.global_batch // (sharding.num_gpus * accumulation)
     recorded = recorded_by(recipe, stage, accumulation)
-    replica = train.mics_shard_size or GPUS_PER_NODE
     held = state(
-        counts,
-        stage,
-        num_gpus,
-        train.precision,
-        accumulation,
-        zero,
-        recorded,
-        state_bytes=recipe.optim.state_bytes,
-        replica=replica,
+        counts, sharding, train.precision, recorded, state_bytes=recipe.optim.state_bytes,
         sums=ds_config.grad_accum_dtype(given, train.precision, accumulation),
-    )
+    )  # fmt: skip
     activations = counts.activations[policy]
     flops = train.global_batch * (_model_flops(counts) + activations.recomputed_flops)
     size = 4 if train.precision == "fp32" else 2
     return Choice(
         stage=stage,
-        replica=replica,
+        replica=sharding.replica,
         policy=policy,
         micro_batch=micro_batch,
         accumulation=accumulation,
         memory=memory(counts, held, activations, micro_batch, recorded),
-        compute_seconds=flops / (num_gpus * gpu.peak_flops * utilisation),
+        compute_seconds=flops / (sharding.num_gpus * gpu.peak_flops * utilisation),
         launch_seconds=launch_seconds(recipe, counts, stage, accumulation, launch_us),
         traffic=traffic(
-            counts.parameters,
-            size,
-            stage,
-            gpu,
-            num_gpus,
-            accumulation,
-            zero,
-            frozen_in_parts(counts, stage),
-            replica,
-            _GRADIENT_SIZES.get(given.get("communication_data_type") or "", size),
+            counts.parameters, size, sharding, gpu, teacher_bytes=frozen_in_parts(counts, stage),
+            gradient_size=_GRADIENT_SIZES.get(given.get("communication_data_type") or "", size),
         ),
-    )
+    )  # fmt: skip
 
 
 def launch_seconds(recipe: Recipe, counts: Counts, stage: str, accumulation: int, launch_us: float) -> float:
@@ -376,53 +350,42 @@ class _Moved:
         return rounds * (gathers + math.ceil(self.reduced / rounds / self.reduce_bucket))
 
 
-def _moved(
-    parameters: Sequence[int], stage: str, num_gpus: int, accumulation: int, zero: dict[str, Any]
-) -> _Moved:
-    total = sum(parameters)
-    reduce_bucket = float(zero.get("reduce_bucket_size", _BUCKET))
-    if stage in ("3", HIERARCHICAL):
-        whole = persistent_parameters(parameters, zero)
+def _moved(parameters: Sequence[int], sharding: Sharding) -> _Moved:
+    total, stage, accumulation = sum(parameters), sharding.stage, sharding.accumulation
+    reduce_bucket = sharding.elements("reduce_bucket_size")
+    if sharding.in_parts:
+        whole = sharding.persistent(parameters)
         moving = total - sum(whole)
-        kept = min(moving, float(zero.get("stage3_max_reuse_distance", _REUSE_DISTANCE)) / 2)
-        prefetched = float(zero.get("stage3_prefetch_bucket_size", _PREFETCH_BUCKET))
+        kept = min(moving, sharding.elements("stage3_max_reuse_distance") / 2)
+        gathered = accumulation * (2 * moving - kept)
         # Only the first forward pass of a step must gather what the optimizer has changed.
-        nearby = accumulation * (2 * moving - kept) - moving if hpz_ranks(zero, num_gpus) < num_gpus else 0.0
+        nearby = gathered - moving if hpz_ranks(sharding.zero, sharding.num_gpus) < sharding.num_gpus else 0.0
+        prefetched = sharding.elements("stage3_prefetch_bucket_size")
         return _Moved(
-            accumulation * (2 * moving - kept), accumulation * total, sum(whole), prefetched, reduce_bucket, len(whole),
-            nearby,
-        )  # fmt: skip
+            gathered, accumulation * total, sum(whole), prefetched, reduce_bucket, len(whole), nearby
+        )
     reduced = total * (accumulation if stage == "2" else 1)
     # Stages 1 and 2 reduce a bucket that lies on several ranks for all of them: an all-reduce.
-    all_reduced = stage == "0" or zero.get("use_multi_rank_bucket_allreduce", True)
+    all_reduced = stage == "0" or sharding.zero.get("use_multi_rank_bucket_allreduce", True)
     settling = 0 if stage == "0" else total
     return _Moved(
         reduced if all_reduced else 0, reduced, settling, reduce_bucket, reduce_bucket,
-        math.ceil(settling / float(zero.get("allgather_bucket_size", _BUCKET))),
+        math.ceil(settling / sharding.elements("allgather_bucket_size")),
     )  # fmt: skip
 
 
-def _behind(stage: str, zero: dict[str, Any]) -> Literal["step", "backward", "last backward", "nothing"]:
-    in_parts = stage in ("3", HIERARCHICAL)
-    if stage == "0" or not zero.get("overlap_comm", in_parts):
+def _behind(sharding: Sharding) -> Literal["step", "backward", "last backward", "nothing"]:
+    if sharding.stage == "0" or not sharding.zero.get("overlap_comm", sharding.in_parts):
         return "nothing"
-    if in_parts:
+    if sharding.in_parts:
         return "step"
-    return "backward" if stage == "2" else "last backward"
+    return "backward" if sharding.stage == "2" else "last backward"
 
 
 def traffic(
-    parameters: Sequence[int],
-    size: int,
-    stage: str,
-    gpu: Gpu,
-    num_gpus: int,
-    accumulation: int,
-    zero: dict[str, Any],
-    teacher_bytes: float = 0,
-    replica: int = GPUS_PER_NODE,
+    parameters: Sequence[int], size: int, sharding: Sharding, gpu: Gpu, *, teacher_bytes: float = 0,
     gradient_size: int = 0,
-) -> Traffic:
+) -> Traffic:  # fmt: skip
     """What a GPU sends in a step, and the time that it takes.
 
     Stages 0 and 1 reduce gradients once a step, the others once a micro-batch. Stage 3 gathers parameters for the
@@ -436,39 +399,29 @@ def traffic(
     Args:
         parameters: elements of each trained parameter.
         size: bytes of an element as it travels.
-        stage: one of `memory.STAGES`.
+        sharding: of the job.
         gpu: whose links they are.
-        num_gpus: GPUs of the job, 8 in a node.
-        accumulation: micro-batches a step.
-        zero: `zero_optimization` of the DeepSpeed JSON.
         teacher_bytes: weights of the teachers that are in parts.
-        replica: GPUs that hold the model among them, at stage `HIERARCHICAL`.
         gradient_size: bytes of an element of a gradient as it travels; 0: `size`.
 
     Source: volumes: Rajbhandari et al. 2020 (arXiv:1910.02054), section 7; a ring over n moves (n - 1) / n of the
     whole through each member.
     """
     gradient_size = gradient_size or size
-    if stage == HIERARCHICAL and num_gpus > replica:
+    num_gpus, replica = sharding.num_gpus, sharding.replica
+    if sharding.stage == HIERARCHICAL and num_gpus > replica:
         within = traffic(
-            parameters,
-            size,
-            "3",
-            gpu,
-            replica,
-            accumulation,
-            zero,
-            teacher_bytes,
-            gradient_size=gradient_size,
-        )
-        num_buckets = math.ceil(sum(parameters) / float(zero.get("reduce_bucket_size", _BUCKET)))
+            parameters, size, replace(sharding, stage="3", num_gpus=replica), gpu,
+            teacher_bytes=teacher_bytes, gradient_size=gradient_size,
+        )  # fmt: skip
+        num_buckets = math.ceil(sum(parameters) / sharding.elements("reduce_bucket_size"))
         return _with_exchange(within, gradient_size * sum(parameters), num_buckets, gpu, num_gpus, replica)
-    moved = _moved(parameters, stage, num_gpus, accumulation, zero)
-    teacher = accumulation * teacher_bytes
+    moved = _moved(parameters, sharding)
+    teacher = sharding.accumulation * teacher_bytes
     # Stages 0 to 2 gather gradients, the second half of an all-reduce, and after the step parameters.
-    gathered = (size if stage in ("3", HIERARCHICAL) else gradient_size) * moved.gathered
+    gathered = (size if sharding.in_parts else gradient_size) * moved.gathered
     gathered, reduced = gathered + size * moved.settling + teacher, gradient_size * moved.reduced
-    num_nodes, near = -(-num_gpus // GPUS_PER_NODE), hpz_ranks(zero, num_gpus)
+    num_nodes, near = -(-num_gpus // GPUS_PER_NODE), hpz_ranks(sharding.zero, num_gpus)
     # With hpZ what is frozen is gathered from all ranks once in a run.
     whole, nearby = gathered + reduced, size * moved.nearby + (teacher if near < num_gpus else 0)
     # Between nodes: a node takes in what its cards bring, and its GPUs share it.
@@ -476,13 +429,13 @@ def traffic(
     between = far * (num_nodes - 1) / num_nodes / min(num_gpus, GPUS_PER_NODE)
     gathered = (gathered - nearby) * (num_gpus - 1) / num_gpus + nearby * (near - 1) / near
     reduced *= (num_gpus - 1) / num_gpus
-    prefetched = float(zero.get("stage3_prefetch_bucket_size", _PREFETCH_BUCKET))
-    teacher_passes = accumulation * math.ceil(teacher_bytes / size / prefetched)
+    prefetched = sharding.elements("stage3_prefetch_bucket_size")
+    teacher_passes = sharding.accumulation * math.ceil(teacher_bytes / size / prefetched)
     return Traffic(
         gathered, reduced, max((gathered + reduced) / gpu.nvlink, between / gpu.infiniband),
         settling=size * moved.settling / whole,
-        behind=_behind(stage, zero),
-        passes=moved.passes(1 if stage in ("0", "1") else accumulation) + teacher_passes,
+        behind=_behind(sharding),
+        passes=moved.passes(1 if sharding.stage in ("0", "1") else sharding.accumulation) + teacher_passes,
         settling_passes=moved.settling_passes,
     )  # fmt: skip
 

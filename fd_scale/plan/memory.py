@@ -20,10 +20,40 @@ Recorded = Literal["nothing", "teacher", "all"]
 """What runs as CUDA graphs; `all`: the teacher's pass, and the student's forward and backward."""
 
 # What DeepSpeed takes where its JSON names no other number; in elements.
-_REDUCE_BUCKET = 5e8
-_PERSISTENT = 1e5
-_LIVE_PARAMETERS = 1e9
-_SUB_GROUP = 1e9
+_ELEMENTS = {
+    "reduce_bucket_size": 5e8, "allgather_bucket_size": 5e8, "sub_group_size": 1e9, "stage3_max_live_parameters": 1e9,
+    "stage3_max_reuse_distance": 1e9, "stage3_prefetch_bucket_size": 5e7, "stage3_param_persistence_threshold": 1e5,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Sharding:
+    """How ZeRO spreads a job over its GPUs."""
+
+    stage: str
+    """One of `STAGES`."""
+    num_gpus: int
+    """Of the job, 8 in a node."""
+    accumulation: int
+    """Micro-batches a step."""
+    zero: dict[str, Any]
+    """Section `zero_optimization` of the DeepSpeed JSON."""
+    replica: int = GPUS_PER_NODE
+    """GPUs that hold the model among them, at stage `HIERARCHICAL`."""
+
+    @property
+    def in_parts(self) -> bool:
+        """Whether a GPU holds a part of the parameters alone, and gathers the rest."""
+        return self.stage in ("3", HIERARCHICAL)
+
+    def elements(self, key: str) -> float:
+        """Returns a size of the JSON, or what DeepSpeed takes for it."""
+        return float(self.zero.get(key, _ELEMENTS[key]))
+
+    def persistent(self, parameters: Sequence[int]) -> list[int]:
+        """Returns the elements of those parameters, of these, that stage 3 leaves whole on each rank."""
+        threshold = self.elements("stage3_param_persistence_threshold")
+        return [count for count in parameters if count <= threshold]
 
 
 @dataclass(frozen=True)
@@ -48,33 +78,30 @@ class State:
 
 
 def state(
-    counts: Counts, stage: str, num_gpus: int, precision: str, accumulation: int, zero: dict[str, Any],
-    recorded: Recorded = "nothing", *, state_bytes: int = 8, replica: int = GPUS_PER_NODE, sums: str | None = None,
+    counts: Counts, sharding: Sharding, precision: str, recorded: Recorded = "nothing", *, state_bytes: int = 8,
+    sums: str | None = None,
 ) -> State:  # fmt: skip
     """Predicts what a GPU holds.
 
     Args:
         counts: of the recipe.
-        stage: one of `STAGES`.
-        num_gpus: GPUs of the job.
+        sharding: of the job.
         precision: fp32, bf16 or fp16.
-        accumulation: micro-batches a step.
-        zero: section `zero_optimization` of the DeepSpeed JSON.
         recorded: in the recipe's run.
         state_bytes: of the optimizer's states of a parameter (`OptimConfig.state_bytes`).
-        replica: GPUs that hold the model among them, at stage `HIERARCHICAL`.
         sums: what gradients are summed in, as `ds_config.grad_accum_dtype` says.
     """
+    stage, num_gpus, zero = sharding.stage, sharding.num_gpus, sharding.zero
     size = 4 if precision == "fp32" else 2
     summed = 4 if sums == "fp32" else size
     total = counts.num_parameters
-    bucket = size * float(zero.get("reduce_bucket_size", _REDUCE_BUCKET))
-    ranks = min(num_gpus, replica) if stage == HIERARCHICAL else num_gpus
+    bucket = size * sharding.elements("reduce_bucket_size")
+    ranks = min(num_gpus, sharding.replica) if stage == HIERARCHICAL else num_gpus
     in_parts = frozen_in_parts(counts, stage)
     whole = counts.teacher_bytes + counts.frozen_bytes + counts.partitioned_teacher_bytes - in_parts
     near = hpz_ranks(zero, ranks)
     teacher = whole + in_parts / ranks + (in_parts / near if near < ranks else 0)
-    most_live = size * float(zero.get("stage3_max_live_parameters", _LIVE_PARAMETERS))
+    most_live = size * sharding.elements("stage3_max_live_parameters")
     teacher_live = min(in_parts, most_live) if num_gpus > 1 else 0
     if stage == "0":
         masters = 0 if size == 4 else 4  # in fp32 the parameters are the masters
@@ -88,7 +115,7 @@ def state(
     if stage in ("1", "2"):
         # Stage 1 accumulates whole gradients; where it does not accumulate, they go as they are reduced. A graph writes
         # them where they stay.
-        all_gradients = stage == "1" and accumulation > 1
+        all_gradients = stage == "1" and sharding.accumulation > 1
         bucket *= summed / size if stage == "1" else 1
         written = size * total if recorded == "all" else 0
         return State(
@@ -100,14 +127,14 @@ def state(
         )  # fmt: skip
     # hpZ's second copy lives from the forward to the backward pass; of what is frozen for good.
     copied = total / near if near < ranks else 0
-    persistent = sum(persistent_parameters(counts.parameters, zero)) if ranks > 1 else 0
+    persistent = sum(sharding.persistent(counts.parameters)) if ranks > 1 else 0
     parameters_stay = offload_device({"zero_optimization": zero}, "offload_param") == "none"
     live = min(most_live, size * (total - persistent)) if ranks > 1 or not parameters_stay else 0
     return State(
         parameters=size * (own * parameters_stay + persistent + copied), gradients=summed * own * stays,
         optimizer=(state_bytes + 4) * own * stays,
         teacher=teacher, buffers=bucket + max(live, teacher_live),  # teacher and student are gathered in turns
-        step=4 * min(own, float(zero.get("sub_group_size", _SUB_GROUP))) * stays,
+        step=4 * min(own, sharding.elements("sub_group_size")) * stays,
     )  # fmt: skip
 
 
@@ -123,12 +150,6 @@ def hpz_ranks(zero: dict[str, Any], ranks: int) -> int:
 def frozen_in_parts(counts: Counts, stage: str) -> int:
     """Bytes of weights that are not trained, of which each GPU holds a part and gathers the rest."""
     return counts.partitioned_teacher_bytes + counts.frozen_bytes * (stage in ("3", HIERARCHICAL))
-
-
-def persistent_parameters(parameters: Sequence[int], zero: dict[str, Any]) -> list[int]:
-    """Elements of each parameter that stage 3 leaves whole on each rank, of those of these sizes."""
-    threshold = float(zero.get("stage3_param_persistence_threshold", _PERSISTENT))
-    return [count for count in parameters if count <= threshold]
 
 
 @dataclass(frozen=True)

@@ -299,12 +299,8 @@ def predict(planned: Plan, assumed: Assumptions, stage: str | None = None) -> Po
         stage: one of `memory.STAGES`, with the recipe's micro-batch and policy; none: the recipe's.
     """
     own = planned.own
-    choice = next(
-        choice
-        for choice in planned.choices
-        if (choice.stage, choice.policy, choice.micro_batch)
-        == (stage or own.stage, own.policy, own.micro_batch)
-    )
+    way = (stage or own.stage, own.policy, own.micro_batch)
+    choice = next(choice for choice in planned.choices if choice.way == way)
     counts, sent, train = planned.counts, choice.traffic, planned.recipe.train
     launch_s = launch_seconds(planned.recipe, counts, choice.stage, choice.accumulation, assumed.launch_us)
     compute_s = max(choice.compute_seconds, launch_s)

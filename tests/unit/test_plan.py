@@ -21,7 +21,7 @@ from fd_scale.hardware import GPUS, Gpu, find_gpu, mfu, model_flops
 from fd_scale.plan import Plan, Policy, count, plan, plot, present_gpu, require_fit, show, to_json, write_json
 from fd_scale.plan.counts import Activations, Counts, Line, NotCountedError
 from fd_scale.plan.estimate import Traffic, traffic
-from fd_scale.plan.memory import Memory, Recorded, State, memory, state
+from fd_scale.plan.memory import Memory, Recorded, Sharding, State, memory, state
 from fd_scale.verbs import check
 
 G = 10**9
@@ -63,7 +63,7 @@ def test_a_frozen_backbone_is_planned_as_a_teacher(make_recipe: Callable[..., Re
     none = Policy("none")
     assert frozen.activations[none].kept.an_image < 0.5 * trained.activations[none].kept.an_image
     for stage, whole in (("2", 1.0), ("3", 0.25)):
-        held = state(frozen, stage, 4, "fp32", 1, {})
+        held = state(frozen, Sharding(stage, 4, 1, {}), "fp32")
         assert held.teacher == whole * backbone
         assert held.optimizer == 12 * frozen.num_parameters / 4
 
@@ -99,7 +99,7 @@ def test_states_of_every_stage(
 ) -> None:
     given = {"zero_optimization": {"stage": int(stage) if stage.isdigit() else 3}}
     sums = grad_accum_dtype(given, precision, accumulation)
-    found = state(numbers(), stage, gpus, precision, accumulation, {}, sums=sums)
+    found = state(numbers(), Sharding(stage, gpus, accumulation, {}), precision, sums=sums)
     whole = 10_000 * (4 if precision == "fp32" else 2) if gpus > 1 and stage in ("3", "hierarchical") else 0
     assert found.parameters == expected[0] * G + whole
     assert (found.gradients, found.optimizer) == (expected[1] * G, expected[2] * G)
@@ -109,12 +109,12 @@ def test_states_of_every_stage(
 @pytest.mark.parametrize(("stage", "gradients"), [("0", 20), ("1", 20 + 5), ("2", 20 + 5), ("3", 5)])
 def test_a_graph_writes_whole_gradients(stage: str, gradients: float) -> None:
     recorded: Recorded = "teacher" if stage == "3" else "all"
-    assert state(numbers(), stage, 4, "bf16", 1, {}, recorded).gradients == gradients * G
+    assert state(numbers(), Sharding(stage, 4, 1, {}), "bf16", recorded).gradients == gradients * G
 
 
 def test_buffers_are_those_of_the_json() -> None:
     def buffers(stage: str, **zero: Any) -> float:
-        return state(numbers(), stage, 4, "bf16", 1, zero).buffers
+        return state(numbers(), Sharding(stage, 4, 1, zero), "bf16").buffers
 
     assert buffers("0") == 0
     assert buffers("2") == 2 * 5e8
@@ -123,8 +123,8 @@ def test_buffers_are_those_of_the_json() -> None:
         buffers("3") == 2 * 5e8 + 2 * 1e9
     )  # the bucket, and a billion parameters that are gathered at a time
     assert buffers("3", reduce_bucket_size=100, stage3_max_live_parameters=1000) == 2 * 100 + 2 * 1000
-    threshold = state(numbers(), "3", 4, "bf16", 1, {"stage3_param_persistence_threshold": 0}).parameters
-    assert threshold == 5 * G
+    none_whole = Sharding("3", 4, 1, {"stage3_param_persistence_threshold": 0})
+    assert state(numbers(), none_whole, "bf16").parameters == 5 * G
 
 
 def test_the_fullest_moment() -> None:
@@ -164,7 +164,9 @@ def test_traffic_by_hand() -> None:
     gpu = GPUS["a100-80g"]
 
     def sent(stage: str, count: int, accumulation: int, gpu: Gpu = gpu, **zero: Any) -> Traffic:
-        return traffic([G // 2], 2, stage, gpu, count, accumulation, {"stage3_max_reuse_distance": 0} | zero)
+        return traffic(
+            [G // 2], 2, Sharding(stage, count, accumulation, {"stage3_max_reuse_distance": 0} | zero), gpu
+        )
 
     alone, node, two = (sent("3", count, 2) for count in (1, 8, 16))
     assert (alone.gathered, alone.reduced, alone.seconds) == (0, 0, 0)
@@ -283,8 +285,8 @@ def test_replicas(planned: Callable[..., Plan]) -> None:
         "half of 2 bytes a parameter, small ones whole"
     )
     # Both halves: gathered and reduced within two, and a quarter of all once there and back between them.
-    pair = traffic([G // 2], 2, "3", GPUS["a100-80g"], 2, 1, {})
-    both = traffic([G // 2], 2, "hierarchical", GPUS["a100-80g"], 4, 1, {}, replica=2)
+    pair = traffic([G // 2], 2, Sharding("3", 2, 1, {}), GPUS["a100-80g"])
+    both = traffic([G // 2], 2, Sharding("hierarchical", 4, 1, {}, replica=2), GPUS["a100-80g"])
     assert both.gathered + both.reduced == pair.gathered + pair.reduced + 2 * (G / 2) / 2
     assert both.seconds == pytest.approx(pair.seconds + G / 2 / 300e9), "over the same links"
     with pytest.raises(
@@ -298,19 +300,19 @@ def test_replicas(planned: Callable[..., Plan]) -> None:
 
 def test_hpz_holds_a_copy_in_a_node_and_gathers_from_there() -> None:
     hpz = {"zero_hpz_partition_size": 8}
-    found, plain = (state(numbers(), "3", 64, "bf16", 1, zero) for zero in (hpz, {}))
-    assert found.parameters - plain.parameters == 2 * 10 * G / 8
-    assert (
-        state(numbers(), "3", 8, "bf16", 1, hpz).parameters
-        == state(numbers(), "3", 8, "bf16", 1, {}).parameters
-    )
-    zero = {"stage3_max_reuse_distance": 0}
-    sent = traffic([G // 2], 2, "3", GPUS["a100-80g"], 16, 2, zero | hpz)
+
+    def held(num_gpus: int, zero: dict[str, Any]) -> float:
+        return state(numbers(), Sharding("3", num_gpus, 1, zero), "bf16").parameters
+
+    assert held(64, hpz) - held(64, {}) == 2 * 10 * G / 8
+    assert held(8, hpz) == held(8, {})
+    sharding = Sharding("3", 16, 2, {"stage3_max_reuse_distance": 0} | hpz)
+    sent = traffic([G // 2], 2, sharding, GPUS["a100-80g"])
     assert sent.gathered == G * 15 / 16 + 3 * G * 7 / 8, "the first forward pass of two, and all else"
     assert sent.reduced == 2 * G * 15 / 16
     # Of six gigabytes the three that are not gathered nearby come half from the other node, over its eight cards.
     slow = replace(GPUS["a100-80g"], infiniband=1e9)
-    assert traffic([G // 2], 2, "3", slow, 16, 2, zero | hpz).seconds == pytest.approx(3 / 8 / 2)
+    assert traffic([G // 2], 2, sharding, slow).seconds == pytest.approx(3 / 8 / 2)
 
 
 def test_report_json_and_plot(planned: Callable[..., Plan], tmp_path: Path) -> None:

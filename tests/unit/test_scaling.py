@@ -19,7 +19,7 @@ from fd_scale.hardware import Gpu
 from fd_scale.plan import Plan, plan, scaling_report
 from fd_scale.plan.counts import Activations, Counts, Line, Policy
 from fd_scale.plan.estimate import traffic
-from fd_scale.plan.memory import state
+from fd_scale.plan.memory import Sharding, state
 from fd_scale.plan.scaling import (
     Assumptions,
     Curve,
@@ -136,8 +136,8 @@ def test_a_teacher_in_parts_is_gathered_and_hides_behind_itself(planned: Callabl
     assert found.passes == plain.passes + 8 * 20, "50 M elements a gather"
     assert predict(planned(3, 8, in_parts), IDEAL).exposed_s == pytest.approx(0.0175 * 8 * 4 - 0.056)
     # Hierarchically it lies in each node.
-    assert state(in_parts, "hierarchical", 64, "bf16", 1, {}).teacher == 2 * G / 8
-    assert state(in_parts, "3", 64, "bf16", 1, {}).teacher == 2 * G / 64
+    assert state(in_parts, Sharding("hierarchical", 64, 1, {}), "bf16").teacher == 2 * G / 8
+    assert state(in_parts, Sharding("3", 64, 1, {}), "bf16").teacher == 2 * G / 64
 
 
 def test_passes_by_hand() -> None:
@@ -146,7 +146,8 @@ def test_passes_by_hand() -> None:
     def passes(
         stage: str, accumulation: int, parameters: tuple[int, ...] = COUNTS.parameters, **zero: Any
     ) -> Any:
-        found = traffic(parameters, 2, stage, GPU, 16, accumulation, {"stage3_max_reuse_distance": 0} | zero)
+        sharding = Sharding(stage, 16, accumulation, {"stage3_max_reuse_distance": 0} | zero)
+        found = traffic(parameters, 2, sharding, GPU)
         return found.passes, found.settling_passes
 
     assert passes("0", 4) == (4, 0)
