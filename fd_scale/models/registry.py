@@ -2,7 +2,7 @@
 
 import difflib
 import inspect
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from types import UnionType
 from typing import Any, get_args, get_origin, get_type_hints
@@ -13,12 +13,7 @@ from fd_scale.errors import UserError
 from fd_scale.models.backbone import Backbone
 from fd_scale.models.huggingface import HuggingFaceBackbone
 from fd_scale.models.swin_v2 import SwinTransformerV2
-from fd_scale.models.timm_backbone import (
-    TimmBackbone,
-    create_timm_model,
-    is_timm_model,
-    nearest_timm_names,
-)
+from fd_scale.models.timm_backbone import TimmBackbone, create_timm_model, is_timm_model, nearest_timm_names
 from fd_scale.models.vit import VisionTransformer, use_our_blocks
 
 HUGGING_FACE = "hf:"
@@ -26,53 +21,16 @@ HUGGING_FACE = "hf:"
 
 # T to L as published at 256 px with window 8. H and G, of which no weights are public, take the 192 px and
 # window 12 of G's pre-training, and the extra norm that Liu et al. 2022 (arXiv:2111.09883) add to both.
+_256 = {"img_size": 256, "window_size": 8}
+_192 = {"img_size": 192, "window_size": 12, "extra_norm_period": 6}
 _SWIN_V2: dict[str, dict[str, Any]] = {
-    "swin_v2_tiny": {
-        "img_size": 256,
-        "window_size": 8,
-        "embed_dim": 96,
-        "depths": (2, 2, 6, 2),
-        "num_heads": (3, 6, 12, 24),
-    },
-    "swin_v2_small": {
-        "img_size": 256,
-        "window_size": 8,
-        "embed_dim": 96,
-        "depths": (2, 2, 18, 2),
-        "num_heads": (3, 6, 12, 24),
-    },
-    "swin_v2_base": {
-        "img_size": 256,
-        "window_size": 8,
-        "embed_dim": 128,
-        "depths": (2, 2, 18, 2),
-        "num_heads": (4, 8, 16, 32),
-    },
-    "swin_v2_large": {
-        "img_size": 256,
-        "window_size": 8,
-        "embed_dim": 192,
-        "depths": (2, 2, 18, 2),
-        "num_heads": (6, 12, 24, 48),
-    },
-    "swin_v2_huge": {
-        "img_size": 192,
-        "window_size": 12,
-        "embed_dim": 352,
-        "depths": (2, 2, 18, 2),
-        "num_heads": (11, 22, 44, 88),
-        "extra_norm_period": 6,
-    },
-    "swin_v2_giant": {
-        "img_size": 192,
-        "window_size": 12,
-        "embed_dim": 512,
-        "depths": (2, 2, 42, 4),
-        "num_heads": (16, 32, 64, 128),
-        "extra_norm_period": 6,
-    },
+    "swin_v2_tiny": {"embed_dim": 96, "depths": (2, 2, 6, 2), "num_heads": (3, 6, 12, 24), **_256},
+    "swin_v2_small": {"embed_dim": 96, "depths": (2, 2, 18, 2), "num_heads": (3, 6, 12, 24), **_256},
+    "swin_v2_base": {"embed_dim": 128, "depths": (2, 2, 18, 2), "num_heads": (4, 8, 16, 32), **_256},
+    "swin_v2_large": {"embed_dim": 192, "depths": (2, 2, 18, 2), "num_heads": (6, 12, 24, 48), **_256},
+    "swin_v2_huge": {"embed_dim": 352, "depths": (2, 2, 18, 2), "num_heads": (11, 22, 44, 88), **_192},
+    "swin_v2_giant": {"embed_dim": 512, "depths": (2, 2, 42, 4), "num_heads": (16, 32, 64, 128), **_192},
 }
-
 
 # The student of feature distillation, in the sizes of ViT (arXiv:2010.11929) and DeiT (arXiv:2012.12877).
 _VIT: dict[str, dict[str, Any]] = {
@@ -87,13 +45,6 @@ _MODELS: dict[str, tuple[type[SwinTransformerV2] | type[VisionTransformer], dict
     **{name: (SwinTransformerV2, shape) for name, shape in _SWIN_V2.items()},
     **{name: (VisionTransformer, shape) for name, shape in _VIT.items()},
 }
-
-
-def _check_known(kind: str, name: str, known: Iterable[str]) -> None:
-    names = list(known)
-    if name not in names:
-        nearest = difflib.get_close_matches(name, names) or names
-        raise UserError(f"unknown {kind} {name!r}; did you mean {', '.join(nearest)}")
 
 
 def default_img_size(name: str) -> int:
@@ -122,9 +73,7 @@ def create_model(
     size = {} if img_size is None else {"img_size": img_size}
     if name in _MODELS:
         model_class, shape = _MODELS[name]
-        for override in overrides:
-            _check_known(f"argument of {name}", override, inspect.signature(model_class).parameters)
-        _check_types(model_class, overrides)
+        _check_overrides(name, model_class, overrides)
         return model_class(**(shape | overrides | size))
     if name.startswith(HUGGING_FACE):
         assert isinstance(img_size, int), "the size of a Hugging Face model is resolved before it is built"
@@ -141,9 +90,13 @@ def create_model(
     return TimmBackbone(model, target)
 
 
-def _check_types(model_class: type, overrides: dict[str, Any]) -> None:
+def _check_overrides(model: str, model_class: type, overrides: dict[str, Any]) -> None:
+    known = list(inspect.signature(model_class).parameters)
     hints = get_type_hints(model_class.__init__)  # type: ignore[misc]
     for name, value in overrides.items():
+        if name not in known:
+            nearest = difflib.get_close_matches(name, known) or known
+            raise UserError(f"unknown argument of {model} {name!r}; did you mean {', '.join(nearest)}")
         if not _is_a(value, hints[name]):
             formatted = inspect.formatannotation(hints[name]).replace("collections.abc.", "")
             raise UserError(f"model.overrides.{name}: got {value!r}, expected {formatted}")
