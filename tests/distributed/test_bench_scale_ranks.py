@@ -96,20 +96,11 @@ def test_a_size_that_takes_too_long(job: Job, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_one_and_two_ranks_under_torchrun(job: Job, tmp_path: Path) -> None:
-    command = [
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node=2",
-        "-m",
-        "fd_scale",
-        "bench",
-        "scale",
-    ]
+    command = "-m torch.distributed.run --standalone --nproc-per-node=2 -m fd_scale bench scale"
     # As in a pipe: pytest-xdist's workers have a width of 80 in theirs.
     env = {name: value for name, value in os.environ.items() if name != "COLUMNS"}
     done = subprocess.run(
-        [sys.executable, *command, job.recipe, "--steps", "2", "--out", str(tmp_path / "out")],
+        [sys.executable, *command.split(), job.recipe, "--steps", "2", "--out", str(tmp_path / "out")],
         env=env | {"OMP_NUM_THREADS": "1"},
         capture_output=True, text=True, timeout=280, check=False,
     )  # fmt: skip

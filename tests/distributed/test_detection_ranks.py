@@ -7,7 +7,7 @@ from typing import Any
 import cases
 import numpy as np
 import pytest
-from ranks import run_ranks
+from rank_checks import assert_resumes_exactly, curves_of_two_and_one
 
 Values = Callable[..., dict[str, Any]]
 pytestmark = pytest.mark.slow
@@ -47,9 +47,7 @@ def test_two_ranks_equal_one(values: Values, stage: int, checkpointing: str, sec
         "together", train__ds_config=f"zero{stage}", train__micro_batch=1,
         train__activation_checkpointing=checkpointing, detection=section,
     )  # fmt: skip
-    run_ranks(cases.train, 1, alone)
-    run_ranks(cases.train, 2, together)
-    found, expected = (np.array(cases.curve(run["run_dir"])) for run in (together, alone))
+    found, expected = curves_of_two_and_one(together, alone)
     # fp32 sums in another order.
     np.testing.assert_allclose(found[0], expected[0], rtol=1e-5)
     # AdamW's division amplifies that, and scores or overlaps that are almost equal then go the other way.
@@ -61,9 +59,4 @@ def test_two_ranks_equal_one(values: Values, stage: int, checkpointing: str, sec
 
 
 def test_resume_is_exact(values: Values) -> None:
-    whole, stopped = values("whole"), values("stopped")
-    run_ranks(cases.train, 2, whole)
-    results = run_ranks(cases.train_then_die, 2, stopped, 2, "between steps", 1)
-    assert results[1] == -9
-    run_ranks(cases.train, 2, stopped)
-    assert cases.curve(stopped["run_dir"]) == cases.curve(whole["run_dir"])
+    assert_resumes_exactly(values("whole"), values("stopped"), step=2)

@@ -9,6 +9,7 @@ import cases
 import numpy as np
 import pytest
 from PIL import Image
+from rank_checks import assert_resumes_exactly, curves_of_two_and_one
 from ranks import run_ranks
 
 Values = Callable[..., dict[str, Any]]
@@ -51,9 +52,7 @@ def test_two_ranks_equal_one(
         "together", train__ds_config=f"zero{stage}", train__micro_batch=2 if norm == "group" else 4,
         train__activation_checkpointing=checkpointing, **changes,
     )  # fmt: skip
-    run_ranks(cases.train, 1, alone)
-    run_ranks(cases.train, 2, together)
-    found, expected = (np.array(cases.curve(run["run_dir"])) for run in (together, alone))
+    found, expected = curves_of_two_and_one(together, alone)
     # fp32 sums in another order, which AdamW's division amplifies: as in test_equality.
     np.testing.assert_allclose(found[:, 0], expected[:, 0], rtol=1e-5)
     np.testing.assert_allclose(found[:, 1], expected[:, 1], rtol=1e-4)
@@ -85,9 +84,7 @@ def test_mask2former_trains_alike_on_two_ranks(values: Values) -> None:
     together = values("together", train__ds_config="zero3", train__micro_batch=1, **changes)
     for path in sorted(Path(alone["data"]["train"][6:]).glob("masks/*.png"))[:3]:
         Image.new("L", Image.open(path).size, 255).save(path)
-    run_ranks(cases.train, 1, alone)
-    run_ranks(cases.train, 2, together)
-    found, expected = (np.array(cases.curve(run["run_dir"])) for run in (together, alone))
+    found, expected = curves_of_two_and_one(together, alone)
     # As above; a point that is at the border of the most uncertain ones may be another one.
     np.testing.assert_allclose(found[:, 0], expected[:, 0], rtol=1e-4)
     assert len(set(expected[:, 0])) == 2
@@ -98,9 +95,7 @@ def test_a_frozen_backbone_is_kept_in_parts_and_in_checkpoints(values: Values) -
     changes = {"segmentation": probe, "train__steps": 2}
     alone = values("alone", train__micro_batch=8, **changes)
     together = values("together", train__ds_config="zero3", train__micro_batch=2, **changes)
-    run_ranks(cases.train, 1, alone)
-    run_ranks(cases.train, 2, together)
-    found, expected = (np.array(cases.curve(run["run_dir"])) for run in (together, alone))
+    found, expected = curves_of_two_and_one(together, alone)
     np.testing.assert_allclose(found[:, 0], expected[:, 0], rtol=1e-5)  # as above
     [logged] = cases.read_metrics(Path(together["run_dir"]), "evaluation")
     [found_again] = run_ranks(cases.evaluate, 1, together["run_dir"], [])
@@ -139,10 +134,6 @@ def test_evaluate_gives_the_metrics_of_the_run(values: Values) -> None:
 
 def test_resume_is_exact(values: Values) -> None:
     whole, stopped = values("whole"), values("stopped")
-    run_ranks(cases.train, 2, whole)
-    results = run_ranks(cases.train_then_die, 2, stopped, 4, "between steps", 1)
-    assert results[1] == -9
-    run_ranks(cases.train, 2, stopped)
-    assert cases.curve(stopped["run_dir"]) == cases.curve(whole["run_dir"])
+    assert_resumes_exactly(whole, stopped, step=4)
     last = [cases.read_metrics(Path(run["run_dir"]), "evaluation")[-1]["miou"] for run in (whole, stopped)]
     assert last[0] == last[1]

@@ -47,21 +47,8 @@ def test_prediction_is_measured_by_size(
 ) -> None:
     out = tmp_path / "out.json"
     settings = ["segmentation.num_classes=3", "segmentation.short_side=24"]
-    cli.main(
-        [
-            "bench",
-            "prediction",
-            recipe,
-            *settings,
-            "--sides",
-            "60",
-            "24",
-            "--repeats",
-            "2",
-            "--json",
-            str(out),
-        ]
-    )
+    sides = ["--sides", "60", "24", "--repeats", "2"]
+    cli.main(["bench", "prediction", recipe, *settings, *sides, "--json", str(out)])
     found = json.loads(out.read_text())
     assert list(found["sides"]) == ["24", "60"]
     assert all(len(each["seconds"]) == 2 and each["peak_gib"] > 0 for each in found["sides"].values())

@@ -30,17 +30,9 @@ def written(values: dict[str, Any]) -> str:
 
 def torchrun_distill(values: dict[str, Any], *settings: str, code: int = 0, **environment: str) -> str:
     """Runs a recipe on two ranks, to an end with a code; returns what was said."""
-    command = [
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node=2",
-        "-m",
-        "fd_scale",
-        "distill",
-    ]
+    command = "-m torch.distributed.run --standalone --nproc-per-node=2 -m fd_scale distill"
     done = subprocess.run(
-        [sys.executable, *command, written(values), *settings],
+        [sys.executable, *command.split(), written(values), *settings],
         env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
         capture_output=True, text=True, timeout=200, check=False,
     )  # fmt: skip

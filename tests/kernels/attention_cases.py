@@ -13,7 +13,7 @@ from fd_kernels.window_attention.reference import (
     shift_mask,
     window_attention_reference,
 )
-from torch import Tensor
+from torch import Tensor, nn
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,3 +172,20 @@ def assert_vit_no_further_from_fp64_than_plain_torch(
     for ours, other, wanted in zip(found, plain, exact, strict=True):
         # The absolute term: with a single key only the values have a gradient, and the bias has none.
         assert error(ours, wanted, 1.0) <= 2 * error(other, wanted, 1.0) + floor
+
+
+def assert_trains_alike(model: nn.Module, side: int) -> None:
+    """With the kernels and the reference: the tokens of two images, and the gradient of every parameter."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0))
+    images = torch.randn(2, 3, side, side, generator=torch.Generator().manual_seed(1))
+    found = {}
+    for name in ("reference", "triton"):
+        with implementation(name):  # type: ignore[arg-type]
+            tokens = model(images)
+            gradients = torch.autograd.grad(tokens.square().sum(), list(model.parameters()))
+        found[name] = [tokens.detach(), *gradients]
+    for ours, reference in zip(found["triton"], found["reference"], strict=True):
+        # fp32 sums in another order, through a few blocks; relative to the largest value of a tensor.
+        torch.testing.assert_close(ours, reference, rtol=1e-3, atol=1e-4 * float(reference.abs().max()))

@@ -211,26 +211,31 @@ def loader_of(recipe: Recipe, source: Source, files: FeatureFiles | None, **rank
     )  # fmt: skip
 
 
+def computed(recipe: Recipe) -> tuple[Source, teacher_features.Part]:
+    source = open_source(recipe.data.train)
+    part = teacher_features.train_part(recipe, source)
+    teacher_features.compute(recipe, part, WORLD)
+    return source, part
+
+
+def with_its_teacher(recipe: Recipe) -> DistillationTask:
+    """The task without features on disk, its teacher as that of the features."""
+    assert recipe.distill is not None
+    torch.manual_seed(teacher_features.initial_seed(recipe.seed))
+    return DistillationTask(replace(recipe, distill=replace(recipe.distill, features=None)), None)
+
+
 @pytest.mark.parametrize("crops", [1, 2])
 def test_a_batch_brings_the_targets_that_the_teacher_would_give(
     keeping: Callable[..., Recipe], crops: int
 ) -> None:
     """Of an image that is replaced, too; in epochs 0 and 1 with the views of any training, in 2 again those of 0."""
     recipe = keeping()
-    assert recipe.distill is not None
     recipe = replace(recipe, data=replace(recipe.data, crops=crops))
-    source = open_source(recipe.data.train)
-    part = teacher_features.train_part(recipe, source)
-    teacher_features.compute(recipe, part, WORLD)
-    task = DistillationTask(recipe, None)
+    source, part = computed(recipe)
+    task, plain = DistillationTask(recipe, None), with_its_teacher(recipe)
     assert not task.teachers
-    assert recipe.distill is not None
-    torch.manual_seed(teacher_features.initial_seed(recipe.seed))
-    plain = DistillationTask(replace(recipe, distill=replace(recipe.distill, features=None)), None)
-    kept, ordinary = (
-        loader_of(recipe, source, part.files).iterate(0),
-        loader_of(recipe, source, None).iterate(0),
-    )
+    kept, ordinary = (loader_of(recipe, source, files).iterate(0) for files in (part.files, None))
     assert loader_of(recipe, source, None).steps_per_epoch == 3 * crops
     num_bad = 0
     for step in range(9 * crops):
@@ -249,9 +254,7 @@ def test_features_of_another_image_than_is_read_are_refused(
 ) -> None:
     """One that could not be decoded when its features were made, and was replaced, and can be now."""
     recipe = keeping()
-    source = open_source(recipe.data.train)
-    part = teacher_features.train_part(recipe, source)
-    teacher_features.compute(recipe, part, WORLD)
+    source, part = computed(recipe)
     folder = Path(images.removeprefix("imagefolder:"))
     (folder / "07.png").write_bytes((folder / "08.png").read_bytes())
     with pytest.raises(
@@ -263,9 +266,7 @@ def test_features_of_another_image_than_is_read_are_refused(
 
 def test_ranks_and_rollbacks_bring_the_same_features(keeping: Callable[..., Recipe]) -> None:
     recipe = keeping(precision="int8")
-    source = open_source(recipe.data.train)
-    part = teacher_features.train_part(recipe, source)
-    teacher_features.compute(recipe, part, WORLD)
+    source, part = computed(recipe)
     [alone] = next(loader_of(recipe, source, part.files).iterate(4))
     halves = [next(loader_of(recipe, source, part.files, rank=r, world_size=2).iterate(4))[0] for r in (0, 1)]
     assert alone.features is not None
@@ -273,10 +274,7 @@ def test_ranks_and_rollbacks_bring_the_same_features(keeping: Callable[..., Reci
     # After a rollback other images come, each in a view whose features are kept.
     [reordered] = next(loader_of(recipe, source, part.files).iterate(4, reordered=1))
     assert not reordered.images.equal(alone.images)
-    task = DistillationTask(recipe, None)
-    torch.manual_seed(teacher_features.initial_seed(recipe.seed))
-    assert recipe.distill is not None
-    plain = DistillationTask(replace(recipe, distill=replace(recipe.distill, features=None)), None)
+    task, plain = DistillationTask(recipe, None), with_its_teacher(recipe)
     [found] = task.inputs(reordered)["targets"]
     [wanted] = plain.inputs(reordered._replace(features=None))["targets"]
     assert (found.float() - wanted).abs().max() < 0.01 * wanted.abs().max()
@@ -286,9 +284,7 @@ def test_a_second_call_makes_what_is_missing_alike(
     keeping: Callable[..., Recipe], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     recipe = keeping()
-    source = open_source(recipe.data.train)
-    part = teacher_features.train_part(recipe, source)
-    teacher_features.compute(recipe, part, WORLD)
+    _, part = computed(recipe)
     assert "images/07.png cannot be decoded, another sample takes its place" in caplog.text
     files = sorted((tmp_path / "kept/train").rglob("*.features"))
     assert [file.parent.name for file in files] == ["view_0", "view_1"]
@@ -342,8 +338,7 @@ def test_a_run_trains_and_evaluates_without_its_teacher(
 
 def test_other_teachers_precision_or_images_are_other_features(keeping: Callable[..., Recipe]) -> None:
     recipe = keeping()
-    source = open_source(recipe.data.train)
-    teacher_features.compute(recipe, teacher_features.train_part(recipe, source), WORLD)
+    source, _ = computed(recipe)
     assert recipe.distill is not None
     [teacher] = recipe.distill.teachers
     others = {
@@ -401,19 +396,8 @@ def test_an_evaluation_asks_the_teacher_itself(keeping: Callable[..., Recipe], t
 def test_the_benchmark_measures_both_kinds_of_step(keeping: Callable[..., Recipe], tmp_path: Path) -> None:
     file, out = tmp_path / "recipe.yaml", tmp_path / "out.json"
     file.write_text(to_yaml(keeping()))
-    command = [
-        sys.executable,
-        "-m",
-        "fd_scale",
-        "bench",
-        "features",
-        str(file),
-        "--steps",
-        "2",
-        "--json",
-        str(out),
-    ]
-    subprocess.run(command, check=True, timeout=120)
+    command = [sys.executable, "-m", "fd_scale", "bench", "features", str(file), "--steps", "2"]
+    subprocess.run([*command, "--json", str(out)], check=True, timeout=120)
     found = json.loads(out.read_text())
     assert [len(found[key]) for key in ("features_ms", "teachers_ms")] == [2, 2]
     assert found["precisions"]["int8"]["bytes"] < 0.55 * found["precisions"]["bf16"]["bytes"]

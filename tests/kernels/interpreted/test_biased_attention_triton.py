@@ -2,8 +2,7 @@
 
 import pytest
 import torch
-from attention_cases import assert_vit_no_further_from_fp64_than_plain_torch
-from fd_kernels.dispatch import implementation
+from attention_cases import assert_trains_alike, assert_vit_no_further_from_fp64_than_plain_torch
 
 from fd_scale.models import create_model
 
@@ -29,16 +28,4 @@ def test_a_vit_trains_alike_with_kernels_and_reference() -> None:
     model = create_model(
         "fd_vit_tiny_patch16", img_size=48, patch_size=16, embed_dim=64, depth=2, num_heads=1
     )
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter += 0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0))
-    images = torch.randn(2, 3, 48, 48, generator=torch.Generator().manual_seed(1))
-    found = {}
-    for name in ("reference", "triton"):
-        with implementation(name):  # type: ignore[arg-type]
-            tokens = model(images)
-            gradients = torch.autograd.grad(tokens.square().sum(), list(model.parameters()))
-        found[name] = [tokens.detach(), *gradients]
-    for ours, reference in zip(found["triton"], found["reference"], strict=True):
-        # fp32 sums in another order, through two blocks; relative to the largest value of a tensor.
-        torch.testing.assert_close(ours, reference, rtol=1e-3, atol=1e-4 * float(reference.abs().max()))
+    assert_trains_alike(model, 48)
