@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -18,7 +17,6 @@ from torch import Tensor, nn
 from fd_scale.config import ModelConfig, Recipe
 from fd_scale.errors import UserError
 from fd_scale.models.backbone import Backbone
-from fd_scale.models.huggingface import HuggingFaceBackbone, is_published
 from fd_scale.models.pretrained import hugging_face_folder, resolved_model, weights_path
 from fd_scale.models.registry import HUGGING_FACE, create_model
 from fd_scale.models.swin_v2 import SwinTransformerV2
@@ -61,9 +59,7 @@ def build_model(config: ModelConfig, target: str = "feature_map") -> Backbone:
         raise UserError(
             f"model.overrides.drop_path_rate: got {max(model.drop_path_rates)}, expected 0 <= rate < 1"
         )
-    if path is not None and isinstance(model, HuggingFaceBackbone) and is_published(Path(path)):
-        model.load_published(Path(path))
-    elif path is not None:
+    if path is not None:
         load_weights(model, path)
     return model
 

@@ -350,7 +350,7 @@ class SwinTransformerV2(Backbone):
             before += depth
         return ids
 
-    def forward_features(self, images_BCHW: Tensor, drop_path_scale_RB: Tensor | None = None) -> Tensor:
+    def forward(self, images_BCHW: Tensor, drop_path_scale_RB: Tensor | None = None) -> Tensor:
         """Tokens of the last stage after the final LayerNorm.
 
         Args:
@@ -404,10 +404,6 @@ class SwinTransformerV2(Backbone):
     def final_norm(self) -> nn.LayerNorm:
         """See `Backbone.final_norm`."""
         return self.norm
-
-    def forward(self, images_BCHW: Tensor, drop_path_scale_RB: Tensor | None = None) -> Tensor:
-        """Same as `forward_features`."""
-        return self.forward_features(images_BCHW, drop_path_scale_RB)
 
     def translate(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Tensors of any layout in `layouts.LAYOUTS` by this model's names; others come back as they are.

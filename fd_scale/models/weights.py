@@ -98,6 +98,9 @@ def load_weights(model: Backbone, path: str) -> None:
     Raises:
         UserError: no such file, damaged, more than tensors, or weights of another architecture.
     """
+    if isinstance(model, HuggingFaceBackbone) and is_published(Path(path)):
+        model.load_published(Path(path))
+        return
     on_meta = next(model.parameters()).is_meta
     # Not by way of `load_tensors`, which would hold the whole file to its end.
     _move_into(model, fitted(model, read_state(path, "meta" if on_meta else "cpu"), path))

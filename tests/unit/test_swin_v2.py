@@ -342,7 +342,7 @@ def test_large_windows_read_the_table_of_biases(monkeypatch: pytest.MonkeyPatch)
     for limit, dims in ((position_bias.LARGEST_DENSE_WINDOW, 3), (31, 2)):
         monkeypatch.setattr(position_bias, "LARGEST_DENSE_WINDOW", limit)
         assert model.layers[0].position_bias().dim() == dims
-        tokens = model.forward_features(images)
+        tokens = model(images)
         found.append([tokens, *torch.autograd.grad(tokens[:, :5].square().sum(), list(model.parameters()))])
     for table, dense in zip(*reversed(found), strict=True):
         torch.testing.assert_close(table, dense, rtol=1e-9, atol=1e-12)
