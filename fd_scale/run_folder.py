@@ -7,6 +7,7 @@ import os
 import platform
 import shlex
 import sys
+import tempfile
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -92,6 +93,19 @@ def not_writable(folder: Path, error: OSError, setting: str = "run_dir") -> User
     return UserError(
         f"{setting}: {folder} cannot be written ({error.strerror}); choose another with {setting}{value}"
     )
+
+
+def make_for_results(folder: Path) -> None:
+    """Makes a folder of results, and a file in it, before minutes are spent on them.
+
+    Raises:
+        UserError: nothing can be written there.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise not_writable(folder, error, "--out") from None
 
 
 def read_recipe(run_dir: Path, overrides: list[str] | None = None) -> Recipe:

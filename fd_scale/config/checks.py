@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from math import inf
 
 from fd_scale.errors import UserError
 
@@ -20,6 +21,11 @@ def checks_of(section: object, key: str) -> Callable[[str, bool, str], None]:
         require(holds, f"{key}.{name}", getattr(section, name), expected)
 
     return check
+
+
+def are_positive(numbers: Sequence[float]) -> bool:
+    """Whether they are finite and above 0, and there is one."""
+    return len(numbers) > 0 and all(0 < number < inf for number in numbers)
 
 
 def first_line(error: BaseException) -> str:

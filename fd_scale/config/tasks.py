@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from math import inf
 from typing import Literal
 
-from fd_scale.config.checks import checks_of, require
+from fd_scale.config.checks import are_positive, checks_of, require
 from fd_scale.config.sections import TEACHER, ModelConfig
 from fd_scale.errors import UserError
 
@@ -183,11 +183,7 @@ class LinearProbeConfig:
     def __post_init__(self) -> None:
         check = checks_of(self, "linear_probe")
         check("knn_images", self.knn_images >= 0, "0 or more")
-        check(
-            "lr_factors",
-            len(self.lr_factors) > 0 and 0 < min(self.lr_factors) <= max(self.lr_factors) < inf,
-            "positive numbers, at least one",
-        )
+        check("lr_factors", are_positive(self.lr_factors), "positive numbers, at least one")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -244,11 +240,7 @@ class SegmentationConfig:
         check("max_class_share", 0 < self.max_class_share <= 1, "a number above 0, at most 1")
         check("stride", 0 < self.stride <= 1, "a number above 0, at most 1")
         check("short_side", self.short_side is None or self.short_side >= 0, "0 or more pixels")
-        check(
-            "scales",
-            len(self.scales) > 0 and 0 < min(self.scales) <= max(self.scales) < inf,
-            "positive numbers",
-        )
+        check("scales", are_positive(self.scales), "positive numbers")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -299,11 +291,7 @@ class DetectionConfig:
         check("semantic_classes", 0 <= self.semantic_classes <= 255, "0 to 255")
         check("score_threshold", 0 <= self.score_threshold < 1, "0 or more, below 1")
         check("max_detections", self.max_detections > 0, "more than 0")
-        check(
-            "scales",
-            len(self.scales) > 0 and 0 < min(self.scales) <= max(self.scales) < inf,
-            "positive numbers",
-        )
+        check("scales", are_positive(self.scales), "positive numbers")
         low, high = self.scale_range
         check("scale_range", 0 < low <= high < inf, "0 < smallest <= largest")
         check("copy_paste", 0 <= self.copy_paste <= 1, "a number in 0..1")

@@ -10,7 +10,6 @@ import itertools
 import json
 import logging
 import re
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -162,7 +161,7 @@ def diagnose(names: Sequence[str], out: str | Path | None, options: Options) -> 
     ]
     for one in found[1:]:  # One that is refused is so before the others have seen all images.
         _look(_Found(one.name, one.label, one.image_px), spread(source, 1), options)
-    _make(folder)
+    run_folder.make_for_results(folder)
     pictures = [_look(one, source, options) for one in found]
     result = {
         "schema": SCHEMA, "images": str(images), "num_images": len(source), "precision": options.precision,
@@ -192,15 +191,6 @@ def labels(names: Sequence[str]) -> list[str]:
         candidates = itertools.chain([name] if short.count(name) == 1 else [], numbered)
         found.append(next(each for each in candidates if each not in found))
     return found
-
-
-def _make(folder: Path) -> None:
-    """Makes the folder of the results, and a file in it, which shows that there can be more."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        raise run_folder.not_writable(folder, error, "--out") from None
 
 
 def notes(result: dict[str, Any]) -> list[str]:

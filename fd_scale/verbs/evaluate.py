@@ -172,7 +172,7 @@ def evaluate_task(
     logger.info("%s: step %d on %s", checkpoint, step, recipe.data.evaluation)
     found: dict[str, Any] = {"step": step, "source": str(recipe.data.evaluation)}
     file = (out or run / "evaluations") / _file_name(checkpoint, recipe, run)
-    world.on_main(partial(_make, file.parent))
+    world.on_main(partial(run_folder.make_for_results, file.parent))
     with torch.no_grad():
         if isinstance(task, ClassificationTask):
             more, table = _measured_classifier(task, world, real, names)
@@ -263,15 +263,6 @@ def _measured_objects(
             raise run_folder.not_writable(file.parent, error, "--out") from None
         log.results().print(f"detections in COCO's format: {target}", soft_wrap=True)
     return results, _table(f"{len(source)} images", shown, worst, source.class_names)
-
-
-def _make(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / ".probe").touch()  # before minutes are spent
-        (folder / ".probe").unlink()
-    except OSError as error:
-        raise run_folder.not_writable(folder, error, "--out") from None
 
 
 def _evaluated_as(recipe: Recipe) -> dict[str, Any]:
