@@ -260,6 +260,26 @@ class _SamplesInOrder(Dataset[_Loaded]):
         return self.reader.load(positions, self.epoch, np.array(positions))
 
 
+def _require_sizes(global_batch: int, micro_batch: int, world_size: int, crops: int, num_crops: int) -> None:
+    rows = micro_batch * world_size
+    if global_batch < 1 or micro_batch < 1 or global_batch % rows:
+        multiple = max(1, round(global_batch / max(1, rows))) * max(1, rows)
+        raise UserError(
+            f"global batch {global_batch} must be a multiple of micro-batch x ranks = "
+            f"{micro_batch} x {world_size}; take {multiple}, or another micro-batch"
+        )
+    if micro_batch % crops:
+        raise UserError(
+            f"data.crops: a micro-batch on a rank is {micro_batch}, expected a multiple of the {crops} crops of "
+            "an image; change data.crops, train.micro_batch or the number of ranks"
+        )
+    if global_batch > num_crops:
+        raise UserError(
+            f"global batch {global_batch} is larger than the data set of {num_crops} samples; "
+            f"take at most {num_crops}"
+        )
+
+
 class TrainLoader:
     """The batches of a training run, for one rank."""
 
@@ -301,24 +321,8 @@ class TrainLoader:
             UserError: sizes that do not fit together, or an order by shards of a source that has none.
         """
         assert 0 <= rank < world_size, (rank, world_size)
-        rows = micro_batch * world_size
-        if global_batch < 1 or micro_batch < 1 or global_batch % rows:
-            multiple = max(1, round(global_batch / max(1, rows))) * max(1, rows)
-            raise UserError(
-                f"global batch {global_batch} must be a multiple of micro-batch x ranks = "
-                f"{micro_batch} x {world_size}; take {multiple}, or another micro-batch"
-            )
-        if micro_batch % crops:
-            raise UserError(
-                f"data.crops: a micro-batch on a rank is {micro_batch}, expected a multiple of the {crops} crops of "
-                "an image; change data.crops, train.micro_batch or the number of ranks"
-            )
-        num_crops = len(source) * crops
-        if global_batch > num_crops:
-            raise UserError(
-                f"global batch {global_batch} is larger than the data set of {num_crops} samples; "
-                f"take at most {num_crops}"
-            )
+        rows, num_crops = micro_batch * world_size, len(source) * crops
+        _require_sizes(global_batch, micro_batch, world_size, crops, num_crops)
         self.accumulation = global_batch // rows
         self.steps_per_epoch = num_crops // global_batch
         self.global_batch = global_batch
