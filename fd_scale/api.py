@@ -455,10 +455,7 @@ def _record_graphs(recipe: Recipe, task: Task, micro_batch: int, stage: int, dev
 
 
 def build_task(
-    recipe: Recipe,
-    source: Source | None,
-    placement: Placement = WHOLE,
-    in_parts: Placement = WHOLE,
+    recipe: Recipe, source: Source | None, placement: Placement = WHOLE, in_parts: Placement = WHOLE
 ) -> Task:
     """Builds the recipe's task; its initial weights are a function of the recipe's seed.
 

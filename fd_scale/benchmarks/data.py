@@ -240,11 +240,7 @@ def _webdataset(files: _Files) -> Generator[int, None, None]:
     return _counted(DataLoader(dataset, None, num_workers=1))
 
 
-_PEERS = {
-    "torchvision's ImageFolder": _torchvision,
-    "timm's create_loader": _timm,
-    "webdataset": _webdataset,
-}
+_PEERS = {"torchvision's ImageFolder": _torchvision, "timm's create_loader": _timm, "webdataset": _webdataset}
 
 
 def _counted(loader: Iterable[Any]) -> Generator[int, None, None]:

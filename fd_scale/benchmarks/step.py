@@ -186,11 +186,7 @@ def _measure(recipe: Recipe, num_steps: int, json_file: str) -> None:
             "ours_ms": turns.ours_ms[WARM_UP_STEPS:],
             "bare_ms": turns.bare_ms[WARM_UP_STEPS:],
         }
-        row = {
-            "ds_config": recipe.train.ds_config,
-            "ranks": world.size,
-            "device": world.device.type,
-        } | times
+        row = {"ds_config": recipe.train.ds_config, "ranks": world.size, "device": world.device.type} | times
         write_atomically(Path(json_file), json.dumps(row))
 
 

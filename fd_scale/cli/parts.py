@@ -11,13 +11,7 @@ Verbs: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 LAYOUTS = ("ours", "timm", "hf", "official", "fd")
 
 
-def add_verb(
-    verbs: Verbs,
-    name: str,
-    summary: str,
-    text: str,
-    examples: str,
-) -> argparse.ArgumentParser:
+def add_verb(verbs: Verbs, name: str, summary: str, text: str, examples: str) -> argparse.ArgumentParser:
     """Adds a verb with its summary, text and examples."""
     return verbs.add_parser(
         name,

@@ -21,12 +21,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from fd_scale.config import OptimConfig
 from fd_scale.distributed import World
 from fd_scale.ds_config import offload_device, zero_stage
-from fd_scale.engine.in_parts import (
-    choose_accelerator,
-    gather_by_block,
-    move_buffers,
-    whole_shape,
-)
+from fd_scale.engine.in_parts import choose_accelerator, gather_by_block, move_buffers, whole_shape
 from fd_scale.engine.quicker_deepspeed import look_at_gradients_together, remember_modules
 from fd_scale.engine.refusals import naming_refusals
 from fd_scale.engine.replicas import average_over, replicas_of
@@ -123,11 +118,7 @@ class Engine:
         refuse_average_of_statistics(module, optim)
         self.num_parameters = sum(whole_shape(parameter).numel() for parameter in module.parameters())
         groups = parameter_groups(
-            module,
-            optim.weight_decay,
-            undecayed,
-            lambda parameter: len(whole_shape(parameter)),
-            lr_scales,
+            module, optim.weight_decay, undecayed, lambda parameter: len(whole_shape(parameter)), lr_scales
         )
         self.lr_scales = [group["lr_scale"] for group in groups]
         move_buffers(module, world.device)

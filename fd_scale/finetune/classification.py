@@ -20,14 +20,7 @@ from fd_scale.evaluation import Accuracy, AccuracyCounter, EvaluationSet, Forwar
 from fd_scale.finetune.classes import agreed_classes
 from fd_scale.finetune.labels import doubts_of_labels
 from fd_scale.finetune.mixing import Mixing
-from fd_scale.models import (
-    Fp32Linear,
-    build_model,
-    drop_path_scale,
-    dtype_of,
-    normalize,
-    set_up_training,
-)
+from fd_scale.models import Fp32Linear, build_model, drop_path_scale, dtype_of, normalize, set_up_training
 
 logger = logging.getLogger(__name__)
 

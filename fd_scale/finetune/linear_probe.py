@@ -21,25 +21,10 @@ from torch import Tensor, nn
 
 from fd_scale.checkpoint import write_atomically
 from fd_scale.config import Recipe
-from fd_scale.data import (
-    UNLABELLED,
-    Batch,
-    Labels,
-    Source,
-    Targets,
-    TrainLoader,
-    evaluation_cut,
-    spread,
-)
+from fd_scale.data import UNLABELLED, Batch, Labels, Source, Targets, TrainLoader, evaluation_cut, spread
 from fd_scale.distributed import World
 from fd_scale.errors import UserError
-from fd_scale.evaluation import (
-    AccuracyCounter,
-    EvaluationSet,
-    Forward,
-    evaluated_batches,
-    nearest_neighbours,
-)
+from fd_scale.evaluation import AccuracyCounter, EvaluationSet, Forward, evaluated_batches, nearest_neighbours
 from fd_scale.finetune.classes import require_same_classes
 from fd_scale.finetune.labels import doubts_of_labels
 from fd_scale.models import (

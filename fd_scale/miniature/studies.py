@@ -96,10 +96,7 @@ _OWN_BIAS = "bias of each block"
 _SWIN = {"patch_size": 4, "embed_dim": 64, "depths": [2, 2], "num_heads": [2, 4], "window_size": 4}
 _SWIN_MODEL = Model(name="swin_v2_tiny", overrides=_SWIN)
 SWIN = Architecture(
-    teacher=_SWIN_MODEL,
-    teacher_init={"post_norm_gain_init": 1.0},
-    student=_SWIN_MODEL,
-    tuned=_SWIN_MODEL,
+    teacher=_SWIN_MODEL, teacher_init={"post_norm_gain_init": 1.0}, student=_SWIN_MODEL, tuned=_SWIN_MODEL
 )
 _SWIN_OWN_BIAS = Model(name="swin_v2_tiny", overrides={**_SWIN, "shared_bias": False})
 SWIN_ABLATED = replace(SWIN, ablations={**ABLATIONS, _OWN_BIAS: Variant(student=_SWIN_OWN_BIAS)})

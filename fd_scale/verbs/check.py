@@ -46,14 +46,7 @@ from fd_scale.finetune.classes import require_same_classes
 from fd_scale.finetune.labels import doubts_of_labels
 from fd_scale.hardware import find_gpu
 from fd_scale.log import results
-from fd_scale.models import (
-    Backbone,
-    SwinTransformerV2,
-    build_model,
-    create_model,
-    exported_model,
-    resolved,
-)
+from fd_scale.models import Backbone, SwinTransformerV2, build_model, create_model, exported_model, resolved
 from fd_scale.optim import apex_is_importable, refuse_average_of_statistics
 from fd_scale.plan import NotCountedError, memory_table, plan, present_gpu, require_fit
 from fd_scale.pretrain import ContrastiveTask, MaskedTask

@@ -213,11 +213,7 @@ def _measured_classifier(
 
 
 def _measured_images(
-    task: SegmentationTask | DetectionTask,
-    recipe: Recipe,
-    checkpoint: Path,
-    file: Path,
-    world: World,
+    task: SegmentationTask | DetectionTask, recipe: Recipe, checkpoint: Path, file: Path, world: World
 ) -> tuple[dict[str, Any], Table]:
     """Measures whole images, one at a time; what is known on the way lies beside `file`."""
     assert task.evaluation is not None, "the recipe names images"

@@ -154,10 +154,7 @@ def _write(folder: Path, samples: Iterator[_Sample], max_bytes: int) -> list[Pat
     while following is not None:
         files.append(folder / f"{len(files):06d}.tar.unfinished")
         keys: set[str] = set()
-        with (
-            written_whole(files[-1]) as out,
-            tarfile.open(fileobj=out, mode="w") as archive,
-        ):
+        with written_whole(files[-1]) as out, tarfile.open(fileobj=out, mode="w") as archive:
             os.fchmod(out.fileno(), 0o644)  # a temporary file is its owner's alone
             while following is not None and (not keys or out.tell() + _size(following) <= max_bytes):
                 if following.key in keys:

@@ -65,12 +65,7 @@ def test_sizes_take_turns_and_failures_are_recorded(job: Job, tmp_path: Path) ->
     calls = ["1,2", None, "1,2,3"]
     shown, *others = run_ranks(bench_cases.scale, 4, job, str(out), program(log), calls, 300.0)
     assert others == [[]] * 3, "the main rank alone speaks"
-    assert shown == [
-        (1, None),
-        (2, None),
-        (3, "rank 1: out of memory"),
-        (4, "rank 3: ended with code 9"),
-    ]
+    assert shown == [(1, None), (2, None), (3, "rank 1: out of memory"), (4, "rank 3: ended with code 9")]
     started = [line.removeprefix("ranks ").split(":") for line in log.read_text().splitlines()]
     # 1 and 2 are not measured again; 4 is by default, and failed; 3 killed the ranks that waited.
     assert sorted((size, rank) for size, rank, *_ in started) == [

@@ -38,10 +38,7 @@ def test_losses_are_those_of_the_cpu(
     on_cpu = recipe_values(run_dir=str(tmp_path / "cpu"), **SERVED)
     run_ranks(cases.train, 1, on_cpu)
     on_gpu = recipe_values(
-        run_dir=str(tmp_path / "gpu"),
-        train__precision=precision,
-        train__ds_config=f"zero{stage}",
-        **ON_GPU,
+        run_dir=str(tmp_path / "gpu"), train__precision=precision, train__ds_config=f"zero{stage}", **ON_GPU
     )
     run_ranks(cases.train, 1, on_gpu)
     tolerance = TOLERANCES[precision]

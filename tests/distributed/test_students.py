@@ -67,10 +67,7 @@ def test_equals_a_bare_loop(recipe_values: Callable[..., dict[str, Any]], tmp_pa
     plain = recipe_values(run_dir=str(tmp_path / "plain"), train__micro_batch=16, **settings)
     expected = run_ranks(cases.plain_curve, 1, build_recipe(plain))[0]
     values = recipe_values(
-        train__ds_config="zero3",
-        train__micro_batch=4,
-        train__activation_checkpointing="block",
-        **settings,
+        train__ds_config="zero3", train__micro_batch=4, train__activation_checkpointing="block", **settings
     )
     run_ranks(cases.train, 2, values)
     assert len(expected) == 4

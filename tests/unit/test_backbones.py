@@ -119,11 +119,7 @@ def test_own_input_of_published_weights() -> None:
             {},
             "unknown model 'vit_base_patch16_cilp_224'.*vit_base_patch16_clip_224",
         ),
-        (
-            "vit_base_patch16_clip_quickgelu_224.opneai",
-            {},
-            "vit_base_patch16_clip_quickgelu_224.openai",
-        ),
+        ("vit_base_patch16_clip_quickgelu_224.opneai", {}, "vit_base_patch16_clip_quickgelu_224.openai"),
         ("fd_vit_bsae_patch16", {}, "fd_vit_base_patch16"),
         ("vit_tiny_patch16_224", {"depht": 2}, "timm does not build vit_tiny_patch16_224.*depht"),
         ("vit_tiny_patch16_224", {"img_size": 32}, "the input size is model.img_size"),

@@ -97,10 +97,7 @@ def test_damaged_files_are_left_out_and_any_number_of_crops_will_do(photos: str,
             ["plan", "digits/distill", "--gpus", "1", "--gpu", "h100", "--images-per-core", "0"],
             "--images-per-core: got 0.0, expected a number above 0",
         ),
-        (
-            ["plan", "digits/distill", "--measure", "--images-per-core", "9"],
-            "remove --images-per-core",
-        ),
+        (["plan", "digits/distill", "--measure", "--images-per-core", "9"], "remove --images-per-core"),
     ],
 )
 def test_wrong_options(arguments: list[str], sentence: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -33,13 +33,7 @@ def record(job: Job, size: int, median_ms: float | None = None, **values: Any) -
 
 @pytest.mark.parametrize(
     ("ranks", "local", "expected"),
-    [
-        (1, 1, [1]),
-        (4, 4, [1, 2, 4]),
-        (6, 6, [1, 2, 4, 6]),
-        (32, 8, [8, 16, 32]),
-        (40, 8, [8, 16, 32, 40]),
-    ],
+    [(1, 1, [1]), (4, 4, [1, 2, 4]), (6, 6, [1, 2, 4, 6]), (32, 8, [8, 16, 32]), (40, 8, [8, 16, 32, 40])],
 )
 def test_default_sizes(monkeypatch: pytest.MonkeyPatch, ranks: int, local: int, expected: list[int]) -> None:
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(local))

@@ -372,11 +372,7 @@ def test_wrong_options(
 
 
 def test_unknown_arguments_are_still_refused(recipe: str) -> None:
-    for arguments in (
-        ["plan", recipe, "--gpuz=3"],
-        ["recipes", "a=b"],
-        ["plan", recipe, "--gpus", "2", "x"],
-    ):
+    for arguments in (["plan", recipe, "--gpuz=3"], ["recipes", "a=b"], ["plan", recipe, "--gpus", "2", "x"]):
         with pytest.raises(SystemExit) as ended:
             cli.main(arguments)
         assert ended.value.code == 2

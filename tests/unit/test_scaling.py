@@ -20,15 +20,7 @@ from fd_scale.plan import Plan, plan, scaling_report
 from fd_scale.plan.counts import Activations, Counts, Line, Policy
 from fd_scale.plan.estimate import traffic
 from fd_scale.plan.memory import Sharding, state
-from fd_scale.plan.scaling import (
-    Assumptions,
-    Curve,
-    Point,
-    expected_maximum,
-    parse_sizes,
-    predict,
-    scaling,
-)
+from fd_scale.plan.scaling import Assumptions, Curve, Point, expected_maximum, parse_sizes, predict, scaling
 
 M, G = 10**6, 10**9
 

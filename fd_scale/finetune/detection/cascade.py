@@ -185,11 +185,7 @@ class BoxAndMaskHeads(nn.Module):
         self.mask_predictors = nn.ModuleList(MaskPredictor(channels, num_classes) for _ in numbers)
 
     def losses(
-        self,
-        features: Features,
-        proposals: tuple[Tensor, Tensor],
-        targets: list[Instances],
-        keys_B: Tensor,
+        self, features: Features, proposals: tuple[Tensor, Tensor], targets: list[Instances], keys_B: Tensor
     ) -> dict[str, Tensor]:
         """Returns losses, and what the last stage makes of its boxes.
 

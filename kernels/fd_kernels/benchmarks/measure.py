@@ -130,13 +130,7 @@ def _first_line(*command: str) -> str | None:
 
 
 def run(
-    shapes: Sequence[Shape],
-    records: Records,
-    gpu: Gpu,
-    environment: Environment,
-    *,
-    match: str,
-    end: float,
+    shapes: Sequence[Shape], records: Records, gpu: Gpu, environment: Environment, *, match: str, end: float
 ) -> int:
     """Measures what has no record of this code yet, and writes each record at once.
 

@@ -219,10 +219,7 @@ def test_a_gradient_without_strides_and_a_sum_of_flops() -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (
-            {"qkv": lambda t: t.double()},
-            "qkv has dtype torch.float64; expected float32, bfloat16 or float16",
-        ),
+        ({"qkv": lambda t: t.double()}, "qkv has dtype torch.float64; expected float32, bfloat16 or float16"),
         ({"bias": lambda t: t.half()}, "bias and scale have dtypes"),
         ({"qkv": lambda t: t[..., :48]}, "a head has 16 channels; expected one of"),
         ({"qkv": lambda t: t.transpose(1, 2)}, "expected contiguous ones"),
