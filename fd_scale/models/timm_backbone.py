@@ -36,19 +36,10 @@ _NOT_BACKBONE = ("decoder", "feature_model.", "ln_tgt.", "projection_head.")
 _HEADS = ("head.", "head_dist.", "lm_head.", "fc.", "classifier.", "fc_norm.", "attn_pool.", "mask_token")
 # Arguments of timm that would change what a backbone is, or draw from a global generator.
 _NOT_OVERRIDES = frozenset(
-    {
-        "in_chans",
-        "num_classes",
-        "global_pool",
-        "features_only",
-        "scriptable",
-        "exportable",
-        "no_jit",
-        "cache_dir",
-    }
+    {"in_chans", "num_classes", "global_pool", "features_only", "scriptable", "exportable", "no_jit", "cache_dir"}
     | {"pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "pretrained_strict", "checkpoint_path"}
     | {"drop_rate", "pos_drop_rate", "patch_drop_rate", "proj_drop_rate", "attn_drop_rate"}
-)
+)  # fmt: skip
 _POSITIONS = re.compile("pos_embed|rel_pos|relative_position")
 _BUFFERS = ("relative_position_index", "attn_mask", "relative_coords_table")
 
@@ -260,13 +251,10 @@ class TimmBackbone(Backbone):
         """See `Backbone.final_norm`."""
         norm = dict(self.model.named_modules()).get(self.norm_name or "norm")
         # LayerNorm2d and others of timm are subclasses that take maps.
-        if (
-            not isinstance(norm, nn.LayerNorm)
-            or norm.normalized_shape != (self.num_features,)
-            or _takes_maps(norm)
-        ):
-            return super().final_norm()
-        return norm
+        takes_tokens = not type(norm).__name__.endswith("2d")
+        if takes_tokens and isinstance(norm, nn.LayerNorm) and norm.normalized_shape == (self.num_features,):
+            return norm
+        return super().final_norm()
 
     def _layer_tokens(self, layer: Tensor | tuple[Tensor, Tensor]) -> Tensor:
         map_BDHW, prefix_BPD = layer if isinstance(layer, tuple) else (layer, None)
@@ -378,19 +366,12 @@ def create_timm_model(name: str, img_size: int | None, overrides: dict[str, Any]
     return model
 
 
-def _takes_maps(norm: nn.Module) -> bool:
-    return type(norm).__name__.endswith("2d")
-
-
 def _norm_behind_pooling(model: Any) -> str | None:
     """Name of the final norm, where `forward_features` of a timm model leaves it to the head."""
-    modules = dict(model.named_modules())
-    if not isinstance(modules.get("norm", nn.Identity()), nn.Identity):
+    norms = {name for name, module in model.named_modules() if not isinstance(module, nn.Identity)}
+    if "norm" in norms:
         return None
-    for name in _NORMS_BEHIND_POOLING:
-        if not isinstance(modules.get(name, nn.Identity()), nn.Identity):
-            return name
-    return None
+    return next((name for name in _NORMS_BEHIND_POOLING if name in norms), None)
 
 
 def _replace_drop_paths(model: nn.Module) -> tuple[list[DropPathByScale], tuple[float, ...]]:

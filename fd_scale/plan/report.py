@@ -30,16 +30,8 @@ def gib(num_bytes: float) -> str:
 def parts(memory: Memory) -> dict[str, float]:
     """Bytes of each part of a GPU's memory, `PARTS`."""
     held = memory.state
-    sizes = (
-        held.parameters,
-        held.gradients,
-        held.optimizer,
-        held.teacher,
-        held.buffers,
-        memory.kept,
-        memory.working,
-    )
-    return dict(zip(PARTS, sizes, strict=True))
+    sizes = [held.parameters, held.gradients, held.optimizer, held.teacher, held.buffers]
+    return dict(zip(PARTS, [*sizes, memory.kept, memory.working], strict=True))
 
 
 def show(plan: Plan, console: Console) -> None:

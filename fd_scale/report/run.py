@@ -80,7 +80,7 @@ def report(run_dirs: Sequence[str], out: str | Path | None) -> Path:
         "<h2>Results</h2>", table(_results(runs)),
         "<h2>Curves</h2>", grid(_curves(runs)),
         *_pictures(runs),
-        "<h2>Settings</h2>" + (_note(runs)), table(_settings(runs)),
+        "<h2>Settings</h2>", *["<p>Those in which the runs differ.</p>"] * (len(runs) > 1), table(_settings(runs)),
         "<h2>Where it ran</h2>", table(_side_by_side(runs, [run.environment for run in runs])),
         "<h2>Kernels</h2>", table([["run", "path"], *([run.name, line] for run in runs for line in run.kernels)]),
         "<h2>Checkpoints</h2>", table(_checkpoints(runs)),
@@ -199,10 +199,6 @@ def _pictures(runs: Sequence[Run]) -> list[str]:
         if shown:
             found += [f"<h2>Pictures of {html.escape(run.name)}</h2>", grid(shown)]
     return found
-
-
-def _note(runs: Sequence[Run]) -> str:
-    return "" if len(runs) == 1 else "<p>Those in which the runs differ.</p>"
 
 
 def _settings(runs: Sequence[Run]) -> list[list[str]]:
