@@ -22,6 +22,8 @@ UNLABELLED = -1
 """Label of an image without one."""
 MAX_CLASSES = 10**9
 """More than any data set has: a larger number is a date, a hash or an identity of something else."""
+MAX_OPEN_FILES = 256
+"""Of a set's, in a process: a thousand are usual, and a thousand open files are what a process may have."""
 IGNORED = 255
 """Class of a pixel without one."""
 Targets = Literal["labels", "masks", "instances"]

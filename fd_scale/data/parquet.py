@@ -2,6 +2,7 @@
 
 import bisect
 import collections
+import itertools
 import json
 import logging
 import os
@@ -15,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from fd_scale.data.base import MAX_CLASSES, UNLABELLED, Targets, content_hash, data_files
+from fd_scale.data.base import MAX_CLASSES, MAX_OPEN_FILES, UNLABELLED, Targets, content_hash, data_files
 from fd_scale.data.decode import DecodeError
 from fd_scale.data.masks import NO_CLASS, MaskValues, ade20k_names, listed_classes
 from fd_scale.data.picture import Picture
@@ -47,7 +48,7 @@ class Rows:
 
     def __init__(self, path: str, columns: Sequence[Sequence[str]]) -> None:
         self.paths = data_files("parquet", path)
-        self._files: dict[int, pq.ParquetFile] = {}
+        self._files: collections.OrderedDict[int, pq.ParquetFile] = collections.OrderedDict()
         self._cache: collections.OrderedDict[int, pa.Table] = collections.OrderedDict()
         self.schema = self._file(0).schema_arrow
         self._columns = _struct_columns(self.schema, self.paths[0], columns)
@@ -64,6 +65,7 @@ class Rows:
                 self._row_groups.append((file_id, group_id))
                 self._first_ids.append(self._first_ids[-1] + group.num_rows)
                 image_bytes += group.total_byte_size
+        self._first_of_files = list(itertools.accumulate(self._num_file_rows, initial=0))
         if len(self) == 0:
             raise UserError(f"parquet:{path} holds no rows; check the path")
         self._max_cached = len(self._row_groups) if image_bytes <= CACHE_BYTES else 1
@@ -74,7 +76,10 @@ class Rows:
 
     def __getstate__(self) -> dict[str, Any]:
         """Leaves out what each process opens for itself."""
-        return self.__dict__ | {"_files": {}, "_cache": collections.OrderedDict()}
+        return self.__dict__ | {
+            "_files": collections.OrderedDict(),
+            "_cache": collections.OrderedDict(),
+        }
 
     def __len__(self) -> int:
         return self._first_ids[-1]
@@ -98,7 +103,7 @@ class Rows:
     def name(self, sample_id: int) -> str:
         """File and row."""
         file_id, _ = self._row_groups[bisect.bisect_right(self._first_ids, sample_id) - 1]
-        return f"{self.paths[file_id]}:{sample_id - sum(self._num_file_rows[:file_id])}"
+        return f"{self.paths[file_id]}:{sample_id - self._first_of_files[file_id]}"
 
     def integers(self, column: str) -> npt.NDArray[np.int64]:
         """Reads a whole column of integers; null is `UNLABELLED`."""
@@ -137,12 +142,15 @@ class Rows:
     def _file(self, file_id: int) -> pq.ParquetFile:
         # Memory-mapped: reads carry their own offset, so that a forked process can share the handle.
         if file_id not in self._files:
+            if len(self._files) == MAX_OPEN_FILES:
+                self._files.popitem(last=False)[1].close()
             try:
                 self._files[file_id] = pq.ParquetFile(self.paths[file_id], memory_map=True)
             except (OSError, pa.ArrowInvalid) as error:
                 raise UserError(
                     f"{self.paths[file_id]} is no parquet file that can be read ({error}); download it again"
                 ) from error
+        self._files.move_to_end(file_id)
         return self._files[file_id]
 
     def _table(self, group: int) -> pa.Table:

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fd_scale.data import store
-from fd_scale.data.base import IMAGE_SUFFIXES, Labels, Targets, content_hash, data_files
+from fd_scale.data.base import IMAGE_SUFFIXES, MAX_OPEN_FILES, Labels, Targets, content_hash, data_files
 from fd_scale.data.decode import DecodeError
 from fd_scale.data.picture import Picture
 from fd_scale.data.remote_shards import Range, RemoteShards
@@ -21,9 +21,6 @@ from fd_scale.data.tar_index import TarIndex, index_of, key_of
 from fd_scale.errors import UserError
 
 logger = logging.getLogger(__name__)
-
-# A thousand shards are usual, and a thousand open files are what a process may have.
-_MAX_OPEN_SHARDS = 256
 
 
 class LocalShards:
@@ -69,7 +66,7 @@ class LocalShards:
     def _file(self, shard: int) -> io.FileIO:
         # Reads carry their own offset, so that a forked process can share the handle.
         if shard not in self._files:
-            if len(self._files) == _MAX_OPEN_SHARDS:
+            if len(self._files) == MAX_OPEN_FILES:
                 self._files.popitem(last=False)[1].close()
             self._files[shard] = io.FileIO(self.paths[shard])
         self._files.move_to_end(shard)

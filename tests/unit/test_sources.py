@@ -138,6 +138,20 @@ def test_parquet_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache_by
     assert source.name(9) == f"{tmp_path / 'train-00001-of-00002.parquet'}:1"
 
 
+def test_fewer_parquet_files_are_open_than_there_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parquet, "MAX_OPEN_FILES", 3)
+    monkeypatch.setattr(parquet, "CACHE_BYTES", 0)
+    for number in range(8):
+        write_parquet(
+            tmp_path / f"{number}.parquet", [image_file(2 * number), image_file(2 * number + 1)], [0, 1]
+        )
+    num_open = len(os.listdir("/proc/self/fd"))
+    source = open_source(f"parquet:{tmp_path}")
+    assert [level(source, i) for i in [*range(16), 0, 15]] == [*range(16), 0, 15]
+    assert len(os.listdir("/proc/self/fd")) - num_open <= 3
+    assert [source.key(i) for i in (0, 7, 15)] == ["0.parquet:0", "3.parquet:1", "7.parquet:1"]
+
+
 def test_parquet_without_labels_or_names(tmp_path: Path) -> None:
     write_parquet(tmp_path / "a.parquet", [image_file(0)], None)
     write_parquet(tmp_path / "b.parquet", [image_file(0)] * 3, [4, None, 2])

@@ -259,7 +259,7 @@ def test_a_file_that_is_damaged_or_changes_is_a_bad_sample(tmp_path: Path) -> No
 
 
 def test_fewer_files_are_open_than_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shards, "_MAX_OPEN_SHARDS", 3)
+    monkeypatch.setattr(shards, "MAX_OPEN_FILES", 3)
     for number in range(8):
         write_tar(tmp_path / f"{number}.tar", numbered(number, number + 1))
     source = open_source(f"tar:{tmp_path}")
