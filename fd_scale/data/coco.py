@@ -136,7 +136,15 @@ class CocoSource:
                 f"{objects.width} x {objects.height}"
             )
         assert IGNORED == 255, "what `PixelMaps` says of no class"
-        return replace(objects, semantic=Image.fromarray(values_HW - np.uint8(maps.first)))
+        classes_HW = values_HW - np.uint8(maps.first)
+        unknown_HW = (classes_HW >= NUM_STUFF_CLASSES) & (classes_HW != IGNORED)
+        if unknown_HW.any():
+            none = (maps.first - 1) % 256
+            raise DecodeError(
+                f"its pixel map {file} has the value {values_HW[unknown_HW].min()}, expected {maps.first} to "
+                f"{maps.first + NUM_STUFF_CLASSES - 1}, or {none} for no class"
+            )
+        return replace(objects, semantic=Image.fromarray(classes_HW))
 
 
 def coco(kind: str, part: str, path: str) -> CocoSource:

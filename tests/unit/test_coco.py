@@ -129,6 +129,14 @@ def test_parts_of_coco_and_objects365(tmp_path: Path, write_objects: WriteObject
     with_things = open_source(f"coco_val:{root}")
     assert np.array_equal(np.asarray(with_things.read(2)[1].semantic), semantic)  # type: ignore[union-attr]
     assert with_things.fingerprint != source.fingerprint
+    things, alone = "stuffthingmaps/val2017", "annotations/stuff_val2017_pixelmaps"
+    for maps, folder, first, none in ((with_things, things, 0, 255), (source, alone, 1, 0)):
+        wrong = stuff - np.uint8(1 - first)
+        wrong[0], wrong[1] = 200, 190
+        Image.fromarray(wrong).save(root / folder / "2.png")
+        expected = f"2.png has the value 190, expected {first} to {first + 182}, or {none} for no class"
+        with pytest.raises(DecodeError, match=expected):
+            maps.read(2)
     Image.fromarray(stuff[1:]).save(root / "annotations/stuff_val2017_pixelmaps/2.png")
     with pytest.raises(
         DecodeError, match=rf"2.png is {width} x {height - 1} px, and the image {width} x {height}"
