@@ -22,6 +22,8 @@ UNLABELLED = -1
 """Label of an image without one."""
 MAX_CLASSES = 10**9
 """More than any data set has: a larger number is a date, a hash or an identity of something else."""
+UNFINISHED = ".unfinished"
+"""Ends the name of a shard while others of its set are still to be written."""
 MAX_OPEN_FILES = 256
 """Of a set's, in a process: a thousand are usual, and a thousand open files are what a process may have."""
 IGNORED = 255
@@ -202,7 +204,7 @@ def data_files(kind: str, path: str) -> list[str]:
                     f"{kind}:{path}: {pattern} matches no file; give a file, a folder or a quoted glob"
                 )
             found.update(matches)
-        return sorted(found)
+        return _finished(kind, path, sorted(found))
     files = sorted(str(file) for file in Path(path).rglob(f"*.{kind}"))
     if not files:
         raise UserError(f"{kind}:{path} is a folder without *.{kind} files; check the path")
@@ -212,6 +214,18 @@ def data_files(kind: str, path: str) -> list[str]:
             f"{kind}:{path} holds several parts ({', '.join(parts)}), which must not be mixed; "
             f"choose one, like {kind}:{path.rstrip('/')}/**/{parts[-1]}*.{kind}"
         )
+    return _finished(kind, path, files)
+
+
+def _finished(kind: str, path: str, files: list[str]) -> list[str]:
+    """Refuses files beside which others wait for their names: `fd-scale shard` was killed while it gave them."""
+    for folder in sorted({os.path.dirname(file) for file in files}):
+        left = next(Path(folder).glob(f"*.{kind}{UNFINISHED}"), None)
+        if left is not None:
+            raise UserError(
+                f"{kind}:{path}: {left} is of a call of `fd-scale shard` that has not ended; wait for it, or, if it "
+                "was killed, remove the folder and call it again"
+            )
     return files
 
 

@@ -18,7 +18,7 @@ from PIL import Image
 
 from fd_scale import log
 from fd_scale.data import Source, open_source
-from fd_scale.data.base import IMAGE_SUFFIXES, UNLABELLED, Sharded
+from fd_scale.data.base import IMAGE_SUFFIXES, UNFINISHED, UNLABELLED, Sharded
 from fd_scale.data.decode import FORMATS, DecodeError
 from fd_scale.data.mapped_file import written_whole
 from fd_scale.data.order import ShardOrder, order
@@ -152,7 +152,7 @@ def _write(folder: Path, samples: Iterator[_Sample], max_bytes: int) -> list[Pat
     files: list[Path] = []
     following = next(samples, None)
     while following is not None:
-        files.append(folder / f"{len(files):06d}.tar.unfinished")
+        files.append(folder / f"{len(files):06d}.tar{UNFINISHED}")
         keys: set[str] = set()
         with written_whole(files[-1]) as out, tarfile.open(fileobj=out, mode="w") as archive:
             os.fchmod(out.fileno(), 0o644)  # a temporary file is its owner's alone

@@ -164,6 +164,20 @@ def test_a_call_that_is_killed_leaves_no_shards(
         list(shard(f"imagefolder:{images}", str(out), "1MB"))
 
 
+def test_shards_of_a_call_that_was_killed_while_it_named_them_are_not_taken_for_all(
+    images: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    list(shard(f"imagefolder:{images}", str(out), "0.01MB"))
+    [*_, last] = sorted(out.glob("*.tar"))
+    last.rename(f"{last}.unfinished")
+    for path in (out, out / "*.tar", out / "000000.tar"):
+        with pytest.raises(
+            UserError, match=f"{last.name}.unfinished is of a call of `fd-scale shard` that has not"
+        ):
+            open_source(f"tar:{path}")
+
+
 def test_what_is_refused(
     images: Path, tmp_path: Path, write_shapes: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
