@@ -25,6 +25,8 @@ from fd_scale.errors import UserError
 
 logger = logging.getLogger(__name__)
 
+_LEFT_S = 3600
+"""A temporary file without a change for so long is of a process that was killed: nothing is written so slowly."""
 Columns = dict[str, npt.NDArray[Any] | Sequence[npt.NDArray[Any]]]
 """Arrays by their names; one that would be large is given as the parts it is made of, one behind the other."""
 Fill = Callable[[IO[bytes]], tuple[Columns, dict[str, Any]]]
@@ -130,6 +132,8 @@ def cache_file(stem: str, identity: Sequence[str]) -> Path:
 def written_whole(target: Path) -> Iterator[IO[bytes]]:
     """Gives a file to write, which becomes the target when all is well, and is gone when not.
 
+    What processes that were killed have left in its folder goes, too.
+
     Raises:
         OSError: it cannot be written.
     """
@@ -137,6 +141,7 @@ def written_whole(target: Path) -> Iterator[IO[bytes]]:
         dir=target.parent, prefix=target.stem, suffix=".tmp", buffering=2**20, delete=False
     ) as out:
         try:
+            _remove_left(target.parent, os.fstat(out.fileno()).st_mtime)
             yield out.file
             out.flush()
             os.fchmod(out.fileno(), 0o644)  # it may be for others, too
@@ -145,6 +150,14 @@ def written_whole(target: Path) -> Iterator[IO[bytes]]:
         except BaseException:
             Path(out.name).unlink(missing_ok=True)
             raise
+
+
+def _remove_left(folder: Path, now: float) -> None:
+    """Removes old temporary files; `now` is the time of a new one, since a file server has a clock of its own."""
+    for file in folder.glob("*.tmp"):
+        with contextlib.suppress(OSError):  # somebody else's, or removed by another
+            if now - file.stat().st_mtime > _LEFT_S:
+                file.unlink()
 
 
 def make_once(file: Path, make: Callable[[], None]) -> None:

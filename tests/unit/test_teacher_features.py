@@ -1,8 +1,10 @@
 """Teachers' features on disk: exact or with the stated error, whole or refused, of the views that a training shows."""
 
 import json
+import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -120,6 +122,16 @@ def test_what_is_missing_is_named_and_made_again(files: FeatureFiles) -> None:
     cut = files.folder / "view_0/000001.features"
     cut.write_bytes(cut.read_bytes()[:-1])
     assert files.missing() == [(0, 1), (1, 2)], "before a run comes to its last record"
+
+
+def test_what_killed_calls_have_left_goes_when_a_file_is_written(files: FeatureFiles) -> None:
+    old, new = (files.folder / f"view_0/{name}.tmp" for name in ("000001abc", "000002def"))
+    for file in (old, new):
+        file.write_bytes(b"part of a record")
+    os.utime(old, (0, time.time() - 3700))
+    files.write(0, 0, records(0, files.samples(0)), np.array(files.samples(0)))
+    assert new.exists(), "another process may be writing it"
+    assert not old.exists()
 
 
 def test_other_features_are_refused_by_the_setting_that_differs(files: FeatureFiles) -> None:
