@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import re
 import statistics
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
@@ -118,23 +119,13 @@ def compare(
     root = Path(run_dir)
     jobs = _jobs(recipe, starts, root, num_seeds, overrides)
     metric = METRICS[load_recipe(recipe, list(overrides)).task]
-    with ThreadPoolExecutor(side_by_side) as pool:
-        started = [
-            pool.submit(launcher.run, "finetune", recipe, folder, settings)
-            for folder, settings in jobs.items()
-            if not is_evaluated(folder, recipe, settings)
-        ]
-        try:
-            for done in as_completed(started):
-                folder = done.result()
-                console.print(
-                    f"{folder}: {NAMES[metric]} {_metric(folder, metric):.1%}",
-                    soft_wrap=True,
-                    highlight=False,
-                )
-        except UserError:
-            pool.shutdown(cancel_futures=True)
-            raise
+    missing = {
+        folder: settings for folder, settings in jobs.items() if not is_evaluated(folder, recipe, settings)
+    }
+    for folder in _run(recipe, missing, launcher, side_by_side):
+        console.print(
+            f"{folder}: {NAMES[metric]} {_metric(folder, metric):.1%}", soft_wrap=True, highlight=False
+        )
     result = Comparison(
         {name: [_metric(_folder(root, name, seed), metric) for seed in range(num_seeds)] for name in starts},
         metric,
@@ -145,6 +136,30 @@ def compare(
     except OSError as error:
         raise not_writable(root, error, "--run-dir") from None
     return result
+
+
+def _run(
+    recipe: str, jobs: Mapping[Path, list[str]], launcher: Launcher, side_by_side: int
+) -> Iterator[Path]:
+    """Runs what is missing and yields folders as they are complete; after an error no other run begins."""
+    stop = threading.Event()
+
+    def run(folder: Path) -> Path | None:
+        if stop.is_set():
+            return None
+        try:
+            return launcher.run("finetune", recipe, folder, jobs[folder])
+        except UserError:
+            stop.set()  # here: this thread would begin the next run before another sees the error
+            raise
+
+    with ThreadPoolExecutor(side_by_side) as pool:
+        try:
+            for done in as_completed([pool.submit(run, folder) for folder in jobs]):
+                if (folder := done.result()) is not None:
+                    yield folder
+        finally:
+            stop.set()
 
 
 def _jobs(

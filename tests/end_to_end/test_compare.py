@@ -1,7 +1,8 @@
 """`compare`: ordinary runs from several starts, resumed, paired by seed."""
 
 import json
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 
 from fd_scale import cli
 from fd_scale.errors import UserError
+from fd_scale.launch import Launcher
 from fd_scale.verbs import compare
 from fd_scale.verbs.compare import Comparison
 
@@ -94,6 +96,21 @@ def test_a_run_that_fails_says_why(recipe: str, tmp_path: Path, capsys: pytest.C
     error = capsys.readouterr().err
     assert "ended with code 2" in error
     assert "/no.safetensors does not exist" in error
+
+
+def test_no_run_begins_after_one_that_failed(recipe: str, tmp_path: Path) -> None:
+    """With hours of it, the reason would be told hours late."""
+    begun = []
+
+    class Failing(Launcher):
+        def run(self, verb: str, recipe: str, run_dir: Path, settings: Sequence[str]) -> Path:
+            begun.append(run_dir.name)
+            time.sleep(0.05)  # all runs are in the queue
+            raise UserError("no such weights")
+
+    with pytest.raises(UserError, match="no such weights"):
+        compare.compare(recipe, {"a": [], "b": []}, tmp_path / "out", 3, launcher=Failing())
+    assert begun == ["a-0"]
 
 
 def test_a_run_that_was_stopped_does_not_count(tmp_path: Path) -> None:
