@@ -27,13 +27,13 @@ Order = Callable[[Ids], Ids]
 
 
 def bench_order(num_shards: int, shard_size: int, batch: int, windows: list[int]) -> dict[str, Any]:
-    """Prints a table, a row for each order of one epoch.
+    """Prints a table, a column for each order of one epoch.
 
     Args:
         num_shards: of the data set.
         shard_size: images in a shard.
         batch: images of a step.
-        windows: each with a row; the order over all has the last one.
+        windows: each with a column; the order over all has the last one.
     """
     if min(num_shards, shard_size, batch, *windows) < 1 or batch > num_shards * shard_size:
         raise UserError("bench order: expected numbers of at least 1, and a batch no larger than all shards")
@@ -45,9 +45,9 @@ def bench_order(num_shards: int, shard_size: int, batch: int, windows: list[int]
     orders["over all"] = partial(order, 0, 0, num_samples=size)
     found = {name: _measured(each, size, shard_size, batch) for name, each in orders.items()}
     title = f"{num_shards:,} shards of {shard_size:,}, batch {batch:,}"
-    table = Table("order", *next(iter(found.values())), title=title)
-    for name, values in found.items():
-        table.add_row(name, *(f"{value:.4g}" for value in values.values()))
+    table = Table("", *found, title=title)
+    for what in next(iter(found.values())):
+        table.add_row(what, *(f"{values[what]:.4g}" for values in found.values()))
     console.print(table)
     return {"shards": num_shards, "shard_size": shard_size, "batch": batch, "orders": found}
 

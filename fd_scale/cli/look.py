@@ -15,7 +15,7 @@ def add_looking(verbs: Verbs) -> None:
         "images of a source. MODEL is a run's folder, an exported one, teacher:RUN, or NAME@pretrained (@PATH,\n"
         "@none) of any ViT or Swin. Writes diagnosis.json, PNG, SVG and a page of all.",
         "  fd-scale diagnose runs/digits/distill teacher:runs/digits/distill\n"
-        "  fd-scale diagnose vit_base_patch16_clip_quickgelu_224.openai@pretrained --images imagefolder:photos",
+        "  fd-scale diagnose vit_base_patch16_224.dino@pretrained --images imagefolder:photos --out diagnosis",
     )  # fmt: skip
     diagnose.add_argument(
         "models", metavar="MODEL", nargs="+", help="what to look at; CKA is with the first one"

@@ -265,8 +265,9 @@ def _page(result: dict[str, Any], drawn: Sequence[Path]) -> str:
 def _places(first: str, images: Any, out: str | Path | None) -> tuple[Any, Path]:
     """Returns the source and the folder of the results, from the first model's run where they are not given."""
     run = Path(first.removeprefix("teacher:"))
-    if (images is None or out is None) and not (run / "recipe.yaml").is_file():
-        raise UserError(f"{first} is no run, so there is no default: give --images SOURCE and --out DIR")
+    missing = [name for name, value in (("--images SOURCE", images), ("--out DIR", out)) if value is None]
+    if missing and not (run / "recipe.yaml").is_file():
+        raise UserError(f"{first} is no run, so there is no default: give {' and '.join(missing)}")
     if images is None:
         data = run_folder.read_recipe(run).data
         images = data.evaluation or data.train

@@ -3,6 +3,7 @@
 import json
 import logging
 import re
+import shlex
 import shutil
 import signal
 from collections.abc import Callable, Iterator
@@ -54,6 +55,17 @@ def test_ctrl_c_is_a_sentence(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
     assert ended.value.code == 130
     [sentence] = capsys.readouterr().err.splitlines()
     assert sentence.startswith("fd-scale: interrupted; ")
+
+
+def test_a_model_that_is_no_run_has_no_defaults(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["diagnose", "--help"])
+    [example] = [line for line in capsys.readouterr().out.splitlines() if "@pretrained --images" in line]
+    assert cli.parsed(shlex.split(example)[1:]).out is not None, "as the example has it"
+    for given, missing in ((["--images", "digits:test"], "--out DIR"), (["--out", "out"], "--images SOURCE")):
+        with pytest.raises(SystemExit, match="2"):
+            cli.main(["diagnose", "vit_tiny_patch16_224@none", *given])
+        assert f"so there is no default: give {missing}\n" in capsys.readouterr().err
 
 
 @pytest.fixture

@@ -172,13 +172,14 @@ def test_sources_without_shards_are_refused(tars: str) -> None:
             loader(open_source(source), 3)
 
 
-def test_the_benchmark(tmp_path: Path) -> None:
+def test_the_benchmark(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     main([
         "bench", "order", "--shards", "20", "--shard-size", "50", "--batch", "100", "--window", "1", "20",
         "--json", str(tmp_path / "out.json"),
     ])  # fmt: skip
     orders = json.loads((tmp_path / "out.json").read_text())["orders"]
     assert [each["shards in a batch"] for each in orders.values()][:2] == [2, 20]
+    assert "…" not in capsys.readouterr().err, "numbers that are cut mean nothing"
     # The mean distance of two places drawn at random is a third; its standard error here is 0.0075.
     assert abs(orders["over all"]["neighbours apart"] - 1 / 3) < 0.03
     for arguments in (["--batch", "0"], ["--shards", "1", "--batch", "2000"]):
