@@ -389,11 +389,11 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Writes a file that is seen whole or not at all, and stays after a power cut."""
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Writes a file, of text as UTF-8, that is seen whole or not at all, and stays after a power cut."""
     temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
+    with temporary.open("wb") as file:
+        file.write(content.encode() if isinstance(content, str) else content)
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)

@@ -259,9 +259,11 @@ def predict_images(
                 picture = Image.fromarray(with_detections(pixels_CHW, found, names, SHOWN_SCORE))
             else:
                 picture = _segmented(task, image, pixels_CHW, names, mask_values)
+        encoded = io.BytesIO()
+        picture.save(encoded, "png")
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
-            picture.save(target)
+            write_atomically(target, encoded.getvalue())
         except OSError as error:
             raise _unwritable(out, error) from None
         logger.info("%s", target)

@@ -113,6 +113,14 @@ def test_predict_paints_what_evaluate_measures(
     with pytest.raises(UserError, match="empty: no image there"):
         api.predict(run, tmp_path / "empty", tmp_path / "out")
 
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        api.predict(run, images / "2.png", tmp_path / "killed", masks=True)
+    assert not list(tmp_path.glob("killed/*.png")), "a picture is there whole, or not at all"
+
 
 def test_it_is_reported(run: Path) -> None:
     cli.main(["report", str(run)])
