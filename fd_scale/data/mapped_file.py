@@ -25,6 +25,8 @@ from fd_scale.errors import UserError
 
 logger = logging.getLogger(__name__)
 
+_TEMPORARY = ".fd-scale.tmp"
+"""Ends the name of what is being written: others may have a *.tmp in the same folder."""
 _LEFT_S = 3600
 """A temporary file without a change for so long is of a process that was killed: nothing is written so slowly."""
 Columns = dict[str, npt.NDArray[Any] | Sequence[npt.NDArray[Any]]]
@@ -138,7 +140,7 @@ def written_whole(target: Path) -> Iterator[IO[bytes]]:
         OSError: it cannot be written.
     """
     with tempfile.NamedTemporaryFile(
-        dir=target.parent, prefix=target.stem, suffix=".tmp", buffering=2**20, delete=False
+        dir=target.parent, prefix=target.stem, suffix=_TEMPORARY, buffering=2**20, delete=False
     ) as out:
         try:
             _remove_left(target.parent, os.fstat(out.fileno()).st_mtime)
@@ -154,7 +156,7 @@ def written_whole(target: Path) -> Iterator[IO[bytes]]:
 
 def _remove_left(folder: Path, now: float) -> None:
     """Removes old temporary files; `now` is the time of a new one, since a file server has a clock of its own."""
-    for file in folder.glob("*.tmp"):
+    for file in folder.glob(f"*{_TEMPORARY}"):
         with contextlib.suppress(OSError):  # somebody else's, or removed by another
             if now - file.stat().st_mtime > _LEFT_S:
                 file.unlink()

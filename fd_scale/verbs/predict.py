@@ -138,11 +138,7 @@ def predict_classes(
                 [name, *(cell for label, share in found for cell in (names[label], f"{share:.4f}"))]
             )
     target = out / "predictions.csv"
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        write_atomically(target, table.getvalue())
-    except OSError as error:
-        raise _unwritable(out, error) from None
+    _write(target, table.getvalue(), out)
     _require_whole(broken, len(files), out)
     return target
 
@@ -170,8 +166,13 @@ def _named(class_names: list[str] | None, num_classes: int) -> list[str]:
     return class_names
 
 
-def _unwritable(out: Path, error: OSError) -> UserError:
-    return UserError(f"--out {out}: cannot be written ({error.strerror}); name another folder")
+def _write(file: Path, content: str | bytes, out: Path) -> None:
+    """Writes a file, all or nothing, somewhere below the folder `out`."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(file, content)
+    except OSError as error:
+        raise UserError(f"--out {out}: cannot be written ({error.strerror}); name another folder") from None
 
 
 @dataclass
@@ -192,14 +193,25 @@ class _Annotations:
             area = float(coco_mask.area(runs)) if runs else result["bbox"][2] * result["bbox"][3]
             self.objects.append({"id": len(self.objects) + 1, "area": area, "iscrowd": 0} | result)
 
-    def write(self, out: Path) -> Path:
-        """Writes them, all or nothing, into a folder."""
-        out.mkdir(parents=True, exist_ok=True)
-        target = out / "detections.json"
+    def to_json(self) -> str:
+        """The data set."""
         categories = [{"id": number, "name": name} for number, name in enumerate(self.names, start=1)]
-        found = {"images": self.images, "annotations": self.objects, "categories": categories}
-        write_atomically(target, json.dumps(found))
-        return target
+        return json.dumps({"images": self.images, "annotations": self.objects, "categories": categories})
+
+
+def _targets(path: Path, root: Path, out: Path) -> dict[Path, Path]:
+    """Where the picture of each image goes."""
+    targets = {file: (out / file.relative_to(root)).with_suffix(".png") for file in images_below(path)}
+    taken = {file.resolve(): file for file in targets}  # resolved: one folder has many names
+    for file, target in targets.items():
+        place = target.resolve()
+        if place in taken:
+            raise UserError(
+                f"--out {out}: the picture of {file} would take the place of {taken[place]}, or of its picture; name "
+                "another folder, and files that differ in more than their suffix"
+            )
+        taken[place] = file
+    return targets
 
 
 def predict_images(
@@ -232,17 +244,7 @@ def predict_images(
     """
     names = _named(class_names, task.num_classes)
     root = path if path.is_dir() else path.parent
-    targets = {file: (out / file.relative_to(root)).with_suffix(".png") for file in images_below(path)}
-    taken = {file.resolve(): file for file in targets}  # resolved: one folder has many names
-    for file, target in targets.items():
-        place = target.resolve()
-        if place in taken:
-            raise UserError(
-                f"--out {out}: the picture of {file} would take the place of {taken[place]}, or of its picture; name "
-                "another folder, and files that differ in more than their suffix"
-            )
-        taken[place] = file
-
+    targets = _targets(path, root, out)
     broken, written = [], list(targets.values())
     annotations = _Annotations(names)
     for file, target in targets.items():
@@ -261,17 +263,11 @@ def predict_images(
                 picture = _segmented(task, image, pixels_CHW, names, mask_values)
         encoded = io.BytesIO()
         picture.save(encoded, "png")
-        try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(target, encoded.getvalue())
-        except OSError as error:
-            raise _unwritable(out, error) from None
+        _write(target, encoded.getvalue(), out)
         logger.info("%s", target)
     if isinstance(task, DetectionTask):
-        try:
-            written.append(annotations.write(out))
-        except OSError as error:
-            raise _unwritable(out, error) from None
+        written.append(out / "detections.json")
+        _write(written[-1], annotations.to_json(), out)
     _require_whole(broken, len(targets), out)
     return written
 

@@ -125,13 +125,16 @@ def test_what_is_missing_is_named_and_made_again(files: FeatureFiles) -> None:
 
 
 def test_what_killed_calls_have_left_goes_when_a_file_is_written(files: FeatureFiles) -> None:
-    old, new = (files.folder / f"view_0/{name}.tmp" for name in ("000001abc", "000002def"))
-    for file in (old, new):
+    names = ("000001abc.fd-scale.tmp", "000002def.fd-scale.tmp", "mine.tmp")
+    old, new, other = (files.folder / "view_0" / name for name in names)
+    for file in (old, new, other):
         file.write_bytes(b"part of a record")
-    os.utime(old, (0, time.time() - 3700))
+    for file in (old, other):
+        os.utime(file, (0, time.time() - 3700))
     files.write(0, 0, records(0, files.samples(0)), np.array(files.samples(0)))
     assert new.exists(), "another process may be writing it"
     assert not old.exists()
+    assert other.exists(), "somebody else's"
 
 
 def test_other_features_are_refused_by_the_setting_that_differs(files: FeatureFiles) -> None:
