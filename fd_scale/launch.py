@@ -7,17 +7,22 @@ import shlex
 import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from dataclasses import dataclass
 from math import inf
 from pathlib import Path
+from typing import Any, TypeVar
 
 from fd_scale.config import load_recipe
 from fd_scale.errors import PREEMPTED, UserError
 from fd_scale.metrics import read_metrics
 from fd_scale.models import resolved
 from fd_scale.run_folder import last_start, read_recipe, weights_of
+
+_Found = TypeVar("_Found")
 
 _STOPPED = (PREEMPTED, -signal.SIGTERM)
 """Codes of a run that was preempted: after a step, or before there was one."""
@@ -74,6 +79,25 @@ class Launcher:
             command = shlex.join(["fd-scale", verb, recipe, f"run_dir={run_dir}", *settings])
             raise UserError(f"`{command}` ended with code {child.returncode}: {shown}")
         return run_dir
+
+
+def concurrently(
+    function: Callable[..., _Found], arguments: Iterable[tuple[Any, ...]], at_a_time: int
+) -> Iterator[_Found]:
+    """Calls a function in threads and yields what it returns, in order; after an error no other call begins."""
+    failed = threading.Event()
+
+    def call(each: tuple[Any, ...]) -> _Found:
+        if failed.is_set():
+            raise CancelledError  # one before it has the error that is seen
+        try:
+            return function(*each)
+        except BaseException:
+            failed.set()  # here: this thread would begin the next call before another sees the error
+            raise
+
+    with ThreadPoolExecutor(at_a_time) as pool:
+        yield from pool.map(call, arguments)
 
 
 def is_of(run_dir: Path, recipe: str, settings: Sequence[str]) -> bool:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from math import inf
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any
 
 from fd_scale import api
 from fd_scale.errors import UserError
-from fd_scale.launch import Launcher, is_of
+from fd_scale.launch import Launcher, concurrently, is_of
 from fd_scale.log import console
 from fd_scale.miniature.results import SCRATCH, TEACHER, Row, table, write
 from fd_scale.miniature.studies import DROP_PATH, STUDIES, VARIANTS, Architecture, Model, Study, Variant
@@ -89,11 +88,11 @@ class _Miniature:
         """Runs all that is not complete; writes and returns the rows."""
         architectures = self.study.architectures
         console.rule("1  Teachers")
-        teachers = self._side_by_side(
+        teachers = self._made(
             self._teacher, [(name, teacher) for name in architectures for teacher in self.study.teachers]
         )
         console.rule("2  Students")
-        students = self._side_by_side(
+        students = self._made(
             self._student,
             [
                 (teacher, name, variant)
@@ -162,6 +161,9 @@ class _Miniature:
             console.print(f"{run}: trained", soft_wrap=True, highlight=False)
         return str(out)
 
+    def _made(self, function: Callable[..., Start], arguments: Iterable[tuple[Any, ...]]) -> list[Start]:
+        return list(concurrently(function, arguments, self.study.side_by_side))
+
     def _compare(
         self, recipe: str, starts: Sequence[Start], num_seeds: int, settings: Sequence[str], **overrides: Any
     ) -> dict[str, list[float]]:
@@ -170,9 +172,3 @@ class _Miniature:
             num_seeds, [*self.fewer, *settings, *self.overrides], launcher=self.launcher,
             side_by_side=self.study.side_by_side,
         ).values  # fmt: skip
-
-    def _side_by_side(
-        self, function: Callable[..., Start], arguments: Iterable[tuple[Any, ...]]
-    ) -> list[Start]:
-        with ThreadPoolExecutor(self.study.side_by_side) as pool:
-            return list(pool.map(lambda each: function(*each), arguments))

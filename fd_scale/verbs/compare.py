@@ -5,10 +5,9 @@ from __future__ import annotations
 import json
 import re
 import statistics
-import threading
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import matplotlib
@@ -20,7 +19,7 @@ from rich.table import Table
 from fd_scale.checkpoint import write_atomically
 from fd_scale.config import load_recipe
 from fd_scale.errors import UserError
-from fd_scale.launch import Launcher, is_evaluated
+from fd_scale.launch import Launcher, concurrently, is_evaluated
 from fd_scale.log import console
 from fd_scale.metrics import read_metrics
 from fd_scale.run_folder import not_writable
@@ -122,7 +121,8 @@ def compare(
     missing = {
         folder: settings for folder, settings in jobs.items() if not is_evaluated(folder, recipe, settings)
     }
-    for folder in _run(recipe, missing, launcher, side_by_side):
+    run = partial(launcher.run, "finetune", recipe)
+    for folder in concurrently(run, missing.items(), side_by_side):
         console.print(
             f"{folder}: {NAMES[metric]} {_metric(folder, metric):.1%}", soft_wrap=True, highlight=False
         )
@@ -136,30 +136,6 @@ def compare(
     except OSError as error:
         raise not_writable(root, error, "--run-dir") from None
     return result
-
-
-def _run(
-    recipe: str, jobs: Mapping[Path, list[str]], launcher: Launcher, side_by_side: int
-) -> Iterator[Path]:
-    """Runs what is missing and yields folders as they are complete; after an error no other run begins."""
-    stop = threading.Event()
-
-    def run(folder: Path) -> Path | None:
-        if stop.is_set():
-            return None
-        try:
-            return launcher.run("finetune", recipe, folder, jobs[folder])
-        except UserError:
-            stop.set()  # here: this thread would begin the next run before another sees the error
-            raise
-
-    with ThreadPoolExecutor(side_by_side) as pool:
-        try:
-            for done in as_completed([pool.submit(run, folder) for folder in jobs]):
-                if (folder := done.result()) is not None:
-                    yield folder
-        finally:
-            stop.set()
 
 
 def _jobs(
