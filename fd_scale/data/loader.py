@@ -124,7 +124,8 @@ class _Tally:
         names = ", ".join(list(self._names.values())[:3])
         if batch is None:
             raise UserError(
-                f"{NUM_REPLACEMENTS + 1} samples in a row cannot be decoded: {names}; repair the data set"
+                f"{NUM_REPLACEMENTS + 1} samples in a row cannot be decoded: {names} ({bad[-1].reason}); repair the "
+                "data set"
             )
         self._num_seen += len(batch.labels)
         self._num_bad += batch.num_bad
