@@ -55,7 +55,10 @@ UNSERVED = {
     "hybrid_engine": "there is no inference between steps",
     "autotuning": "fd-scale plan chooses, and micro-batches are the recipe's",
     "data_efficiency": "the recipe's data section says what is shown and when",
-    "tensor_parallel": "models are partitioned by ZeRO alone",
+    "compile": "train.compile says whether blocks are compiled, by torch",
+    **dict.fromkeys(
+        ("pipeline", "sequence_parallel_size", "tensor_parallel"), "models are partitioned by ZeRO alone"
+    ),
     "zero_optimization.legacy_stage1": "DeepSpeed has the newer ZeRO-1 alone",
     "zero_optimization.zenflow": "its optimizer takes matrices alone, and trains apart from the recipe's",
     "zero_optimization.elastic_checkpoint": "it lays checkpoints out in a way that this version does not read, and "
