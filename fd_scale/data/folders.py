@@ -44,9 +44,8 @@ class FileSource:
     @functools.cached_property
     def fingerprint(self) -> str:
         """See `Source`. Asks the file system for the size of every file, so it is computed when asked for."""
-        return content_hash(
-            f"{os.fsdecode(name)} {file_size(self.root / os.fsdecode(name))}" for name in self.names_N
-        )
+        names = map(os.fsdecode, self.names_N)
+        return content_hash(f"{name} {file_size(os.path.join(self.root, name))}" for name in names)
 
     def __len__(self) -> int:
         return len(self.names_N)
@@ -173,10 +172,10 @@ def _sorted_classes(names: Iterable[str]) -> list[str]:
     return sorted(classes, key=lambda name: (int(name) if numbers else 0, name))
 
 
-def file_size(path: Path) -> int:
+def file_size(path: str | Path) -> int:
     """Bytes of a file; -1 where it is not there: a link to nothing is a bad sample, no end of the run."""
     try:
-        return path.stat().st_size
+        return os.stat(path).st_size
     except OSError:
         return -1
 
@@ -191,11 +190,14 @@ def walk_images(folder: Path, others: Counter[str] | None = None) -> Iterator[st
     for parent, folders, names in os.walk(folder, followlinks=True):
         # Around such a link each image would be found anew until the path is too long.
         folders[:] = [name for name in folders if not _leads_up(os.path.join(parent, name))]
+        within = os.path.relpath(
+            parent, folder
+        )  # once: for each of millions of files it would be half of the time
         for name in names:
             if name.startswith("."):
                 continue
             if _suffix(name) in IMAGE_SUFFIXES:
-                yield os.path.relpath(os.path.join(parent, name), folder)
+                yield name if within == "." else os.path.join(within, name)
             elif others is not None:
                 others[_suffix(name)] += 1
 
