@@ -15,14 +15,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from fd_kernels.dispatch import implementation
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -363,10 +360,8 @@ def _rows(found: list[Metrics], points: int) -> list[list[Metrics]]:
 def draw(found: list[Metrics], grid: Grid, folder: Path) -> None:
     """Cuts through the middle, of a plane contours, too; of the loss and, where there is one, the top-1 accuracy."""
     measures = [key for key in ("loss", "top1") if key in found[0]]
-    figure, axes = plt.subplots(
-        len(measures), grid.directions, figsize=(4.5 * grid.directions, 3.8 * len(measures)), squeeze=False,
-        constrained_layout=True,
-    )  # fmt: skip
+    figure = Figure(figsize=(4.5 * grid.directions, 3.8 * len(measures)), layout="constrained")
+    axes = figure.subplots(len(measures), grid.directions, squeeze=False)
     for measure, panels in zip(measures, axes, strict=True):
         values_KK = np.array([place[measure] for place in found]).reshape(-1, grid.points)
         middle = len(values_KK) // 2

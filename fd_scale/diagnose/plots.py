@@ -6,10 +6,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -21,19 +17,17 @@ Maps = Mapping[str, Mapping[int, np.ndarray]]
 
 
 def save(figure: Figure, folder: Path, name: str) -> Path:
-    """Writes a figure in both formats and lets it go; returns the PNG."""
+    """Writes a figure in both formats; returns the PNG."""
     for suffix in ("svg", "png"):
         # Tight: a label may be longer than its axis, and lead out of the figure.
         figure.savefig(path := folder / f"{name}.{suffix}", dpi=120, bbox_inches="tight")
-    plt.close(figure)
     return path
 
 
 def distances(found: Sequence[dict[str, Any]], folder: Path) -> Path:
     """Attention distance of each head by layer, a panel a model."""
-    figure, axes = plt.subplots(
-        1, len(found), figsize=(4 * len(found), 3.4), sharey=True, squeeze=False, constrained_layout=True
-    )
+    figure = Figure(figsize=(4 * len(found), 3.4), layout="constrained")
+    axes = figure.subplots(1, len(found), sharey=True, squeeze=False)
     for axis, model in zip(axes[0], found, strict=True):
         for layer in model["layers"]:
             index, heads = layer["layer"], layer["distance_px"]
@@ -62,9 +56,8 @@ def curves(found: Sequence[dict[str, Any]], folder: Path) -> Path:
         if any(layer[key] is not None for model in found for layer in model["layers"])
     }
     rows, columns = (2, 2) if len(titles) == 4 else (1, len(titles))
-    figure, axes = plt.subplots(
-        rows, columns, figsize=(4 * columns, 3 * rows + 0.3), squeeze=False, constrained_layout=True
-    )
+    figure = Figure(figsize=(4 * columns, 3 * rows + 0.3), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False)
     for axis, (key, title) in zip(axes.flat, titles.items(), strict=True):
         for index, model in enumerate(found):
             layers = [layer for layer in model["layers"] if layer[key] is not None]
@@ -86,8 +79,8 @@ def _legend_below(figure: Figure, axis: Axes) -> None:
 def _a_row_each(maps: Maps) -> tuple[Figure, Iterator[tuple[np.ndarray, Axes]]]:
     """A figure with a row a model and a panel a layer, and each map with its panel."""
     columns = max(len(row) for row in maps.values())
-    size = (max(1.5 * columns, 4.5), 1.8 * len(maps))
-    figure, axes = plt.subplots(len(maps), columns, figsize=size, squeeze=False, constrained_layout=True)
+    figure = Figure(figsize=(max(1.5 * columns, 4.5), 1.8 * len(maps)), layout="constrained")
+    axes = figure.subplots(len(maps), columns, squeeze=False)
     for axis in axes.flat:
         axis.axis("off")
 
@@ -113,7 +106,8 @@ def average_maps(maps: Maps, folder: Path) -> Path:
 
 def spectra(found: Sequence[dict[str, Any]], folder: Path) -> Path:
     """Spectrum of the last tokens, before and after whitening."""
-    figure, axes = plt.subplots(1, 2, figsize=(8, 3.5), sharey=True, constrained_layout=True)
+    figure = Figure(figsize=(8, 3.5), layout="constrained")
+    axes = figure.subplots(1, 2, sharey=True)
     for axis, key in zip(axes, ("raw", "whitened"), strict=True):
         for model in found:
             values = np.array(model["features"][key]["spectrum"])
@@ -127,9 +121,8 @@ def spectra(found: Sequence[dict[str, Any]], folder: Path) -> Path:
 
 def similarity(pairs: Sequence[dict[str, Any]], folder: Path) -> Path:
     """CKA of the blocks of two models, a panel a pair; blocks that are left out are blank."""
-    figure, axes = plt.subplots(
-        1, len(pairs), figsize=(4 * len(pairs), 3.6), squeeze=False, constrained_layout=True
-    )
+    figure = Figure(figsize=(4 * len(pairs), 3.6), layout="constrained")
+    axes = figure.subplots(1, len(pairs), squeeze=False)
     for axis, pair in zip(axes[0], pairs, strict=True):
         values = np.array(pair["layers"], dtype=float)  # None is NaN
         image = axis.imshow(values, vmin=0, vmax=1, origin="lower", cmap="magma")
@@ -145,10 +138,8 @@ def similarity(pairs: Sequence[dict[str, Any]], folder: Path) -> Path:
 def colours(names: Sequence[str], images: np.ndarray, maps: Sequence[np.ndarray], folder: Path) -> Path:
     """Images, and each model's tokens as colours: the first three principal components."""
     rows = [images, *maps]
-    figure, axes = plt.subplots(
-        len(rows), len(images), figsize=(max(1.4 * len(images), 4.5), 1.6 * len(rows)), squeeze=False,
-        constrained_layout=True,
-    )  # fmt: skip
+    figure = Figure(figsize=(max(1.4 * len(images), 4.5), 1.6 * len(rows)), layout="constrained")
+    axes = figure.subplots(len(rows), len(images), squeeze=False)
     for label, row, panels in zip(["images", *names], rows, axes, strict=True):
         for picture, axis in zip(row, panels, strict=True):
             axis.imshow(picture)

@@ -8,11 +8,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from rich.table import Table
 
 from fd_scale.checkpoint import write_atomically
@@ -71,16 +68,14 @@ def write(root: Path, rows: Sequence[Row]) -> None:
 def _plot(path: Path, rows: Sequence[Row]) -> None:
     names = list(dict.fromkeys(row.architecture for row in rows))
     parts = [[row for row in rows if row.architecture == name] for name in names]
-    figure, axes = plt.subplots(
-        1, len(parts), figsize=(2 + 0.55 * len(rows), 4.2), constrained_layout=True, squeeze=False, sharey=True,
-        width_ratios=[len(part) for part in parts],
-    )  # fmt: skip
+    figure = Figure(figsize=(2 + 0.55 * len(rows), 4.2), layout="constrained")
+    widths = [len(part) for part in parts]
+    axes = figure.subplots(1, len(parts), squeeze=False, sharey=True, width_ratios=widths)
     for axis, name, part in zip(axes[0], names, parts, strict=True):
         _panel(axis, name, part)
     axes[0, 0].set_ylabel("top-1 on CIFAR-10 (%)")
     axes[0, 0].legend()
     figure.savefig(path, dpi=120)
-    plt.close(figure)
 
 
 def _panel(axis: Axes, name: str, rows: Sequence[Row]) -> None:

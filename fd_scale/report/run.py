@@ -12,11 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.figure import Figure
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from fd_scale import run_folder
@@ -159,7 +156,8 @@ def _curves(runs: Sequence[Run]) -> list[tuple[str, str]]:
 
 
 def _curve(series: Sequence[tuple[str, list[dict[str, Any]], str]], smooth: bool) -> str:
-    figure, axis = plt.subplots(figsize=(5, 3), constrained_layout=True)
+    figure = Figure(figsize=(5, 3), layout="constrained")
+    axis = figure.subplots()
     for index, (label, lines, name) in enumerate(series):
         points = [(line["step"], line[name]) for line in lines if name in line]
         if not points:
@@ -177,7 +175,6 @@ def _curve(series: Sequence[tuple[str, list[dict[str, Any]], str]], smooth: bool
     axis.legend(fontsize=7)
     text = io.StringIO()
     figure.savefig(text, format="svg")
-    plt.close(figure)
     # As a picture of its own: the names inside one SVG would clash with those of the next.
     return picture(text.getvalue().encode(), "svg+xml")
 

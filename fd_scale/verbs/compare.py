@@ -10,10 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
 from rich.table import Table
 
 from fd_scale.checkpoint import write_atomically
@@ -174,7 +171,8 @@ def _metric(folder: Path, metric: str) -> float:
 def _plot(path: Path, root: Path, result: Comparison) -> None:
     """Training losses, and beside them the metric, where each name stands in the colour of its losses."""
     height = max(3.6, 1 + 0.26 * len(result.values))
-    figure, (curves, points) = plt.subplots(1, 2, figsize=(11, height), constrained_layout=True)
+    figure = Figure(figsize=(11, height), layout="constrained")
+    curves, points = figure.subplots(1, 2)
     for index, (name, values) in enumerate(result.values.items()):
         for seed in range(len(values)):
             lines = read_metrics(_folder(root, name, seed), "train")
@@ -195,4 +193,3 @@ def _plot(path: Path, root: Path, result: Comparison) -> None:
     for axis in (curves, points):
         axis.grid(alpha=0.3)
     figure.savefig(path, dpi=120)
-    plt.close(figure)

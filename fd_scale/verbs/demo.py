@@ -6,10 +6,7 @@ import statistics
 import time
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
 
 from fd_scale import api
 from fd_scale.errors import UserError
@@ -55,7 +52,8 @@ def demo(run_dir: str, num_seeds: int) -> dict[str, list[float]]:
 
 
 def _plot(path: Path, teacher_run: Path, student_run: Path) -> Path:
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), constrained_layout=True)
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    axes = figure.subplots(1, 2)
     titles = ("pre-training: NT-Xent (nats)", "distillation: smooth L1")
     for axis, title, run in zip(axes, titles, (teacher_run, student_run), strict=True):
         lines = read_metrics(run, "train")
@@ -63,7 +61,6 @@ def _plot(path: Path, teacher_run: Path, student_run: Path) -> Path:
         axis.set(title=title, xlabel="optimizer step")
         axis.grid(alpha=0.3)
     figure.savefig(path, dpi=120)
-    plt.close(figure)
     return path
 
 

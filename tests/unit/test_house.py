@@ -135,3 +135,10 @@ def test_no_module_hides_another() -> None:
             else "fd_kernels"
         )
         assert top not in sys.stdlib_module_names | installed
+
+
+@pytest.mark.parametrize("path", FILES, ids=module_name)
+def test_no_module_takes_over_matplotlib(path: Path) -> None:
+    """Its pyplot keeps one backend and one list of figures for the whole process, which is its user's."""
+    assert "matplotlib.pyplot" not in imports(path)
+    assert "matplotlib.use(" not in path.read_text()
