@@ -21,7 +21,13 @@ from torch.utils._pytree import tree_leaves, tree_map
 from fd_scale.config import OptimConfig
 from fd_scale.distributed import World
 from fd_scale.ds_config import offload_device, zero_stage
-from fd_scale.engine.in_parts import choose_accelerator, gather_by_block, move_buffers, whole_shape
+from fd_scale.engine.in_parts import (
+    choose_accelerator,
+    gather_by_block,
+    let_go_with,
+    move_buffers,
+    whole_shape,
+)
 from fd_scale.engine.quicker_deepspeed import look_at_gradients_together, remember_modules
 from fd_scale.engine.refusals import naming_refusals
 from fd_scale.engine.replicas import average_over, replicas_of
@@ -162,6 +168,7 @@ class Engine:
         self.traffic = traffic_of(deepspeed.comm.comm.cdb)
         self.statistics = _Statistics(module)
         self.average = WeightAverage(self.deepspeed.basic_optimizer, self._masters(), optim.ema_decay)
+        let_go_with(self, self.deepspeed)
 
     def forward(self, **inputs: Any) -> dict[str, Tensor]:
         """Runs the module's forward: the one entry at which ZeRO-3 gathers parameters."""

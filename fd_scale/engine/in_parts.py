@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import functools
+import inspect
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -12,7 +14,10 @@ import torch
 from deepspeed.accelerator import set_accelerator
 from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
 from deepspeed.accelerator.cuda_accelerator import CUDA_Accelerator
+from deepspeed.runtime.engine import DeepSpeedEngine
+from deepspeed.runtime.zero import parameter_offload
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus, is_zero_param
+from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 from deepspeed.utils import groups as deepspeed_groups
 from deepspeed.utils import set_z3_leaf_modules
 from torch import nn
@@ -161,7 +166,24 @@ class Partition:
         )
         remember_modules(module)
         engine.eval()  # in train mode without gradients it takes parameters for those of a backward pass
-        return engine
+        run = functools.partial(engine)
+        let_go_with(run, engine)
+        return run
+
+
+def let_go_with(owner: object, engine: DeepSpeedEngine) -> None:
+    """Frees a model and its optimizer once `owner` is gone: DeepSpeed alone would keep them as long as the process."""
+    weakref.finalize(owner, _let_go, engine).atexit = False
+
+
+def _let_go(engine: DeepSpeedEngine) -> None:
+    engine.destroy()  # hooks of the autograd graph, into which Python's collector does not look
+    of_model = set(engine.module.modules())
+    parameter_offload.FWD_MODULE_STACK[:] = [
+        module for module in parameter_offload.FWD_MODULE_STACK if module not in of_model
+    ]
+    cached: Any = vars(PartitionedParameterCoordinator)["_PartitionedParameterCoordinator__params_to_release"]
+    inspect.getclosurevars(cached).nonlocals["func"].cache_clear()  # below a decorator
 
 
 def choose_accelerator(world: World) -> None:

@@ -10,7 +10,6 @@ import functools
 import itertools
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import deepspeed
 import deepspeed.utils.nvtx
@@ -25,7 +24,6 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 _TORCH_LINEAR = F.linear
-_PARAMETERS: WeakKeyDictionary[nn.Module, dict[bool, list[tuple[str, nn.Parameter]]]] = WeakKeyDictionary()
 _PRINT = partition_parameters.print_rank_0
 _TO_TENSORS = parameter_offload.apply_to_tensors_only
 
@@ -98,8 +96,11 @@ class _Linear(torch.autograd.Function):
 
 
 def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    if torch.compiler.is_compiling():
-        out: Tensor = zero3_linear_wrap(input, weight, bias)
+    """Of ZeRO-3's parameters; models of others in this process, which outlive a run, get torch's own."""
+    if not hasattr(weight, "ds_id"):
+        out: Tensor = _TORCH_LINEAR(input, weight, bias)
+    elif torch.compiler.is_compiling():
+        out = zero3_linear_wrap(input, weight, bias)
     elif torch.is_grad_enabled():
         out = _Linear.apply(input, weight, bias)
     else:
@@ -156,7 +157,7 @@ def _in_one(function: type[torch.autograd.Function]) -> type[torch.autograd.Func
 
 def _parameters_of(module: Any, recurse: bool = False) -> Iterator[tuple[str, nn.Parameter]]:
     """A module's parameters, which ZeRO-3 asks for five times in every forward and backward of it."""
-    kept = _PARAMETERS.setdefault(module, {})
+    kept = module.__dict__.setdefault("listed_parameters", {})  # there it lives no longer than the module
     if recurse not in kept:
         kept[recurse] = list(module.named_parameters(recurse=recurse))
     return itertools.chain(kept[recurse], module.ds_external_parameters())
