@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -341,32 +341,45 @@ def build_trainer(
     identity = world.on_main(lambda: run_folder.identity(recipe, source.fingerprint, stage, world.size))
     refuse_other_identity(run_dir, identity)
     lock = RunLock(run_dir)
+    with _held(lock, world):
+        world.on_main(lambda: run_folder.create(recipe, source))
+        log.set_up(world.rank, run_dir)
+        task.prepare(world, loader)
+        engine = Engine(task.module, task.undecayed, task.lr_scales, engine_config, recipe.optim, world)
+        if recipe.train.cuda_graphs:
+            _record_graphs(recipe, task, loader.micro_batch, stage, world.device)
+        checkpoints = Checkpoints(run_dir, recipe.checkpoint.keep_last, identity, world)
+        logger.info(
+            "%s: %d steps of %d images (%d ranks x %d micro-batches x %d) on %s, %s, %s, %s; %.1f M parameters",
+            recipe.task, num_steps, recipe.train.global_batch, world.size, loader.accumulation,
+            engine_config["train_micro_batch_size_per_gpu"], world.device.type, ds_config.zero_name(engine_config),
+            recipe.train.precision, engine.optimizer_name, engine.num_parameters / 1e6,
+        )  # fmt: skip
+        return Trainer(
+            recipe=recipe,
+            task=task,
+            engine=engine,
+            loader=loader,
+            learning_rates=learning_rates(recipe.optim, num_steps, loader.steps_per_epoch, engine.lr_scales),
+            checkpoints=checkpoints,
+            recorder=Recorder(run_dir, world, recipe.task, peak_images_per_s),
+            preemption=Preemption(run_dir, world),
+            lock=lock,
+            world=world,
+        )
+
+
+@contextlib.contextmanager
+def _held(lock: RunLock, world: World) -> Iterator[None]:
+    """Takes the run folder; an error within gives it back."""
     world.on_main(lock.acquire)
-    world.on_main(lambda: run_folder.create(recipe, source))
-    log.set_up(world.rank, run_dir)
-    task.prepare(world, loader)
-    engine = Engine(task.module, task.undecayed, task.lr_scales, engine_config, recipe.optim, world)
-    if recipe.train.cuda_graphs:
-        _record_graphs(recipe, task, loader.micro_batch, stage, world.device)
-    checkpoints = Checkpoints(run_dir, recipe.checkpoint.keep_last, identity, world)
-    logger.info(
-        "%s: %d steps of %d images (%d ranks x %d micro-batches x %d) on %s, %s, %s, %s; %.1f M parameters",
-        recipe.task, num_steps, recipe.train.global_batch, world.size, loader.accumulation,
-        engine_config["train_micro_batch_size_per_gpu"], world.device.type, ds_config.zero_name(engine_config),
-        recipe.train.precision, engine.optimizer_name, engine.num_parameters / 1e6,
-    )  # fmt: skip
-    return Trainer(
-        recipe=recipe,
-        task=task,
-        engine=engine,
-        loader=loader,
-        learning_rates=learning_rates(recipe.optim, num_steps, loader.steps_per_epoch, engine.lr_scales),
-        checkpoints=checkpoints,
-        recorder=Recorder(run_dir, world, recipe.task, peak_images_per_s),
-        preemption=Preemption(run_dir, world),
-        lock=lock,
-        world=world,
-    )
+    try:
+        yield
+    except BaseException:
+        log.close_file()
+        if world.is_main:
+            lock.release()
+        raise
 
 
 def _num_steps(recipe: Recipe, loader: TrainLoader) -> int:

@@ -17,6 +17,8 @@ _LINE_EVERY_S = 10.0
 
 console = Console(stderr=True)
 """The one console: progress bars and log lines share it, so that neither tears the other."""
+_ours: dict[str, logging.Handler] = {}
+"""The root logger's handlers that are of `set_up`: "console" and "file"."""
 
 
 def results(width: int = 150, *, uncut: bool = False) -> Console:
@@ -41,32 +43,56 @@ def quiet_libraries() -> None:
 
 
 def set_up(rank: int = 0, run_dir: Path | None = None) -> None:
-    """Configures the root logger of this process.
+    """Shows what this package says: on the console, and in a run's log.
+
+    What a notebook or a program has set up itself stays as it is: its handlers, which get these lines too, and levels.
+    Where one of them writes to the console, no other does.
 
     Args:
         rank: global rank; only rank 0 writes to the console, the others only errors.
-        run_dir: the run folder; its `logs/rank_N.log` gets every line of rank N.
+        run_dir: the run folder; its `logs/rank_N.log` gets every line of rank N, until `close_file`.
     """
-    root = logging.getLogger()
-    root.setLevel(logging.INFO)
-    for handler in list(root.handlers):
-        root.removeHandler(handler)
-        handler.close()  # the log file of the run before
-    to_console: logging.Handler
-    if console.is_terminal:
-        to_console = RichHandler(console=console, show_path=False)
-    else:
-        to_console = logging.StreamHandler(sys.stderr)
-        to_console.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%H:%M:%S"))
-    to_console.setLevel(logging.INFO if rank == 0 else logging.ERROR)
-    root.addHandler(to_console)
+    _remove("console")
+    close_file()
+    for name in ("fd_scale", "fd_kernels"):
+        if (package := logging.getLogger(name)).level == logging.NOTSET:
+            package.setLevel(logging.INFO)
+    if not any(_is_console(handler) for handler in logging.getLogger().handlers):
+        to_console: logging.Handler
+        if console.is_terminal:
+            to_console = RichHandler(console=console, show_path=False)
+        else:
+            to_console = logging.StreamHandler(sys.stderr)
+            to_console.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%H:%M:%S"))
+        to_console.setLevel(logging.INFO if rank == 0 else logging.ERROR)
+        _add("console", to_console)
     if run_dir is not None:
         folder = run_dir / "logs"
         folder.mkdir(exist_ok=True)
         to_file = logging.FileHandler(folder / f"rank_{rank}.log")
         to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-        root.addHandler(to_file)
+        _add("file", to_file)
     quiet_libraries()
+
+
+def close_file() -> None:
+    """Ends the log of a run, if one is open."""
+    _remove("file")
+
+
+def _is_console(handler: logging.Handler) -> bool:
+    return isinstance(handler, RichHandler) or getattr(handler, "stream", None) in (sys.stdout, sys.stderr)
+
+
+def _add(kind: str, handler: logging.Handler) -> None:
+    _ours[kind] = handler
+    logging.getLogger().addHandler(handler)
+
+
+def _remove(kind: str) -> None:
+    if kind in _ours:
+        logging.getLogger().removeHandler(handler := _ours.pop(kind))
+        handler.close()
 
 
 @contextlib.contextmanager

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fd_scale import log
 from fd_scale.checkpoint import Checkpoints, TrainState
 from fd_scale.config import Recipe
 from fd_scale.data import Batch, TrainLoader
@@ -130,9 +131,10 @@ class Trainer:
         return self.state
 
     def close(self) -> None:
-        """Gives back records, signals and the run folder."""
+        """Gives back records, signals, the log and the run folder."""
         self.recorder.finish()
         self.preemption.close()
+        log.close_file()
         if self.world.is_main:
             self.lock.release()
 

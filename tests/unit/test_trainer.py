@@ -1,16 +1,20 @@
 """The loop's surroundings; what it computes is proved in tests/distributed."""
 
 import gc
+import logging
+import re
+import sys
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from fd_scale import api
+from fd_scale import api, log
 from fd_scale.config import Recipe
 from fd_scale.distill import DistillationTask
 from fd_scale.trainer import Trainer
@@ -59,3 +63,52 @@ def test_after_a_run_in_parts_torch_is_as_before(make_recipe: Callable[..., Reci
     layer, x_BC = nn.Linear(3, 2), torch.randn(4, 3)
     assert torch.allclose(torch.func.vmap(layer)(x_BC), x_BC @ layer.weight.T + layer.bias)
     assert "Addmm" in str(layer(x_BC).grad_fn)
+
+
+def test_the_callers_logging_stays_as_it_is(
+    make_recipe: Callable[..., Recipe], capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = logging.getLogger()
+    mine = logging.StreamHandler(sys.stderr)
+    root.addHandler(mine)
+    try:
+        log.set_up()  # takes away what a test before this one has left
+        before = list(root.handlers), root.level
+        assert mine in root.handlers
+        recipe = make_recipe(train__steps=1)
+        api.train(recipe)
+        assert (list(root.handlers), root.level) == before
+    finally:
+        root.removeHandler(mine)
+    assert capsys.readouterr().err.count("1 steps of 16 images") == 1
+    assert "1 steps of 16 images" in (Path(recipe.run_dir) / "logs/rank_0.log").read_text()
+
+
+@pytest.mark.parametrize(("rank", "shown"), [(0, "so it is\nbad\n"), (1, "bad\n")])
+def test_where_nobody_has_set_up_logging_the_console_shows_ours(
+    capsys: pytest.CaptureFixture[str], rank: int, shown: str
+) -> None:
+    for _ in range(2):
+        log.set_up(rank)
+    logging.getLogger("fd_scale.any").info("so it is")
+    logging.getLogger("somebody.else").info("not ours")
+    logging.getLogger("fd_kernels.any").error("bad")
+    assert re.sub(r"\d\d:\d\d:\d\d [A-Z]+ ", "", capsys.readouterr().err) == shown
+
+
+def test_a_start_that_fails_gives_the_folder_back(
+    make_recipe: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a notebook would keep it from all others for as long as it stays open."""
+
+    def interrupted(*_: Any) -> None:
+        assert lock.exists()
+        raise KeyboardInterrupt
+
+    recipe = make_recipe(train__steps=1)
+    lock = Path(recipe.run_dir) / "lock"
+    monkeypatch.setattr(api, "Engine", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        api.start(recipe)
+    assert not lock.exists()
+    assert str(lock.parent) not in str(logging.getLogger().handlers)
