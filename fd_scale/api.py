@@ -56,6 +56,7 @@ from fd_scale.plan.measure import Measured
 from fd_scale.plan.measure import measure as measure_trainer
 from fd_scale.pretrain import ContrastiveTask, MaskedTask
 from fd_scale.randomness import initial_seed
+from fd_scale.torch_state import as_in_a_new_process
 from fd_scale.trainer import Task, Trainer
 from fd_scale.verbs import features as teacher_features
 from fd_scale.verbs.evaluate import (
@@ -98,6 +99,7 @@ def train(recipe: Recipe) -> TrainState:
     return start(recipe).train()
 
 
+@as_in_a_new_process()
 def start(recipe: Recipe) -> Trainer:
     """Builds what runs a recipe on the ranks that a launcher started, or on this process alone.
 
@@ -114,6 +116,7 @@ def join(recipe: Recipe) -> World:
     return world
 
 
+@as_in_a_new_process()
 def evaluate(
     path: str | Path, overrides: Sequence[str] = (), real: str | None = None, out: str | Path | None = None
 ) -> dict[str, Any]:
@@ -140,6 +143,7 @@ def evaluate(
     return evaluate_task(task, recipe, run, checkpoint, world, real, None if out is None else Path(out))
 
 
+@as_in_a_new_process()
 def landscape(
     path: str | Path,
     grid: Grid,
@@ -182,6 +186,7 @@ def landscape(
     return landscape_of(task, recipe, checkpoint, grid, num_images, world, folder)
 
 
+@as_in_a_new_process()
 def features(recipe: Recipe) -> None:
     """Computes the teachers' features that a recipe reads from disk, where they are not there; ranks share the images.
 
@@ -217,6 +222,7 @@ def _to_evaluate(recipe: Recipe) -> tuple[Task, Recipe, World]:
     return task, recipe, world
 
 
+@as_in_a_new_process()
 def predict(
     path: str | Path, images: str | Path, out: str | Path, overrides: Sequence[str] = (), masks: bool = False
 ) -> list[Path]:
@@ -260,6 +266,7 @@ def predict(
     return predict_images(task, names, Path(images), Path(out), world.device, values)
 
 
+@as_in_a_new_process()
 def plan(recipe: Recipe, gpu: str, num_gpus: int, images: int | None = None) -> Plan:
     """Plans a run: memory, time and cost on GPUs that need not be here.
 
@@ -275,6 +282,7 @@ def plan(recipe: Recipe, gpu: str, num_gpus: int, images: int | None = None) -> 
     return plan_recipe(recipe.run_dir, recipe, find_gpu(gpu), num_gpus, images=images)
 
 
+@as_in_a_new_process()
 def measure(recipe: Recipe) -> tuple[Choice, Measured]:
     """Takes a few steps of a recipe on this machine, in a folder that does not stay; all ranks call it.
 
@@ -297,6 +305,7 @@ def measure(recipe: Recipe) -> tuple[Choice, Measured]:
     return planned.own, found
 
 
+@as_in_a_new_process()
 def build_trainer(
     recipe: Recipe,
     world: World,
@@ -470,7 +479,7 @@ def _record_graphs(recipe: Recipe, task: Task, micro_batch: int, stage: int, dev
 def build_task(
     recipe: Recipe, source: Source | None, placement: Placement = WHOLE, in_parts: Placement = WHOLE
 ) -> Task:
-    """Builds the recipe's task; its initial weights are a function of the recipe's seed.
+    """Builds the recipe's task; its initial weights are a function of the recipe's seed, which torch's generator gets.
 
     Args:
         recipe: a recipe of any task.

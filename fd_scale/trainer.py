@@ -32,6 +32,7 @@ from fd_scale.errors import UserError
 from fd_scale.evaluation import Forward
 from fd_scale.lock import RunLock
 from fd_scale.metrics import HostCopy, Phases, Recorder, profiling
+from fd_scale.torch_state import as_in_a_new_process
 from fd_scale.watch import LossWatch, Watchdog
 
 logger = logging.getLogger(__name__)
@@ -111,6 +112,7 @@ class Trainer:
         self.written = False
         """Whether all ranks have written the checkpoint in hand."""
 
+    @as_in_a_new_process()
     def train(self) -> TrainState:
         """Trains from the newest whole checkpoint to the last step, or until preempted."""
         try:

@@ -1,5 +1,6 @@
 """The loop's surroundings; what it computes is proved in tests/distributed."""
 
+import contextlib
 import gc
 import logging
 import re
@@ -17,6 +18,7 @@ from torch import nn
 from fd_scale import api, log
 from fd_scale.config import Recipe
 from fd_scale.distill import DistillationTask
+from fd_scale.metrics import read_metrics
 from fd_scale.trainer import Trainer
 
 
@@ -112,3 +114,36 @@ def test_a_start_that_fails_gives_the_folder_back(
         api.start(recipe)
     assert not lock.exists()
     assert str(lock.parent) not in str(logging.getLogger().handlers)
+
+
+SETTINGS: dict[str, Callable[[], Any]] = {
+    "no_grad": torch.no_grad,
+    "inference_mode": torch.inference_mode,
+    "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
+    "device": lambda: torch.device("meta"),
+}
+
+
+@pytest.mark.parametrize("setting", [*SETTINGS, "dtype"])
+def test_what_a_caller_has_set_in_torch_stays_with_the_caller(
+    make_recipe: Callable[..., Recipe], tmp_path: Path, setting: str
+) -> None:
+    def losses(name: str) -> list[float]:
+        run = str(tmp_path / name)
+        api.train(make_recipe("classification", run_dir=run, train__steps=2))
+        evaluated: float = api.evaluate(run, ["data.evaluation=digits:test"])["loss"]
+        return [line["loss"] for line in read_metrics(Path(run), "train")] + [evaluated]
+
+    plain = losses("plain")
+    dtype = torch.float64 if setting == "dtype" else torch.float32
+    torch.manual_seed(7)
+    drawn = torch.rand(3)
+    torch.manual_seed(7)
+    try:
+        with SETTINGS.get(setting, contextlib.nullcontext)():
+            torch.set_default_dtype(dtype)
+            assert losses("set") == plain
+            assert torch.get_default_dtype() == dtype
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(torch.rand(3), drawn)
