@@ -59,6 +59,8 @@ from fd_scale.randomness import initial_seed
 from fd_scale.torch_state import as_in_a_new_process
 from fd_scale.trainer import Task, Trainer
 from fd_scale.verbs import features as teacher_features
+from fd_scale.verbs import fetch as fetching
+from fd_scale.verbs import index as indexing
 from fd_scale.verbs.evaluate import (
     evaluate_task,
     find_checkpoint,
@@ -67,8 +69,6 @@ from fd_scale.verbs.evaluate import (
     saying_where_it_started,
 )
 from fd_scale.verbs.export import convert, export, interpolate
-from fd_scale.verbs.fetch import fetch
-from fd_scale.verbs.index import index
 from fd_scale.verbs.predict import class_names_of, mask_values_of, predict_classes, predict_images
 
 if TYPE_CHECKING:
@@ -135,7 +135,7 @@ def evaluate(
         UserError: there is no whole checkpoint, or the images do not fit it.
     """
     run, checkpoint = find_checkpoint(Path(path))
-    recipe = recipe_of(run, checkpoint, list(overrides))
+    recipe = recipe_of(run, checkpoint, overrides)
     if real is not None and recipe.classification is None:
         raise UserError(f"--real: labels are for a classifier, {run} is of task {recipe.task}; leave it out")
     with saying_where_it_started(run, recipe):
@@ -172,7 +172,7 @@ def landscape(
         UserError: there is no whole checkpoint, the images do not fit it, or the folder has another landscape.
     """
     run, checkpoint = find_checkpoint(Path(path))
-    recipe = recipe_of(run, checkpoint, list(overrides))
+    recipe = recipe_of(run, checkpoint, overrides)
     with saying_where_it_started(run, recipe):
         task, recipe, world = _to_evaluate(recipe)
     if not isinstance(task, DistillationTask | ClassificationTask | MaskedTask):
@@ -211,6 +211,35 @@ def features(recipe: Recipe) -> None:
         teacher_features.compute(recipe, teacher_features.evaluation_part(recipe, images), world)
 
 
+def fetch(recipe: Recipe | str) -> list[str]:
+    """Downloads what a recipe names on the Hugging Face hub into the cache, or `NAME@pretrained` or a source alone.
+
+    Returns:
+        A line for each thing: what it is, and where.
+
+    Raises:
+        UserError: it cannot be downloaded.
+    """
+    return list(fetching.fetch(recipe))
+
+
+def index(source: str, processes: int = 0, out: str | Path | None = None) -> list[str]:
+    """Makes the index of tar shards ahead of their runs, or finds it.
+
+    Args:
+        source: `tar:PATH`, as in `data.train`.
+        processes: that read headers; 0: threads of this one.
+        out: file of a copy, which may be put beside the shards in a store.
+
+    Returns:
+        Lines that say what is in it, and where it is.
+
+    Raises:
+        UserError: it is no source of shards, a shard is refused, or the cache or the copy cannot be written.
+    """
+    return list(indexing.index(source, processes, None if out is None else str(out)))
+
+
 def _to_evaluate(recipe: Recipe) -> tuple[Task, Recipe, World]:
     """Joins the ranks and builds a task without weights, its teachers where they run."""
     world = join(recipe)
@@ -243,7 +272,7 @@ def predict(
             or an image cannot be read.
     """
     run, checkpoint = find_checkpoint(Path(path))
-    recipe = recipe_of(run, checkpoint, list(overrides), images_needed=False)
+    recipe = recipe_of(run, checkpoint, overrides, images_needed=False)
     if recipe.task not in ("classification", "segmentation", "detection"):
         raise UserError(
             f"{run}: predict shows classes of images or pixels, or objects, and its task is {recipe.task}; name a "

@@ -8,6 +8,7 @@ import platform
 import shlex
 import sys
 import tempfile
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -108,7 +109,7 @@ def make_for_results(folder: Path) -> None:
         raise not_writable(folder, error, "--out") from None
 
 
-def read_recipe(run_dir: Path, overrides: list[str] | None = None) -> Recipe:
+def read_recipe(run_dir: Path, overrides: Sequence[str] | None = None) -> Recipe:
     """Returns the resolved recipe of a run, with `key=value` settings replaced.
 
     Raises:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+from collections.abc import Sequence
 from dataclasses import MISSING, fields
 from importlib import resources
 from pathlib import Path
@@ -57,7 +58,7 @@ def packaged_recipes() -> dict[str, Path]:
     return {path.relative_to(root).with_suffix("").as_posix(): path for path in sorted(root.rglob("*.yaml"))}
 
 
-def load_recipe(recipe: str | Path, overrides: list[str] | None = None) -> Recipe:
+def load_recipe(recipe: str | Path, overrides: Sequence[str] | None = None) -> Recipe:
     """Reads a recipe.
 
     Args:
@@ -79,6 +80,8 @@ def load_recipe(recipe: str | Path, overrides: list[str] | None = None) -> Recip
         raise UserError(f"{path}: a recipe is a mapping of sections, cannot be read: {error}") from None
     if not isinstance(given, DictConfig):
         raise UserError(f"{path}: a recipe is a mapping of sections, got {type(given).__name__}")
+    if isinstance(overrides, str):  # which would be read letter by letter
+        raise UserError(f"'{overrides}': overrides are a list of key=value strings; write ['{overrides}']")
     for item in overrides or []:
         key, separator, value = item.partition("=")
         if not separator or not key:

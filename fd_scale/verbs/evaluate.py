@@ -7,7 +7,7 @@ import hashlib
 import json
 import logging
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -65,7 +65,7 @@ def find_checkpoint(path: Path) -> tuple[Path, Path]:
     return path.parent.parent, path
 
 
-def recipe_of(run: Path, checkpoint: Path, overrides: list[str], images_needed: bool = True) -> Recipe:
+def recipe_of(run: Path, checkpoint: Path, overrides: Sequence[str], images_needed: bool = True) -> Recipe:
     """Returns a run's recipe with other settings, without the weights that it started from.
 
     Raises:

@@ -264,3 +264,8 @@ def test_a_task_without_teachers_has_no_teachers_weights(recipe_values: Values) 
 def test_a_contrastive_run_has_no_evaluation(recipe_values: Values) -> None:
     with pytest.raises(UserError, match="no metric of a source; remove"):
         build_recipe(recipe_values("contrastive", data__evaluation="digits:test"))
+
+
+def test_one_string_is_no_list_of_overrides() -> None:
+    with pytest.raises(UserError, match=r"write \['seed=1'\]$"):
+        load_recipe("digits/distill", "seed=1")

@@ -8,7 +8,7 @@ import pytest
 from local_hub import LocalHub
 from shard_files import level, numbered, write_tar
 
-from fd_scale import cli, hub
+from fd_scale import api, cli, hub
 from fd_scale.config import ModelConfig, build_recipe
 from fd_scale.data import open_source
 from fd_scale.errors import UserError
@@ -156,3 +156,9 @@ def test_a_wrong_address_ends_the_verb(
         cli.main(["fetch", saved(recipe_values()), "data.train=tar:hf://org/set"])
     assert ended.value.code == 2
     assert "is written hf://datasets/ORG/NAME/PATTERN" in capsys.readouterr().err
+
+
+def test_from_python_it_is_there_after_the_call(on_the_hub: LocalHub) -> None:
+    lines = api.fetch(SHARDS)
+    assert len(open_source(SHARDS)) == 40
+    assert ["2 files" in line for line in lines] == [True]

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from shard_files import level, numbered, write_tar
 
+from fd_scale import api
 from fd_scale.benchmarks.tar_index import bench_index
 from fd_scale.cli import main
 from fd_scale.data import open_source, tar_index
@@ -243,3 +244,10 @@ def test_an_index_of_another_kind_is_refused(tmp_path: Path, cache: Path) -> Non
 @pytest.mark.slow
 def test_the_benchmark() -> None:
     assert bench_index(num_images=1000, num_shards=7, num_tars=2)["images_in_tars"] == 1000
+
+
+def test_from_python_it_is_there_after_the_call(tmp_path: Path, cache: Path) -> None:
+    lines = api.index(write_set(tmp_path / "set"), out=tmp_path / "copy.index")
+    assert len(lines) == 3
+    [file] = cache.glob("*.index")
+    assert (tmp_path / "copy.index").read_bytes() == file.read_bytes()
