@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import multiprocessing
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -110,7 +111,16 @@ def start(recipe: Recipe) -> Trainer:
 
 
 def join(recipe: Recipe) -> World:
-    """Joins the ranks that a launcher started, and sets up what they say."""
+    """Joins the ranks that a launcher started, and sets up what they say.
+
+    Raises:
+        UserError: a loader's worker calls it, as it imports the script that started it.
+    """
+    if getattr(multiprocessing.current_process(), "_inheriting", False):
+        raise UserError(
+            "a loader's worker imports the script that started its run, which would start there again; put what that "
+            'script runs below `if __name__ == "__main__":`'
+        )
     world = distributed.start(recipe.train.device, recipe.train.timeout_s)
     log.set_up(world.rank)
     return world

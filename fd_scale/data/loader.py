@@ -491,7 +491,10 @@ def _run(
         pin_memory=pin_memory,
         generator=torch.Generator(),  # else each iterator draws from the default generator
     )
-    iterator: Any = iter(loader)
+    try:
+        iterator: Any = iter(loader)
+    except BrokenPipeError:
+        raise UserError("a loader worker ended while it was started; what it said stands above") from None
     death = None
     try:
         for loaded in iterator:

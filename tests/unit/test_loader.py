@@ -12,6 +12,7 @@ import textwrap
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -484,3 +485,15 @@ def test_batch_moves_to_a_device(source: Source) -> None:
     assert (moved.images.device.type, moved.labels.device.type) == ("meta", "meta")
     assert moved.positions is batch.positions, "drop path is drawn from them on the host"
     assert moved.num_bad == batch.num_bad
+
+
+def test_a_worker_that_does_not_start(source: Source, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of a script without `if __name__ == "__main__":`, which a worker imports and which fails there."""
+    context = multiprocessing.get_context("forkserver")
+
+    def broken(process: Any) -> None:
+        raise BrokenPipeError(32, "Broken pipe")
+
+    monkeypatch.setattr(context.Process, "start", broken)
+    with pytest.raises(UserError, match="ended while it was started; what it said stands above"):
+        next(make_loader(source, num_workers=1).iterate(0))

@@ -3,6 +3,7 @@
 import contextlib
 import gc
 import logging
+import multiprocessing
 import re
 import sys
 import weakref
@@ -18,6 +19,7 @@ from torch import nn
 from fd_scale import api, log
 from fd_scale.config import Recipe
 from fd_scale.distill import DistillationTask
+from fd_scale.errors import UserError
 from fd_scale.metrics import read_metrics
 from fd_scale.trainer import Trainer
 
@@ -147,3 +149,13 @@ def test_what_a_caller_has_set_in_torch_stays_with_the_caller(
     finally:
         torch.set_default_dtype(torch.float32)
     assert torch.equal(torch.rand(3), drawn)
+
+
+def test_a_worker_that_imports_a_script_starts_no_run(
+    make_recipe: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(multiprocessing.current_process(), "_inheriting", True, raising=False)
+    recipe = make_recipe()
+    with pytest.raises(UserError, match=r'put what that script runs below `if __name__ == "__main__":`'):
+        api.train(recipe)
+    assert not Path(recipe.run_dir).exists()
