@@ -134,8 +134,13 @@ def start(device: Literal["auto", "cpu", "cuda"], timeout_s: int) -> World:
         else:
             alone = dist.HashStore()  # type: ignore[attr-defined]  # opens no port
             dist.init_process_group(backend, timeout=timeout, store=alone, rank=0, world_size=1)
-        atexit.register(dist.destroy_process_group)
+        atexit.register(_leave)
     return World(rank=dist.get_rank(), local_rank=local_rank, size=dist.get_world_size(), device=chosen)
+
+
+def _leave() -> None:
+    if dist.is_initialized():  # a notebook may have left by itself
+        dist.destroy_process_group()
 
 
 class Preemption:

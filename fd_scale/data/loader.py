@@ -494,7 +494,9 @@ def _run(
     try:
         iterator: Any = iter(loader)
     except BrokenPipeError:
-        raise UserError("a loader worker ended while it was started; what it said stands above") from None
+        raise UserError(
+            "a loader worker ended while it was started; what it said stands above, and data.num_workers=0 does without"
+        ) from None
     death = None
     try:
         for loaded in iterator:

@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -65,3 +67,14 @@ def test_a_gpu_that_is_not_there() -> None:
     with pytest.raises(UserError, match=r"train\.device: got cuda, but torch sees no GPU here"):
         choose_device("cuda")
     assert choose_device("auto") == torch.device("cpu")
+
+
+def test_who_leaves_the_process_group_before_the_end_hears_nothing() -> None:
+    program = (
+        "import torch.distributed as dist\n"
+        "from fd_scale import distributed\n"
+        "distributed.start('cpu', 60)\n"
+        "dist.destroy_process_group()\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
+    assert ended.stderr == ""
