@@ -104,6 +104,8 @@ def train(recipe: Recipe) -> TrainState:
 def start(recipe: Recipe) -> Trainer:
     """Builds what runs a recipe on the ranks that a launcher started, or on this process alone.
 
+    Until its `train` or its `close` it holds the run folder and, in a process alone, SIGTERM and SIGUSR1.
+
     Raises:
         UserError: as `train`.
     """
