@@ -7,10 +7,9 @@ import shlex
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import CancelledError, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from math import inf
 from pathlib import Path
@@ -85,15 +84,15 @@ def concurrently(
     function: Callable[..., _Found], arguments: Iterable[tuple[Any, ...]], at_a_time: int
 ) -> Iterator[_Found]:
     """Calls a function in threads and yields what it returns, in order; after an error no other call begins."""
-    failed = threading.Event()
+    failed: list[BaseException] = []
 
     def call(each: tuple[Any, ...]) -> _Found:
-        if failed.is_set():
-            raise CancelledError  # one before it has the error that is seen
+        if failed:
+            raise failed[0]  # it may be of a later call: what is seen is why this one did not begin
         try:
             return function(*each)
-        except BaseException:
-            failed.set()  # here: this thread would begin the next call before another sees the error
+        except BaseException as error:
+            failed.append(error)  # here: this thread would begin the next call before another sees the error
             raise
 
     with ThreadPoolExecutor(at_a_time) as pool:

@@ -3,16 +3,20 @@
 import json
 import sys
 import time
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
+from fd_scale import launch
 from fd_scale.config import load_recipe, to_yaml
 from fd_scale.data import open_source
 from fd_scale.errors import UserError
-from fd_scale.launch import Launcher, OutOfTimeError, is_evaluated, is_of
+from fd_scale.launch import Launcher, OutOfTimeError, concurrently, is_evaluated, is_of
 from fd_scale.models import resolved
 from fd_scale.run_folder import create
 
@@ -63,6 +67,28 @@ def test_what_a_run_that_failed_said(program: Path, tmp_path: Path) -> None:
     program.write_text(f"#!/bin/sh\nprintf 'step 1\nfd-scale: the reason\n{report}\n' >&2\nexit 1\n")
     with pytest.raises(UserError, match=r"` ended with code 1: fd-scale: the reason$"):
         Launcher(num_ranks=2).run("distill", "a.yaml", tmp_path / "run", [])
+
+
+class LastFirst(ThreadPoolExecutor):
+    """Its threads are slow to begin what comes first."""
+
+    def map(self, function: Callable[..., Any], arguments: Iterable[Any]) -> Iterator[Any]:  # type: ignore[override]
+        begun = [self.submit(function, each) for each in reversed(list(arguments))]
+        return (each.result() for each in reversed(begun))
+
+
+def test_what_did_not_begin_has_the_error_of_what_failed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two threads, one may fail in what is second before the other has begun what is first."""
+    monkeypatch.setattr(launch, "ThreadPoolExecutor", LastFirst)
+    calls = []
+
+    def fail(number: int) -> None:
+        calls.append(number)
+        raise OutOfTimeError("the time was up")
+
+    with pytest.raises(OutOfTimeError, match="the time was up"):
+        list(concurrently(fail, [(0,), (1,)], 1))
+    assert calls == [1]
 
 
 def test_which_runs_are_complete(tmp_path: Path) -> None:
