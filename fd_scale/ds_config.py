@@ -358,8 +358,8 @@ def _unserved(ds_config: dict[str, Any], file: str) -> Iterator[str]:
     for key, why in UNSERVED.items():
         *section, last = key.split(".")
         value = (ds_config.get(section[0], {}) if section else ds_config).get(last)
-        off = (
-            value.get("enabled") is False or not any(value.values())
+        off = (  # a section of `zero_optimization` is on as soon as it is there
+            not section and (value.get("enabled") is False or not any(value.values()))
             if isinstance(value, dict)
             else value in (False, 1) and value is not True
         )

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
 from fd_scale.config import Recipe
 from fd_scale.ds_config import UNSERVED, ZERO_KEYS, read, resolve, zero_stage
@@ -181,6 +182,15 @@ def test_what_is_not_served_is_refused_and_what_is_off_is_not(make_recipe: MakeR
     config = {section[0]: {last: False}} if section else {last: {"enabled": False}}
     if "DeepSpeed has it no more" not in UNSERVED[key]:  # and it refuses the key
         resolve(config, make_recipe(), 1, "cpu")
+
+
+@pytest.mark.parametrize("section", [{}, {"overlap_step": False}])
+def test_a_section_of_zero_is_on_as_soon_as_it_is_there(
+    make_recipe: MakeRecipe, section: dict[str, Any]
+) -> None:
+    assert DeepSpeedZeroConfig(zenflow=section).zenflow is not None, "whatever it says"
+    with pytest.raises(UserError, match=r"zenflow in .* is not served: .*; remove it"):
+        resolve({"zero_optimization": {"stage": 2, "zenflow": section}}, make_recipe(), 1, "cpu")
 
 
 @pytest.mark.parametrize("key", ["zero_hpz_partition_size", "zero_quantized_gradients"])
