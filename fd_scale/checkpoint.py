@@ -391,7 +391,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 def write_atomically(path: Path, content: str | bytes) -> None:
     """Writes a file, of text as UTF-8, that is seen whole or not at all, and stays after a power cut."""
-    temporary = path.with_name(path.name + ".tmp")
+    # File systems take names of 255 bytes, and an image may have one.
+    temporary = path.with_name(os.fsdecode(os.fsencode(path.name)[-251:]) + ".tmp")
     with temporary.open("wb") as file:
         file.write(content.encode() if isinstance(content, str) else content)
         file.flush()

@@ -190,3 +190,14 @@ def test_saves_that_never_ended_give_way(tmp_path: Path) -> None:
 def test_checkpoints_of_0_1_0_named_their_ranks(tmp_path: Path) -> None:
     whole(make(tmp_path, world_size=2), TrainState(step=1))
     refuse_other_identity(tmp_path, {"seed": 0})
+
+
+def test_a_file_of_the_longest_name_is_written(tmp_path: Path) -> None:
+    """Of its temporary name too no more than the 255 bytes that file systems take; an image may have such a name."""
+    for stem in ("x" * 251, "図" * 83 + "xx"):
+        file = tmp_path / f"{stem}.png"
+        assert len(file.name.encode()) == 255
+        checkpoint.write_atomically(file, b"pixels")
+        assert file.read_bytes() == b"pixels"
+        file.unlink()
+    assert not list(tmp_path.iterdir())
