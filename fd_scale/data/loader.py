@@ -121,15 +121,16 @@ class _Tally:
             if sample.sample_id not in self._names:
                 self._names[sample.sample_id] = sample.name
                 logger.warning("%s cannot be decoded, another sample takes its place: %s", *sample[1:])
-        names = ", ".join(list(self._names.values())[:3])
         if batch is None:
+            names = ", ".join(sample.name for sample in bad[-3:])
             raise UserError(
-                f"{NUM_REPLACEMENTS + 1} samples in a row cannot be decoded: {names} ({bad[-1].reason}); repair the "
-                "data set"
+                f"{NUM_REPLACEMENTS + 1} samples in a row cannot be decoded: {names} (the last one: {bad[-1].reason}); "
+                "repair the data set"
             )
         self._num_seen += len(batch.labels)
         self._num_bad += batch.num_bad
         if self._num_bad > self._max_fraction * max(self._num_seen, self._min_judged):
+            names = ", ".join(list(self._names.values())[:3])
             self.problem = (
                 f"{self._num_bad} of {self._num_seen} samples cannot be decoded, allowed are "
                 f"{self._max_fraction:.2%} (max_bad_fraction): {names}; repair or remove them"

@@ -20,6 +20,7 @@ import simplejpeg
 import torch
 from PIL import Image
 
+from fd_scale.data import loader
 from fd_scale.data.loader import Batch, TrainLoader, evaluation_batches
 from fd_scale.data.sources import Source, open_source
 from fd_scale.data.transforms import (
@@ -418,6 +419,21 @@ def test_nothing_decodable_is_an_error(damage: Callable[[set[int]], Source]) -> 
     damaged = damage(set(range(NUM_SAMPLES)))
     with pytest.raises(UserError, match=r"in a row cannot be decoded: .*image\.png .*\(.+\); repair"):
         take(make_loader(damaged, max_bad_fraction=1), 1)
+
+
+def test_samples_in_a_row_are_named_beside_the_reason_of_one_of_them() -> None:
+    """Not those of before, which have reasons of their own."""
+    tally = loader._Tally(1, NUM_SAMPLES)
+    good = Batch(torch.zeros(1, 3, 1, 1), torch.zeros(1), torch.zeros(1), num_bad=1)
+    tally.take(good, [loader._BadSample(number, f"cut_{number}.png", "it is cut off") for number in range(3)])
+    gone = [
+        loader._BadSample(number, f"{number}.png", f"its mask {number}.png is gone")
+        for number in range(3, 20)
+    ]
+    with pytest.raises(
+        UserError, match=r": 17\.png, 18\.png, 19\.png \(the last one: its mask 19\.png is gone\); repair"
+    ):
+        tally.take(None, gone)
 
 
 @pytest.mark.parametrize(
