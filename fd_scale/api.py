@@ -293,7 +293,7 @@ def predict(
     if masks and recipe.segmentation is None:
         raise UserError(
             f"--masks: a class for each pixel is what a segmentation predicts, {run} is of task {recipe.task}; leave "
-            "it out, and see detections.json"
+            "it out; those of a detection's objects are in its detections.json"
         )
     recipe = replace(recipe, data=replace(recipe.data, evaluation=None))
     task, recipe, world = _to_evaluate(recipe)

@@ -135,5 +135,7 @@ def test_predict_writes_a_table(run: Path, tmp_path: Path, capsys: pytest.Captur
     table = (tmp_path / "rest/predictions.csv").read_text(encoding="utf-8").splitlines()
     assert len(table) == 6, "a head, and a row for each of the others"
     assert table[-1].startswith("link/linked.png,")
-    with pytest.raises(UserError, match="--masks: a class for each pixel"):
+    with pytest.raises(
+        UserError, match=r"--masks: a class for each pixel .*; leave it out; those of a detection's"
+    ):
         api.predict(run, run.parent / "images", tmp_path, masks=True)
