@@ -28,9 +28,7 @@ def results(width: int = 150, *, uncut: bool = False) -> Console:
         width: in characters.
         uncut: at least this wide on a terminal too, which then wraps lines: for numbers, which mean nothing when cut.
     """
-    if "COLUMNS" in os.environ:
-        return Console()
-    if sys.stdout.isatty():
+    if "COLUMNS" in os.environ or sys.stdout.isatty():
         return Console(width=max(Console().width, width) if uncut else None)
     return Console(width=width)
 

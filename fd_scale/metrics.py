@@ -211,7 +211,7 @@ class Recorder:
         values |= {f"{name}_s": float(mean) for name, mean in zip(spent_s, phase_s.mean(0), strict=True)}
         values["rank_lag_s"] = self._lag(step, phase_s[:, list(spent_s).index("agree")], seconds)
         self._write(step, "train", values)
-        self._show(step, f"loss {values['loss']:.4f}  {values['images_per_s']:.0f} images/s")
+        self._show(step, f"loss {values['loss']:.4f}  {_rate(values['images_per_s'])} images/s")
 
     def _lag(self, step: int, waits: Tensor, step_s: float) -> float:
         """Seconds a step that the rank which waits least keeps the others waiting; says so where that is much."""
@@ -296,3 +296,7 @@ def memory_gib(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts KiB
+
+
+def _rate(per_s: float) -> str:
+    return f"{per_s:.0f}" if per_s >= 10 else f"{per_s:.2g}"

@@ -115,7 +115,8 @@ def _landscape(options: argparse.Namespace) -> None:
     curved = "does not fit in memory"
     if value is not None:
         curved = f"{value:.5g}, to within {found['eigenvalue_error']:.2g}, over {images} images"
-    print(f"loss {middle['loss']:.5g}; largest eigenvalue of the Hessian: {curved}")
+    of = f"loss {middle['loss']:.5g} (--num-images {found['of']['num_images']})"
+    print(f"{of}; largest eigenvalue of the Hessian: {curved}")
 
 
 def _predict(options: argparse.Namespace) -> None:

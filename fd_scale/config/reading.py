@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 import sys
 from collections.abc import Sequence
@@ -176,8 +177,11 @@ def _find_recipe(recipe: str | Path) -> Path:
     packaged = packaged_recipes()
     if str(recipe) in packaged:
         return packaged[str(recipe)]
+    nearest = difflib.get_close_matches(str(recipe), packaged, n=1)
+    meant = f"did you mean {nearest[0]}? Else " if nearest else ""
     raise UserError(
-        f"{recipe}: neither a file nor a packaged recipe; give a path to a YAML file or one of: {', '.join(packaged)}"
+        f"{recipe}: neither a file nor a packaged recipe; {meant}give a path to a YAML file or one of: "
+        f"{', '.join(packaged)}"
     )
 
 

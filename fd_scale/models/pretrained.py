@@ -169,7 +169,7 @@ def hugging_face_folder(name: str) -> Path:
     place = Path(name.removeprefix(HUGGING_FACE))
     if place.is_dir():
         return place
-    if len(place.parts) != 2:
+    if len(place.parts) != 2 or place.is_absolute():
         raise UserError(
             f"{name}: there is no such folder, seen from {Path.cwd()}; expected one, or a model of the hub, hf:ORG/NAME"
         )

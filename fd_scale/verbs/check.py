@@ -174,7 +174,8 @@ def check(recipe: str, overrides: list[str], num_ranks: int, gpu: str | None = N
     found = list(verdicts.values())
     num_failed, num_warnings = found.count("fails"), found.count("warning")
     if num_failed:
-        print(f"would fail: {num_failed} of {len(found)} checks fail, {num_warnings} warn")
+        failed = ", ".join(name for name, verdict in verdicts.items() if verdict == "fails")
+        print(f"would fail: {num_failed} of {len(found)} checks fail ({failed}), {num_warnings} warn")
         raise SystemExit(2)
     print(f"nothing found that would fail: {len(found)} checks, {num_warnings} warn")
 
@@ -202,7 +203,9 @@ def _network(subject: _Subject) -> str:
     named = named_files(subject.recipe)
     for files in named:
         hub.cached(files)
-    found = f"nothing will be fetched: {len(named)} things are in the cache"
+    found = "nothing will be fetched: the recipe names nothing on the hub"
+    if named:
+        found = f"nothing will be fetched: {len(named)} things are in the cache"
     stores = ", ".join(filter(is_remote, data_paths(subject.recipe)))
     return f"{found}; but shards will, as they are read: {stores}" if stores else found
 

@@ -300,5 +300,6 @@ def _table(
         table.add_row(name, value)
     table.add_section()
     for label, value in (worst or {}).items():
-        table.add_row(f"class {label} {class_names[label] if class_names else label}", value)
+        name = str(label) if class_names is None else class_names[label]
+        table.add_row(f"class {label}" if name == str(label) else f"class {label} {name}", value)
     return table

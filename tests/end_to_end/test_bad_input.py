@@ -182,7 +182,7 @@ def test_missing_section(recipe_values: Values, saved: Saved, refused: Refused, 
 
 def test_unknown_recipe(refused: Refused) -> None:
     sentence = refused("distill", "digits/distil")
-    assert "digits/distil: neither a file nor a packaged recipe" in sentence
+    assert "digits/distil: neither a file nor a packaged recipe; did you mean digits/distill?" in sentence
     assert "digits/distill" in sentence.split("one of:")[1]
 
 

@@ -123,7 +123,7 @@ def test_own_input_of_published_weights() -> None:
         ("fd_vit_bsae_patch16", {}, "fd_vit_base_patch16"),
         ("vit_tiny_patch16_224", {"depht": 2}, "timm does not build vit_tiny_patch16_224.*depht"),
         ("vit_tiny_patch16_224", {"img_size": 32}, "the input size is model.img_size"),
-        ("hf:/nowhere", {}, "is not in the cache|not a repository"),
+        ("hf:/nowhere", {}, "there is no such folder, seen from"),
     ],
 )
 def test_unknown_models(name: str, overrides: dict[str, Any], words: str) -> None:

@@ -51,7 +51,9 @@ def check(
         rows = {name.strip(): (verdict.strip(), detail.strip()) for name, verdict, detail in cells}
         fails = any(verdict == "fails" for verdict, _ in rows.values())
         assert code == (2 if fails else 0)
-        assert out.splitlines()[-1].startswith("would fail: " if fails else "nothing found that would fail: ")
+        last = out.splitlines()[-1]
+        assert last.startswith("would fail: " if fails else "nothing found that would fail: ")
+        assert all(name in last for name, (verdict, _) in rows.items() if verdict == "fails")
         return rows
 
     return run

@@ -584,6 +584,12 @@ def test_models_side_by_side(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         assert min(model["cost"]["peak_gib"].values()) > 0
 
 
+def test_a_run_that_is_not_there_has_no_default_images() -> None:
+    for name in ("runs/nowhere", "teacher:runs/nowhere"):
+        with pytest.raises(UserError, match=r"runs/nowhere does not exist; expected the folder of a run"):
+            diagnose([name], None, Options())
+
+
 @pytest.mark.parametrize(
     ("name", "words"),
     [

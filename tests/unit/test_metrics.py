@@ -9,6 +9,7 @@ import torch
 
 from fd_scale import metrics
 from fd_scale.distributed import ALONE
+from fd_scale.log import results
 from fd_scale.metrics import HostCopy, Phases, Recorder, read_metrics
 
 CPU = torch.device("cpu")
@@ -67,3 +68,12 @@ def test_a_host_copy_is_the_value_of_its_moment() -> None:
     copy = HostCopy(value)
     value.mul_(3)
     assert copy.read() == 2.5
+
+
+def test_slow_steps_have_a_rate() -> None:
+    assert [metrics._rate(per_s) for per_s in (0.44, 9.6, 12.3)] == ["0.44", "9.6", "12"]
+
+
+def test_numbers_are_not_cut_on_a_narrow_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    assert (results().width, results(uncut=True).width) == (80, 150)
