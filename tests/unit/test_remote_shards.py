@@ -595,6 +595,6 @@ def test_check_says_that_shards_will_be_fetched(
     )
     main(["check", saved(values)])
     printed = capsys.readouterr().out
-    assert f"things are in the cache; but shards will, as they are read: {shards}" in printed
+    assert f"the recipe names nothing on the hub; but shards will, as they are read: {shards}" in printed
     assert f"tar:{shards}: 18 images, 124 classes, one of 4x3 px" in printed
     assert "1 steps an epoch" in printed
