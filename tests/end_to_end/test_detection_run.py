@@ -84,24 +84,7 @@ def test_it_learns_objects_by_heart_and_shows_them(
         assert before.shape == after.shape
         changed = (before != after).any(-1).mean()
         assert (changed > 0.05) == (name == "0.png"), "the last image has no object"
-    predicted = COCO(str(tmp_path / "out/detections.json"))
-    ids = {image["file_name"]: image["id"] for image in known["images"]}
-    numbers = {category["name"]: category["id"] for category in known["categories"]}
-    assert [image["file_name"] for image in predicted.imgs.values()] == sorted(ids)
-    assert results == [
-        {
-            "image_id": ids[predicted.imgs[each["image_id"]]["file_name"]],
-            "category_id": numbers[predicted.cats[each["category_id"]]["name"]],
-            **{key: each[key] for key in ("bbox", "score", "segmentation")},
-        }
-        for each in predicted.anns.values()
-    ], "what evaluate writes of the same images"
-    assert all(predicted.annToMask(each).sum() == each["area"] for each in predicted.anns.values())
-    own = tmp_path / "own"
-    own.mkdir()
-    (own / "images").symlink_to(images)
-    (own / "instances.json").symlink_to(tmp_path / "out/detections.json")
-    assert object_source(open_source(f"instances:{own}")).class_names == ["square", "disc"]
+    same_as_evaluated(tmp_path / "out/detections.json", known, results, images)
     with pytest.raises(UserError, match="--masks: a class for each pixel is what a segmentation predicts"):
         api.predict(run, images, tmp_path / "masks", masks=True)
     cli.main(["report", str(run)])
@@ -112,3 +95,25 @@ def test_it_learns_objects_by_heart_and_shows_them(
     cli.main(["export", str(run), "exported"])
     assert (tmp_path / "exported/model.safetensors").exists()
     assert "evaluation mask_ap" in (tmp_path / "exported/README.md").read_text()
+
+
+def same_as_evaluated(file: Path, known: dict[str, Any], results: list[dict[str, Any]], images: Path) -> None:
+    """What `predict` writes is a data set in COCO's format, of what `evaluate` finds in the same images."""
+    predicted = COCO(str(file))
+    ids = {image["file_name"]: image["id"] for image in known["images"]}
+    numbers = {category["name"]: category["id"] for category in known["categories"]}
+    assert [image["file_name"] for image in predicted.imgs.values()] == sorted(ids)
+    assert results == [
+        {
+            "image_id": ids[predicted.imgs[each["image_id"]]["file_name"]],
+            "category_id": numbers[predicted.cats[each["category_id"]]["name"]],
+            **{key: each[key] for key in ("bbox", "score", "segmentation")},
+        }
+        for each in predicted.anns.values()
+    ]
+    assert all(predicted.annToMask(each).sum() == each["area"] for each in predicted.anns.values())
+    own = file.parent / "own"
+    own.mkdir()
+    (own / "images").symlink_to(images)
+    (own / "instances.json").symlink_to(file)
+    assert object_source(open_source(f"instances:{own}")).class_names == ["square", "disc"]
