@@ -267,9 +267,7 @@ def _places(first: str, images: Any, out: str | Path | None) -> tuple[Any, Path]
     run = Path(first.removeprefix("teacher:"))
     missing = [name for name, value in (("--images SOURCE", images), ("--out DIR", out)) if value is None]
     if missing and "@" not in first and not run.exists():
-        raise UserError(
-            f"{first}: {run} does not exist; expected the folder of a run, or a name, NAME@pretrained"
-        )
+        raise UserError(f"{run} does not exist; expected the folder of a run, or a name, NAME@pretrained")
     if missing and not (run / "recipe.yaml").is_file():
         raise UserError(f"{first} is no run, so there is no default: give {' and '.join(missing)}")
     if images is None:
